@@ -1,0 +1,130 @@
+"""Every key of a run, its default and its unit. Configs start from here and change what differs.
+
+The returned ConfigDict is locked: setting a key that is not here raises an error that names it.
+Durations are epochs, probabilities and fractions are in [0, 1].
+"""
+
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict(
+    {
+      "name": "",  # used in the banner and for the default workdir
+      "seed": 0,  # initialisation, data order, augmentation, dropout
+      "batch_size": 128,  # images per step, over all devices
+      "eval_batch_size": 500,  # images per evaluation step, over all devices
+      "total_epochs": 10,
+      "num_devices": 0,  # local devices to use; 0 means all of them
+      # "honest": validation images come from train, the test split is read once, at the end.
+      # "published": trains on all of train and validates on test, as the sources did.
+      "protocol": "honest",
+      "data": {
+        "name": "cifar10",  # cifar10 | shapes | npz:PATH | folder:PATH
+        "dir": "",  # a TFDS directory or one with the archive; "" means TFDS_DATA_DIR, or ~/tensorflow_datasets
+        "image_size": 32,  # pixels; shapes and folders are made this size
+        "validation_size": 5000,  # images held out of train (protocol "honest")
+        "limit": 0,  # use only this many images of each split; 0 means all
+      },
+      "model": {
+        "name": "dilated",  # dilated | pyramid
+        "norm": "batch",  # batch | layer | group | ghost | none
+        "dropout_rate": 0.05,
+        "init": "torch",  # torch (what the sources used) | flax (LeCun normal)
+      },
+      # Arguments of each norm; the one named by model.norm is used.
+      "norm": {
+        "batch": {"momentum": 0.9, "epsilon": 1e-5},
+        "ghost": {"num_splits": 2, "momentum": 0.9, "epsilon": 1e-5},
+        "layer": {"epsilon": 1e-5},
+        "group": {"num_groups": 2, "epsilon": 1e-5},
+        "none": {},
+      },
+      "loss": {"label_smoothing": 0.0},
+      "optimizer": {
+        "name": "sgd",  # sgd | adamw
+        "learning_rate": 0.01,  # the peak, which the schedule multiplies
+        "weight_decay": 0.0,  # sgd: added to the gradient (as torch has it); adamw: decoupled
+        "decay_all": True,  # False: biases and norm parameters are not decayed
+        "sgd": {"momentum": 0.9, "nesterov": False},
+        "adamw": {"b1": 0.9, "b2": 0.999, "epsilon": 1e-8},
+      },
+      "ema": {"decay": 0.0},  # per step, of parameters and batch statistics; 0 switches it off
+      # Arguments of each schedule; the one named by schedule.name is used.
+      "schedule": {
+        "name": "constant",  # constant | step | cosine | one_cycle | plateau
+        "constant": {},
+        "step": {"factor": 0.1, "every": 6.0},  # times `factor` each `every` epochs
+        "cosine": {"warmup": 0.0, "final": 0.0},  # epochs of linear warm-up; final fraction of peak
+        # Triangle: `initial` fraction of the peak -> 1 at `peak_at` of the run -> `final` fraction.
+        "one_cycle": {"initial": 0.0, "peak_at": 0.2, "final": 0.0},
+        # torch's ReduceLROnPlateau on the validation loss: patience counts epochs that are endured.
+        "plateau": {"factor": 0.1, "patience": 10, "threshold": 1e-4, "cooldown": 0, "final": 0.0},
+      },
+      "augment": {
+        "backend": "albumentations",  # on the host, in grain workers
+        "workers": 0,  # processes; 0 is one background thread
+        "ops": (),  # of the names below, in order
+        # `fill` is "mean" (the data set's), "black", or a value per channel in 0..255.
+        "horizontal_flip": {"p": 0.5},
+        # Fractions of the image, fraction of the scale, degrees; border is "fill" or "reflect".
+        "shift_scale_rotate": {
+          "shift": 0.09,
+          "scale": 0.09,
+          "rotate": 6.0,
+          "border": "reflect",
+          "fill": "black",
+          "p": 0.5,
+        },
+        "coarse_dropout": {"holes": 1, "height": 16, "width": 16, "fill": "mean", "p": 0.5},  # pixels
+        # Per channel in [0, 1], last of all, in training and evaluation; () means the data set's own.
+        "mean": (),
+        "std": (),
+      },
+      "checkpoint": {"every": 1},  # epochs between checkpoints
+      "log": {"tensorboard": True, "pictures": True},
+    },
+    convert_dict=True,
+  )
+  return config.lock()
+
+
+# Keys that can be set after the colon of --config=FILE:key=value; all others have --config.KEY=.
+SHORT_KEYS = {"norm": "model.norm", "seed": "seed", "epochs": "total_epochs"}
+
+
+def apply_arg(
+  config: ConfigDict, arg: str, variants: Mapping[str, Callable[[ConfigDict], None]]
+) -> ConfigDict:
+  """Applies what follows the colon in `--config=FILE:arg`, in order, and returns the config.
+
+  Args:
+    config: changed in place; its name gets the parts added.
+    arg: comma-separated; each part is a key of `variants` or `key=value` with a key of SHORT_KEYS.
+    variants: name -> function that makes the change.
+
+  Raises:
+    ValueError: an unknown part; the message quotes it and lists the choices.
+  """
+  for part in filter(None, arg.split(",")):
+    key, _, value = part.partition("=")
+    if part in variants:
+      variants[part](config)
+    elif value and key in SHORT_KEYS:
+      convert = int if value.isdigit() else str
+      config.update_from_flattened_dict({SHORT_KEYS[key]: convert(value)})
+    else:
+      choices = [*variants, *(f"{key}=VALUE" for key in SHORT_KEYS)]
+      raise ValueError(f"config variant {part!r} is unknown; choose from {', '.join(choices)}.")
+    config.name += f"-{part.replace('=', '-')}"
+  return config
+
+
+def smoke(config: ConfigDict) -> None:
+  """Two short epochs on a slice of the data, end to end."""
+  config.total_epochs = 2
+  config.data.limit = 512
+  config.data.validation_size = min(config.data.validation_size, 1000)
+  config.batch_size = 64

@@ -1,0 +1,1 @@
+"""Data: where images come from, how they are batched and augmented."""

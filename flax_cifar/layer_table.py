@@ -1,0 +1,197 @@
+"""The layer table of a network: shapes, parameters, multiply-adds and receptive fields."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_cifar.models.blocks import GlobalAveragePool, MaxPool
+from flax_cifar.models.norms import BatchNorm, GroupNorm
+
+LEAVES = (nn.Conv, BatchNorm, GroupNorm, MaxPool, GlobalAveragePool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """What one position of a feature map sees, as (height, width) in input pixels.
+
+  Attributes:
+    size: extent of the receptive field.
+    jump: distance between the fields of neighbouring positions.
+  """
+
+  size: tuple[int, int] = (1, 1)
+  jump: tuple[int, int] = (1, 1)
+
+  def after_window(self, window: tuple[int, int], stride: tuple[int, int]) -> "Field":
+    """The field after a window operation; `window` is its extent with dilation."""
+    size = [s + (w - 1) * j for s, w, j in zip(self.size, window, self.jump, strict=True)]
+    jump = [j * s for j, s in zip(self.jump, stride, strict=True)]
+    return Field((size[0], size[1]), (jump[0], jump[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One layer. Shapes are (H, W, C); `field` is None where a position sees the whole image."""
+
+  name: str
+  kind: str
+  output_shape: tuple[int, ...]
+  parameters: int
+  multiply_adds: int
+  field: Field | None
+
+
+class _Scope:
+  """Fields of the arrays inside one module call, so that glue between layers need not be known.
+
+  Layers are modules, but what joins them (ReLU, padding, sums) is plain code whose results we
+  have not seen. Such an array gets the union of all outputs that no layer has read yet.
+  """
+
+  def __init__(self, x: jax.Array, field: Field | None):
+    self.entry = field
+    self.known: dict[int, tuple[jax.Array, Field | None]] = {id(x): (x, field)}
+    self.unread: dict[int, Field | None] = {}
+
+  def read(self, x: jax.Array) -> Field | None:
+    if id(x) in self.known:
+      self.unread.pop(id(x), None)
+      return self.known[id(x)][1]
+    fields = list(self.unread.values())
+    self.unread.clear()
+    return _union(fields) if fields else self.entry
+
+  def write(self, x: jax.Array, field: Field | None) -> None:
+    self.known[id(x)] = (x, field)  # holding x keeps its id from being used again
+    self.unread[id(x)] = field
+
+
+def _union(fields: list[Field | None]) -> Field | None:
+  sizes = [field.size for field in fields if field]
+  if len(sizes) < len(fields):
+    return None
+  first = fields[0]
+  assert first is not None
+  return Field((max(h for h, _ in sizes), max(w for _, w in sizes)), first.jump)
+
+
+def get_layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Row]:
+  """Rows of `model` in execution order for images of shape (H, W, C).
+
+  Nothing is computed: the model is traced with abstract values.
+  """
+  rows: list[Row] = []
+  scopes: list[_Scope] = []
+
+  def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    if context.method_name != "__call__":
+      return next_fun(*args, **kwargs)
+    module, x = context.module, args[0]
+    field = scopes[-1].read(x) if scopes else Field()
+    if isinstance(module, LEAVES):
+      y = next_fun(*args, **kwargs)
+      field = _layer_field(module, field)
+      rows.append(_create_row(module, x, y, field))
+    else:
+      scopes.append(_Scope(x, field))
+      y = next_fun(*args, **kwargs)
+      field = scopes.pop().read(y)
+    if scopes:
+      scopes[-1].write(y, field)
+    return y
+
+  def call(images: jax.Array) -> Any:
+    return model.init(jax.random.key(0), images, train=False)
+
+  with nn.intercept_methods(record):
+    jax.eval_shape(call, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+  return rows
+
+
+def _layer_field(module: nn.Module, field: Field | None) -> Field | None:
+  if isinstance(module, GlobalAveragePool) or field is None:
+    return None
+  if isinstance(module, MaxPool):
+    return field.after_window((module.window,) * 2, (module.window,) * 2)
+  if isinstance(module, nn.Conv):
+    dilation, stride = _pair(module.kernel_dilation), _pair(module.strides)
+    extent = [(k - 1) * d + 1 for k, d in zip(module.kernel_size, dilation, strict=True)]
+    return field.after_window((extent[0], extent[1]), stride)
+  return field
+
+
+def _pair(value: Any) -> tuple[int, int]:
+  if value is None:
+    return 1, 1
+  return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _create_row(module: nn.Module, x: jax.Array, y: jax.Array, field: Field | None) -> Row:
+  parameters = jax.tree.leaves(module.variables.get("params", {}))
+  multiply_adds = 0
+  if isinstance(module, nn.Conv):
+    taps = math.prod(module.kernel_size) * (x.shape[-1] // module.feature_group_count)
+    multiply_adds = math.prod(y.shape[1:]) * taps
+  return Row(
+    name="/".join(module.path),
+    kind=_describe(module),
+    output_shape=y.shape[1:],
+    parameters=sum(leaf.size for leaf in parameters),
+    multiply_adds=multiply_adds,
+    field=field,
+  )
+
+
+def _describe(module: nn.Module) -> str:
+  if not isinstance(module, nn.Conv):
+    return type(module).__name__
+  height, width = module.kernel_size
+  dilation = _pair(module.kernel_dilation)
+  text = f"conv {height}x{width}"
+  if dilation != (1, 1):
+    text += f" dilation {dilation[0]}"
+  if module.feature_group_count > 1:
+    text += f" groups {module.feature_group_count}"
+  return text
+
+
+def receptive_field(rows: list[Row]) -> tuple[int, int]:
+  """(height, width) in pixels of the last layer before the global pool."""
+  return [row.field.size for row in rows if row.field][-1]
+
+
+def format_layer_table(rows: list[Row]) -> str:
+  """The rows as aligned text with a line of totals."""
+  head = ("layer", "operation", "output", "parameters", "multiply-adds", "field", "jump")
+  cells = [head] + [_format_row(row) for row in rows]
+  total = f"{sum(row.parameters for row in rows):,}"
+  work = f"{sum(row.multiply_adds for row in rows):,}"
+  cells.append(("total", "", "", total, work, _format_pair(receptive_field(rows)), ""))
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = []
+  for row in cells:
+    left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+    lines.append("  ".join(left + right).rstrip())
+  rule = "-" * max(map(len, lines))
+  return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]]) + "\n"
+
+
+def _format_row(row: Row) -> tuple[str, ...]:
+  return (
+    row.name,
+    row.kind,
+    "x".join(map(str, row.output_shape)),
+    f"{row.parameters:,}",
+    f"{row.multiply_adds:,}",
+    _format_pair(row.field.size) if row.field else "all",
+    _format_pair(row.field.jump) if row.field else "",
+  )
+
+
+def _format_pair(pair: tuple[int, int]) -> str:
+  return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"

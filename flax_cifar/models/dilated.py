@@ -1,0 +1,58 @@
+"""Network A, `dilated`: parallel plain and dilated units, 192,672 parameters with batch norm.
+
+Source: ERA V1 session 9 (niharikavadapalli/ERA-V1), layer table in README.md.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from flax_cifar.models.blocks import (
+  ConvHead,
+  ConvUnit,
+  DepthwiseSeparableUnit,
+  Initializer,
+  ParallelSum,
+)
+from flax_cifar.models.norms import Norm
+
+
+class Dilated(nn.Module):
+  """C1 C2 C3 C4 -> global average pool -> 1x1; receptive field 99 pixels.
+
+  Every layer but the first is a ParallelSum; C2 to C4 each start with an unpadded convolution
+  that takes two pixels off the map (32 -> 30 -> 28 -> 26).
+  """
+
+  num_classes: int
+  norm: Norm
+  dropout_rate: float
+  kernel_init: Initializer
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    shared = {
+      "norm": self.norm,
+      "dropout_rate": self.dropout_rate,
+      "kernel_init": self.kernel_init,
+    }
+    plain = partial(ConvUnit, **shared)
+    separable = partial(DepthwiseSeparableUnit, **shared)
+    dilated = partial(ConvUnit, pad_mode="reflect", **shared)
+
+    def add(name: str, x: jax.Array, plain: partial, dilated: partial) -> jax.Array:
+      return ParallelSum(plain, dilated, name=name)(x, train)
+
+    x = plain(32, name="c1_1")(images, train)
+    x = add("c1_2", x, partial(separable, 32), partial(dilated, 32, dilation=2, padding=2))
+    x = add("c1_3", x, partial(plain, 32), partial(dilated, 32, dilation=4, padding=4))
+    for block, width in (("c2", 32), ("c3", 32), ("c4", 64)):
+      x = add(
+        f"{block}_1", x, partial(plain, 32, padding=0), partial(dilated, 32, dilation=2, padding=1)
+      )
+      x = add(f"{block}_2", x, partial(separable, 32), partial(dilated, 32, dilation=4, padding=4))
+      x = add(
+        f"{block}_3", x, partial(plain, width), partial(dilated, width, dilation=8, padding=8)
+      )
+    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)

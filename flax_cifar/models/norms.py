@@ -1,0 +1,126 @@
+"""Normalisation layers behind one call: `norm(x_NxHxWxC, train)`; chosen by name in the config."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_cifar.errors import choose, require
+
+Norm = Callable[..., nn.Module]  # a class or partial; called as norm(name=...)(x, train)
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation with PyTorch's statistics, over `num_splits` ghost batches.
+
+  In training each of the `num_splits` interleaved parts of the batch (example i belongs to part
+  i mod num_splits) is normalised by its own biased variance; the running variance is the unbiased
+  one. In evaluation the running values, averaged over the parts, are used.
+
+  Sources: Ioffe and Szegedy 2015 (arXiv:1502.03167); ghost batches: Hoffer et al. 2017
+  (arXiv:1705.08741).
+
+  Attributes:
+    momentum: share of the old running value kept at each step (torch's momentum is 1 - this).
+    epsilon: added to the variance.
+    num_splits: ghost batches per batch; must divide the batch size.
+  """
+
+  momentum: float
+  epsilon: float
+  num_splits: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,))
+    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+    var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+    if not train:
+      return (x - mean.value) * (jax.lax.rsqrt(var.value + self.epsilon) * scale) + bias
+
+    require(
+      x.shape[0] % self.num_splits == 0,
+      "norm.ghost.num_splits",
+      self.num_splits,
+      f"a divisor of the batch size {x.shape[0]}",
+    )
+    parts = x.reshape(-1, self.num_splits, *x.shape[1:])  # (N/s, s, H, W, C)
+    axes = (0, *range(2, parts.ndim - 1))
+    part_mean = parts.mean(axes, keepdims=True)
+    # Two passes: E[x^2] - E[x]^2 can turn negative in float32.
+    centred = parts - part_mean
+    part_var = jnp.square(centred).mean(axes, keepdims=True)
+    count = parts.size // (self.num_splits * channels)
+    self._update(mean, part_mean)
+    self._update(var, part_var * (count / max(count - 1, 1)))
+    y = centred * (jax.lax.rsqrt(part_var + self.epsilon) * scale) + bias
+    return y.reshape(x.shape)
+
+  def _update(self, running: nn.Variable, parts: jax.Array) -> None:
+    batch = parts.reshape(self.num_splits, -1).mean(0)
+    running.value = self.momentum * running.value + (1 - self.momentum) * batch
+
+
+class GroupNorm(nn.Module):
+  """Group normalisation over (H, W, C / groups) of each example, with scale and bias per channel.
+
+  One group is what the sources call layer norm: it normalises over channels and positions
+  together, unlike `nn.LayerNorm`. Source: Wu and He 2018 (arXiv:1803.08494).
+
+  Attributes:
+    num_groups: must divide the number of channels.
+    epsilon: added to the variance.
+  """
+
+  num_groups: int
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    del train  # the same in training and evaluation
+    channels = x.shape[-1]
+    require(
+      self.num_groups > 0 and channels % self.num_groups == 0,
+      "norm.group.num_groups",
+      self.num_groups,
+      f"a divisor of the layer's {channels} channels",
+    )
+    scale = self.param("scale", nn.initializers.ones, (channels,))
+    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    groups = x.reshape(*x.shape[:-1], self.num_groups, -1)
+    axes = (*range(1, groups.ndim - 2), groups.ndim - 1)
+    centred = groups - groups.mean(axes, keepdims=True)
+    var = jnp.square(centred).mean(axes, keepdims=True)
+    y = centred * jax.lax.rsqrt(var + self.epsilon)
+    return y.reshape(x.shape) * scale + bias
+
+
+class NoNorm(nn.Module):
+  """The identity, so that a network can be built without normalisation."""
+
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    del train
+    return x
+
+
+NORMS: dict[str, Norm] = {
+  "batch": BatchNorm,
+  "ghost": BatchNorm,
+  "layer": partial(GroupNorm, num_groups=1),
+  "group": GroupNorm,
+  "none": NoNorm,
+}
+
+
+def get_norm(name: str, arguments: Mapping[str, Mapping[str, Any]]) -> Norm:
+  """The norm called `name`, with `arguments[name]` as its attributes.
+
+  Raises:
+    UserError: `name` is not in NORMS.
+  """
+  return partial(choose("model.norm", name, NORMS), **arguments[name])

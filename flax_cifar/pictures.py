@@ -1,0 +1,84 @@
+"""The pictures a run leaves in its workdir, as the published systems show them."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flax_cifar.data.dataset import Split
+
+DPI = 120
+
+
+def save_images(
+  path: pathlib.Path, images: np.ndarray, titles: Sequence[str], *, columns: int = 5
+) -> None:
+  """Writes uint8 images (N, H, W, 3) as a grid with a title each."""
+  rows = max(1, -(-len(images) // columns))
+  figure = Figure(figsize=(1.7 * columns, 1.9 * rows), layout="constrained")
+  axes = figure.subplots(rows, columns, squeeze=False).ravel()
+  for axis in axes:
+    axis.set_axis_off()
+  for axis, image, title in zip(axes, images, titles, strict=False):
+    axis.imshow(image, interpolation="nearest")
+    axis.set_title(title, fontsize=8)
+  figure.savefig(path, dpi=DPI)
+
+
+def save_augmented(
+  path: pathlib.Path, batch: dict[str, np.ndarray], class_names: Sequence[str], *, count: int = 20
+) -> None:
+  """Writes the first images of a train batch as the network gets them, before normalisation."""
+  titles = [class_names[label] for label in batch["label"][:count]]
+  save_images(path, batch["image"][:count], titles)
+
+
+def save_misclassified(
+  path: pathlib.Path,
+  split: Split,
+  logits: np.ndarray,
+  class_names: Sequence[str],
+  *,
+  count: int = 20,
+) -> None:
+  """Writes the first wrongly classified images, titled `predicted / actual`."""
+  predictions = logits.argmax(-1)
+  wrong = np.flatnonzero(predictions != split.labels)[:count]
+  titles = [f"{class_names[predictions[i]]} / {class_names[split.labels[i]]}" for i in wrong]
+  save_images(path, split.images[wrong], titles)
+
+
+def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
+  """Writes loss and accuracy per epoch, for train and validation."""
+  figure = Figure(figsize=(9, 3.5), layout="constrained")
+  loss, accuracy = figure.subplots(1, 2)
+  for split in ("train", "validation"):
+    shown = [record for record in records if f"{split}_loss" in record]
+    epochs = [record["epoch"] for record in shown]
+    loss.plot(epochs, [record[f"{split}_loss"] for record in shown], label=split)
+    percent = [100 * record[f"{split}_accuracy"] for record in shown]
+    accuracy.plot(epochs, percent, label=split)
+  _finish(loss, "loss (nats)")
+  _finish(accuracy, "accuracy (%)")
+  figure.savefig(path, dpi=DPI)
+
+
+def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
+  """Writes the learning rate at the end of each epoch."""
+  figure = Figure(figsize=(4.5, 3.5), layout="constrained")
+  axis = figure.subplots()
+  epochs = [record["epoch"] for record in records]
+  axis.plot(epochs, [record["learning_rate"] for record in records])
+  _finish(axis, "learning rate")
+  figure.savefig(path, dpi=DPI)
+
+
+def _finish(axis: Axes, label: str) -> None:
+  axis.set_xlabel("epoch")
+  axis.set_ylabel(label)
+  axis.grid(alpha=0.3)
+  if axis.get_legend_handles_labels()[0]:
+    axis.legend()

@@ -1,0 +1,168 @@
+"""What a run tells: metrics.jsonl (the truth), TensorBoard, and the console."""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
+from tensorboardX import SummaryWriter
+
+from flax_cifar.metrics import Totals, compute_means
+
+Record = dict[str, Any]
+Report = Callable[[Totals], None]
+
+
+class RunLog:
+  """Appends one record per epoch to metrics.jsonl and shows it.
+
+  Opening it for a resumed run drops the records after `step`, which the run will make again.
+  """
+
+  def __init__(self, workdir: pathlib.Path, *, step: int, total_epochs: int, tensorboard: bool):
+    self.console = Console(highlight=False)
+    self._path = workdir / "metrics.jsonl"
+    self._total_epochs = total_epochs
+    self.records = [record for record in _read(self._path) if record["step"] <= step]
+    _rewrite(self._path, self.records)
+    folder = str(workdir / "tensorboard")
+    self._writer = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
+
+  def say(self, text: str) -> None:
+    """Prints plain text."""
+    self.console.print(text, markup=False, soft_wrap=True)
+
+  def banner(self, facts: Mapping[str, Any]) -> None:
+    """Prints what is about to run, a line each."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+      self.say(f"{name.ljust(width)}  {value}")
+
+  @contextlib.contextmanager
+  def progress(self, epoch: int, *, done: int, total: int) -> Iterator[Report]:
+    """A bar for one epoch, on a terminal only; yields a function to call with the
+    epoch's totals after each step.
+
+    Args:
+      epoch: counted from 1.
+      done: steps of this epoch that an earlier process made.
+      total: steps of this epoch.
+    """
+    columns = (
+      TextColumn("epoch {task.fields[epoch]}"),
+      BarColumn(None),
+      MofNCompleteColumn(),
+      TextColumn("loss {task.fields[loss]} acc {task.fields[accuracy]}"),
+      TextColumn("{task.fields[rate]} images/s"),
+      TimeElapsedColumn(),
+      TextColumn("ETA"),
+      TimeRemainingColumn(),
+    )
+    with Progress(
+      *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+    ) as bar:
+      started = time.perf_counter()
+      task = bar.add_task(
+        "", total=total, completed=done, epoch=epoch, loss="-", accuracy="-", rate="-"
+      )
+
+      def report(totals: Totals) -> None:
+        means = compute_means(totals)
+        seconds = time.perf_counter() - started + totals["seconds"]
+        bar.update(
+          task,
+          advance=1,
+          loss=f"{means['loss']:.3f}",
+          accuracy=f"{means['accuracy']:.1%}",
+          rate=f"{totals['count'] / seconds:.0f}",
+        )
+
+      yield report
+
+  def write(
+    self,
+    *,
+    epoch: int,
+    step: int,
+    learning_rate: float,
+    train: Totals,
+    validation: Mapping[str, float] | None,
+  ) -> None:
+    """Appends an epoch to the file, TensorBoard and the screen.
+
+    Args:
+      epoch: counted from 1.
+      step: steps done.
+      learning_rate: of the epoch's last step.
+      train: totals of the epoch.
+      validation: `loss` and `accuracy`; None without a validation split.
+    """
+    record = {
+      "epoch": epoch,
+      "step": step,
+      "learning_rate": learning_rate,
+      **{f"train_{name}": value for name, value in compute_means(train).items()},
+      **{f"validation_{name}": value for name, value in (validation or {}).items()},
+      "seconds": train["seconds"],
+      "images_per_second": train["count"] / train["seconds"],
+    }
+    self.records.append(record)
+    with self._path.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+    if self._writer:
+      for name in record.keys() - {"epoch", "step"}:
+        self._writer.add_scalar(name.replace("_", "/", 1), record[name], step)
+      self._writer.flush()
+    self.say(self._format(record))
+
+  def _format(self, record: Record) -> str:
+    width = len(str(self._total_epochs))
+    text = (
+      f"epoch {record['epoch']:{width}}/{self._total_epochs}  lr {record['learning_rate']:.2g}  "
+      f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:6.2%}  "
+    )
+    if "validation_loss" in record:
+      text += (
+        f"validation loss {record['validation_loss']:.4f} "
+        f"acc {record['validation_accuracy']:6.2%}  "
+      )
+    return text + f"{record['images_per_second']:.0f} images/s  {record['seconds']:.0f} s"
+
+  def close(self) -> None:
+    """Closes the files; tensorboardX's writer must not outlive the process."""
+    if self._writer:
+      self._writer.close()
+
+
+def _read(path: pathlib.Path) -> list[Record]:
+  """The records of `path`; a line cut off by a crash is left out."""
+  records = []
+  lines = path.read_text().splitlines() if path.exists() else []
+  for line in lines:
+    with contextlib.suppress(ValueError):
+      records.append(json.loads(line))
+  return records
+
+
+def _rewrite(path: pathlib.Path, records: list[Record]) -> None:
+  part = path.with_suffix(".part")
+  part.write_text("".join(json.dumps(record) + "\n" for record in records))
+  os.replace(part, path)
+
+
+def median_rate(records: list[Record]) -> float:
+  """Median of the epochs' training images per second."""
+  return float(np.median([record["images_per_second"] for record in records]))

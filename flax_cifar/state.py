@@ -1,0 +1,71 @@
+"""Everything a run must remember, in one pytree."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+class TrainState(struct.PyTreeNode):
+  """The state between two steps.
+
+  Attributes:
+    step: int32 scalar, steps done.
+    params: the network's parameters.
+    batch_stats: running statistics of the norms; empty for norms without.
+    opt_state: the optimiser's state.
+    ema: {"params", "batch_stats"} averaged over steps; empty when it is switched off.
+    plateau: state of reduce-on-plateau; its scale multiplies the learning rate.
+    key: random key of the run; step t draws from fold_in(key, t).
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  ema: Any
+  plateau: Any
+  key: jax.Array
+
+  @property
+  def eval_variables(self) -> dict[str, Any]:
+    """What to evaluate: the moving average where there is one."""
+    return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_train_state(
+  *,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  plateau: optax.GradientTransformationExtraArgs,
+  image_shape: tuple[int, int, int],
+  ema_decay: float,
+  seed: int,
+) -> TrainState:
+  """The state before the first step; a pure function of `seed`."""
+  init_key, run_key = jax.random.split(jax.random.key(seed))
+  variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+  params, batch_stats = variables["params"], variables.get("batch_stats", {})
+  # Copies: a buffer that stands in the state twice could not be donated.
+  ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=optimizer.init(params),
+    ema=ema if ema_decay else {},
+    plateau=plateau.init(params),
+    key=run_key,
+  )
+
+
+def update_ema(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
+  """Moving average whose decay grows as (1 + step) / (10 + step) up to `decay`.
+
+  The ramp lets the first steps forget the initial values.
+  """
+  decay_now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return optax.incremental_update(new, ema, 1.0 - decay_now)

@@ -1,0 +1,102 @@
+"""The folder of a run: which run it holds, and whether this config may go on in it."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from flax_cifar.errors import UserError
+
+# A resumed run may change these: what it computes stays the same.
+FREE_KEYS = ("log", "checkpoint", "augment.workers", "eval_batch_size", "num_devices", "data.dir")
+# A longer run also goes on where the shorter one ended.
+RESUME_KEYS = (*FREE_KEYS, "total_epochs")
+MIN_FREE_BYTES = 100 * 2**20  # checkpoints of the largest network stay under a tenth of this
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"optimizer.name": "sgd", ...}; tuples become lists, as JSON has them."""
+  flat: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def _without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+  return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in keys)}
+
+
+def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
+  """runs/NAME-HASH: the same config finds its own run again, another one never gets in its way."""
+  text = json.dumps(_without(flatten(config), FREE_KEYS), sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return pathlib.Path("runs") / f"{config['name'] or 'run'}-{digest}"
+
+
+def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Checks that `workdir` is new or holds a run of `config`; writes nothing.
+
+  Raises:
+    UserError: it holds a run of another config, something that is no run, or the disk is full.
+  """
+  saved = _read_json(workdir / "config.json")
+  if saved is not None:
+    _check_same_config(workdir, saved, config)
+  elif workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+    raise UserError(
+      f"workdir {str(workdir)!r} holds files that are no run of ours; choose another --workdir."
+    )
+  folder = next(p for p in (workdir, *workdir.absolute().parents) if p.is_dir())
+  if not os.access(folder, os.W_OK):
+    raise UserError(f"{str(folder)!r} is not writable; choose another --workdir.")
+  free = shutil.disk_usage(folder).free
+  if free < MIN_FREE_BYTES:
+    raise UserError(
+      f"only {free / 2**20:.0f} MiB are free on the disk of {str(folder)!r}; free "
+      f"{MIN_FREE_BYTES // 2**20} MiB or choose a --workdir on another disk."
+    )
+
+
+def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """What result.json holds; None before the run's end."""
+  return _read_json(workdir / "result.json")
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    return json.loads(path.read_text())
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except ValueError as error:
+    raise UserError(
+      f"{str(path)!r} is damaged ({error}); restore it or choose another --workdir."
+    ) from error
+
+
+def _check_same_config(
+  workdir: pathlib.Path, saved: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+  old, new = _without(flatten(saved), RESUME_KEYS), _without(flatten(config), RESUME_KEYS)
+  changes = [
+    f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  ]
+  if changes:
+    raise UserError(
+      f"workdir {str(workdir)!r} holds a run of another config: {'; '.join(changes[:5])}. "
+      "Choose another --workdir, or delete this one to start anew."
+    )
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes `content` whole or not at all."""
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps(content, indent=2) + "\n")
+  os.replace(part, path)

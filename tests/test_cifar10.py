@@ -1,0 +1,420 @@
+"""CIFAR-10 from archives, prepared directories and mirrors, with a tiny stand-in of it."""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+import requests
+import tensorflow_datasets as tfds
+
+from flax_cifar.data import cifar10
+from flax_cifar.data.cifar10_builder import CLASS_NAMES, prepare_cifar10
+from flax_cifar.data.dataset import Split
+from flax_cifar.errors import UserError
+
+PER_BATCH = 4
+FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+  """CIFAR-10 with four images per batch, and no way to the network."""
+  monkeypatch.setattr(cifar10, "BATCH_SIZE", PER_BATCH)
+  monkeypatch.setattr(cifar10, "MIRRORS", ())
+  monkeypatch.delenv("FLAX_CIFAR_MIRROR", raising=False)
+  monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+
+
+def make_rows():
+  """Six batches of (labels, rows of 1024 red, 1024 green, 1024 blue bytes)."""
+  rng = np.random.default_rng(3)
+  return [
+    (rng.integers(0, 10, PER_BATCH), rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8))
+    for _ in FILES
+  ]
+
+
+def pickled(labels, rows):
+  labels = [int(label) for label in labels]
+  return pickle.dumps({b"data": rows, b"labels": labels, b"batch_label": b"x"}, protocol=2)
+
+
+def binary(labels, rows):
+  return b"".join(bytes([label]) + row.tobytes() for label, row in zip(labels, rows, strict=True))
+
+
+FORMATS = {
+  "cifar-10-python.tar.gz": ("cifar-10-batches-py/", "", pickled),
+  "cifar-10-binary.tar.gz": ("cifar-10-batches-bin/", ".bin", binary),
+}
+
+
+def write_archive(path, replace=None):
+  """Writes a tiny archive in the format its name says; `replace` overrides members."""
+  folder, suffix, encode = FORMATS[path.name]
+  blobs = {name + suffix: encode(*batch) for name, batch in zip(FILES, make_rows(), strict=True)}
+  blobs |= {"readme.html": b"hello"} | (replace or {})
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, "w:gz") as tar:
+    for name, blob in blobs.items():
+      if blob is not None:
+        member = tarfile.TarInfo(folder + name)
+        member.size = len(blob)
+        tar.addfile(member, io.BytesIO(blob))
+  return path
+
+
+def pixel(row, y, x):
+  return tuple(int(row[plane * 1024 + y * 32 + x]) for plane in range(3))
+
+
+def assert_is_tiny(train, test):
+  """Compares byte by byte with make_rows(), in archive order."""
+  labels = np.concatenate([labels for labels, _ in make_rows()])
+  rows = np.concatenate([rows for _, rows in make_rows()])
+  images = np.concatenate([train.images, test.images])
+  np.testing.assert_array_equal(np.concatenate([train.labels, test.labels]), labels)
+  for image, row in zip(images, rows, strict=True):
+    for y, x in ((0, 0), (0, 31), (31, 0), (5, 17)):
+      assert tuple(image[y, x].tolist()) == pixel(row, y, x)
+  assert images.shape == (24, 32, 32, 3)
+  assert images.dtype == np.uint8
+
+
+def as_set(split):
+  return {(image.tobytes(), int(label)) for image, label in zip(*vars(split).values(), strict=True)}
+
+
+# ---- Archives
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_archive_and_unpacked_folder(tmp_path, name):
+  path = write_archive(tmp_path / name)
+  assert_is_tiny(*cifar10.read_archive(path))
+  with tarfile.open(path) as tar:
+    tar.extractall(tmp_path, filter="data")
+  assert_is_tiny(*cifar10.read_archive(tmp_path / FORMATS[name][0]))
+
+
+@pytest.mark.parametrize("place", ["", "downloads", "downloads/manual"])
+def test_archive_is_found_prepared_and_read_again(tmp_path, place, capsys):
+  path = write_archive(tmp_path / place / "cifar-10-binary.tar.gz")
+  first = cifar10.load_cifar10(dir=str(tmp_path))
+  assert "Preparing" in capsys.readouterr().err
+  path.unlink()
+  second = cifar10.load_cifar10(dir=str(tmp_path))
+  assert capsys.readouterr().err == ""
+  assert first[2] == second[2] == CLASS_NAMES
+  for one, other in zip(first[:2], second[:2], strict=True):  # same order, too
+    np.testing.assert_array_equal(one.images, other.images)
+    np.testing.assert_array_equal(one.labels, other.labels)
+  train, test = cifar10.read_archive(write_archive(path))
+  assert as_set(train) == as_set(first[0])
+  assert as_set(test) == as_set(first[1])
+
+
+def test_dir_comes_from_the_environment_when_empty(tmp_path, monkeypatch):
+  write_archive(tmp_path / "env" / cifar10.ARCHIVE)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
+  assert len(cifar10.load_cifar10(dir="")[0]) == 20
+  monkeypatch.delenv("TFDS_DATA_DIR")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  shutil.move(tmp_path / "env", tmp_path / "tensorflow_datasets")
+  assert len(cifar10.load_cifar10(dir="")[0]) == 20
+
+
+def test_going_on_when_it_cannot_be_prepared(tmp_path, capsys):
+  write_archive(tmp_path / cifar10.ARCHIVE)
+  (tmp_path / "cifar10").write_text("a file where the directory should be")
+  train, _, _ = cifar10.load_cifar10(dir=str(tmp_path))
+  assert len(train) == 20
+  assert "Not prepared" in capsys.readouterr().err
+
+
+class Evil:
+  def __reduce__(self):
+    return (os.mkdir, ("evil_was_here",))
+
+
+def test_malicious_pickle_is_refused(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  blob = pickle.dumps({b"data": Evil(), b"labels": []}, protocol=2)
+  path = write_archive(tmp_path / cifar10.ARCHIVE, {"data_batch_3": blob})
+  with pytest.raises(UserError, match=r"mkdir has no place in a CIFAR batch.*delete it"):
+    cifar10.read_archive(path)
+  assert not (tmp_path / "evil_was_here").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
+@pytest.mark.parametrize("name", FORMATS)
+def test_truncated_archive(tmp_path, name, keep):
+  path = write_archive(tmp_path / name)
+  blob = path.read_bytes()
+  path.write_bytes(blob[: int(keep * len(blob)) if keep < 1 else keep])
+  with pytest.raises(UserError, match=f"{name} is damaged.*delete it"):
+    cifar10.load_cifar10(dir=str(tmp_path))
+
+
+def test_flipped_byte_in_an_archive(tmp_path):
+  path = write_archive(tmp_path / cifar10.ARCHIVE)
+  blob = bytearray(path.read_bytes())
+  blob[len(blob) // 2] ^= 1
+  path.write_bytes(blob)
+  with pytest.raises(UserError, match="is damaged"):
+    cifar10.read_archive(path)
+
+
+@pytest.mark.parametrize(
+  ("replace", "message"),
+  [
+    ({"test_batch.bin": None}, "cifar-10-batches-bin/test_batch.bin is not in it"),
+    (
+      {"data_batch_2.bin": binary(*make_rows()[0])[:-3073]},
+      r"data_batch_2.bin holds .*\(3, 3072\)",
+    ),
+    ({"data_batch_2.bin": b"abc"}, "damaged"),
+    ({"data_batch_5.bin": bytes([10]) + bytes(4 * 3073 - 1)}, "labels 0..10"),
+  ],
+)
+def test_incomplete_archive(tmp_path, replace, message):
+  path = write_archive(tmp_path / "cifar-10-binary.tar.gz", replace)
+  with pytest.raises(UserError, match=message):
+    cifar10.read_archive(path)
+
+
+# ---- Prepared directories
+
+
+@pytest.fixture
+def prepared(tmp_path):
+  train, test = cifar10.read_archive(write_archive(tmp_path / "a" / cifar10.ARCHIVE))
+  return prepare_cifar10(train=train, test=test, data_dir=tmp_path)
+
+
+def shard(folder, split="train"):
+  (path,) = folder.glob(f"cifar10-{split}.*")
+  return path
+
+
+def to_tfrecord(folder):
+  """Rewrites a prepared directory in the other format, frame by frame."""
+  source_ = tfds.builder_from_directory(folder).as_data_source(
+    deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+  )
+  for split, records in source_.items():
+    frames = [struct.pack("<QI", len(r), 0) + r + struct.pack("<I", 0) for r in records]
+    old = shard(folder, split)
+    (folder / old.name.replace("array_record", "tfrecord")).write_bytes(b"".join(frames))
+    old.unlink()
+  info = folder / "dataset_info.json"
+  info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+
+
+@pytest.mark.parametrize("convert", [lambda folder: None, to_tfrecord])
+def test_prepared_directory_in_either_format(tmp_path, prepared, convert):
+  convert(prepared)
+  train, test = cifar10.read_prepared(prepared)
+  expected = cifar10.read_archive(tmp_path / "a" / cifar10.ARCHIVE)
+  assert (as_set(train), as_set(test)) == tuple(as_set(split) for split in expected)
+
+
+def test_newest_version_wins(tmp_path, prepared):
+  assert cifar10._find_prepared(tmp_path) == prepared
+  for name in ("3.0.10", "3.0.9", "4.0.0", "3.0.99.incomplete"):
+    (tmp_path / "cifar10" / name).mkdir()
+    shutil.copy(prepared / "dataset_info.json", tmp_path / "cifar10" / name)
+  assert cifar10._find_prepared(tmp_path).name == "3.0.10"
+
+
+@pytest.mark.parametrize("convert", [lambda folder: None, to_tfrecord])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "count"])
+def test_damaged_shard_is_named(tmp_path, prepared, convert, damage):
+  convert(prepared)
+  path = shard(prepared)
+  if damage == "missing":
+    path.unlink()
+  elif damage == "count":
+    info = prepared / "dataset_info.json"
+    info.write_text(info.read_text().replace('"20"', '"19"'))
+  else:
+    path.write_bytes(path.read_bytes()[: -9 if damage == "truncated" else 0])
+  with pytest.raises(UserError, match=f"{path.name} .*delete the directory {prepared}") as caught:
+    cifar10.load_cifar10(dir=str(tmp_path))
+  assert "\n" not in str(caught.value)
+
+
+def test_damaged_metadata_and_other_counts(tmp_path, prepared, monkeypatch):
+  monkeypatch.setattr(cifar10, "BATCH_SIZE", 5)
+  with pytest.raises(UserError, match="20 training and 4 test images, CIFAR-10 has 25 and 5"):
+    cifar10.load_cifar10(dir=str(tmp_path))
+  (prepared / "label.labels.txt").write_text("\n".join(reversed(CLASS_NAMES)) + "\n")
+  with pytest.raises(UserError, match=r"label\.labels\.txt"):
+    cifar10.load_cifar10(dir=str(tmp_path))
+  (prepared / "dataset_info.json").write_text("{")
+  with pytest.raises(UserError, match=r"dataset_info\.json.*delete"):
+    cifar10.load_cifar10(dir=str(tmp_path))
+  (prepared / "dataset_info.json").write_text(json.dumps({"name": "cifar10", "version": "3.0.2"}))
+  with pytest.raises(UserError, match=r"dataset_info\.json.*delete"):
+    cifar10.load_cifar10(dir=str(tmp_path))
+
+
+# ---- Downloads
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+  """A local mirror: `server.answer[path]` is what it does, `server.seen` what was asked."""
+  blob = write_archive(tmp_path / "served" / cifar10.ARCHIVE).read_bytes()
+  monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(blob))
+  monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(blob).hexdigest())
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      asked = self.headers.get("Range")
+      self.server.seen.append((self.path, asked))
+      kind = self.path.strip("/")
+      body, status = (b"x" * len(blob) if kind == "wrong" else blob), 200
+      if kind == "missing":
+        return self.send_error(404)
+      if asked and kind != "stubborn":
+        body, status = body[int(asked.removeprefix("bytes=").rstrip("-")) :], 206
+      self.send_response(status)
+      if kind != "page":
+        self.send_header("Content-Length", str(len(body)))
+      self.end_headers()
+      sent = {"breaks": body[: len(body) // 2], "page": b"<html>log in</html>"}.get(kind, body)
+      return self.wfile.write(sent)
+
+    def log_message(self, *args):
+      pass
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+    httpd.seen, httpd.blob = [], blob
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    yield httpd
+    httpd.shutdown()
+
+
+def use(monkeypatch, server, *kinds):
+  urls = tuple(f"http://127.0.0.1:{server.server_port}/{kind}" for kind in kinds)
+  monkeypatch.setattr(cifar10, "MIRRORS", urls)
+
+
+def test_download_prepares_and_leaves_no_part(tmp_path, monkeypatch, server):
+  use(monkeypatch, server, "good")
+  train, test, _ = cifar10.load_cifar10(dir=str(tmp_path / "new" / "dir"))
+  expected = cifar10.read_archive(tmp_path / "served" / cifar10.ARCHIVE)
+  assert (as_set(train), as_set(test)) == tuple(as_set(split) for split in expected)
+  names = {path.name for path in (tmp_path / "new" / "dir").iterdir()}
+  assert {cifar10.ARCHIVE, "cifar10"} <= names
+  assert not any(name.endswith(".part") for name in names)
+  cifar10.load_cifar10(dir=str(tmp_path / "new" / "dir"))
+  assert len(server.seen) == 1
+
+
+def test_mirrors_fail_over_in_order(tmp_path, monkeypatch, server):
+  use(monkeypatch, server, "missing", "wrong", "page", "good", "unused")
+  path = cifar10.download_archive(tmp_path)
+  assert path.read_bytes() == server.blob
+  # None of the wrong bytes were resumed from.
+  assert server.seen == [("/missing", None), ("/wrong", None), ("/page", None), ("/good", None)]
+
+
+def test_own_mirror_comes_first(tmp_path, monkeypatch, server):
+  use(monkeypatch, server, "unused")
+  monkeypatch.setenv("FLAX_CIFAR_MIRROR", f"http://127.0.0.1:{server.server_port}/own")
+  cifar10.download_archive(tmp_path)
+  assert server.seen == [("/own", None)]
+
+
+def test_broken_download_is_resumed_by_the_next_mirror(tmp_path, monkeypatch, server):
+  monkeypatch.setattr(cifar10, "CHUNK_BYTES", 1000)  # what a break may lose
+  use(monkeypatch, server, "breaks", "good")
+  assert cifar10.download_archive(tmp_path).read_bytes() == server.blob
+  kept = len(server.blob) // 2 // 1000 * 1000
+  assert server.seen == [("/breaks", None), ("/good", f"bytes={kept}-")]
+
+
+def test_part_of_an_earlier_run(tmp_path, monkeypatch, server):
+  part = tmp_path / f"{cifar10.ARCHIVE}.part"
+  part.write_bytes(server.blob[:1000])
+  use(monkeypatch, server, "stubborn")  # ignores Range and answers 200 with everything
+  assert cifar10.download_archive(tmp_path).read_bytes() == server.blob
+  part.write_bytes(b"y" * 1000)  # not the beginning of the archive
+  use(monkeypatch, server, "first", "second")
+  assert cifar10.download_archive(tmp_path).read_bytes() == server.blob
+  assert server.seen[1:] == [("/first", "bytes=1000-"), ("/second", None)]
+  part.write_bytes(server.blob)  # complete: no request at all
+  cifar10.download_archive(tmp_path)
+  assert len(server.seen) == 3
+
+
+def test_all_mirrors_dead_names_reasons_and_ways_out(tmp_path, monkeypatch, server):
+  use(monkeypatch, server, "missing", "wrong")
+  refused = "http://127.0.0.1:9/x"
+  monkeypatch.setattr(cifar10, "MIRRORS", (*cifar10.MIRRORS, refused, "no-url"))
+  start = time.monotonic()
+  with pytest.raises(UserError) as caught:
+    cifar10.load_cifar10(dir=str(tmp_path))
+  assert time.monotonic() - start < 5
+  text = str(caught.value)
+  for part in ("HTTP 404", "wrong checksum", "127.0.0.1:9: no connection", "no-url: Invalid URL"):
+    assert part in text
+  for way in (cifar10.ARCHIVE_MD5, "TFDS_DATA_DIR", "--config.data.name=shapes", str(tmp_path)):
+    assert way in text
+  assert "\n" not in text
+
+
+def test_requests_get_times_out_and_does_not_retry(tmp_path, monkeypatch):
+  calls = []
+
+  def get(url, **kwargs):
+    calls.append((url, kwargs["timeout"]))
+    raise requests.ConnectTimeout
+
+  monkeypatch.setattr(requests, "get", get)
+  monkeypatch.setattr(cifar10, "MIRRORS", ("http://a/x", "http://b/x"))
+  with pytest.raises(UserError, match="a: no answer in time; b: no answer in time"):
+    cifar10.download_archive(tmp_path)
+  assert calls == [("http://a/x", (5, 30)), ("http://b/x", (5, 30))]
+
+
+def test_disk_and_directory_are_checked_first(tmp_path, monkeypatch, server):
+  use(monkeypatch, server, "good")
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot be made"):
+    cifar10.download_archive(tmp_path / "file" / "x")
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot be written to"):
+      cifar10.download_archive(tmp_path)
+  monkeypatch.setattr(cifar10, "DISK_BYTES", 1 << 62)
+  with pytest.raises(UserError, match="MB free but CIFAR-10 needs"):
+    cifar10.download_archive(tmp_path)
+  assert server.seen == []
+
+
+# ---- Order
+
+
+def test_order_does_not_depend_on_the_source():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+  images[10] = images[20]  # twins with different labels
+  split = Split(images, np.arange(30, dtype=np.int32))
+  order = rng.permutation(30)
+  shuffled = Split(images[order], split.labels[order])
+  one, other = cifar10._sort_by_pixels(split), cifar10._sort_by_pixels(shuffled)
+  np.testing.assert_array_equal(one.labels, other.labels)
+  np.testing.assert_array_equal(one.images, images[one.labels])
