@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
       "protocol": "honest",
       "data": {
         "name": "cifar10",  # cifar10 | shapes | npz:PATH | folder:PATH
-        "dir": "",  # a TFDS directory or one with the archive; "" means TFDS_DATA_DIR, or ~/tensorflow_datasets
+        # Of TFDS, or with the archive in it; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        "dir": "",
         "image_size": 32,  # pixels; shapes and folders are made this size
         "validation_size": 5000,  # images held out of train (protocol "honest")
         "limit": 0,  # use only this many images of each split; 0 means all
@@ -78,8 +79,10 @@ def get_config() -> ConfigDict:
           "fill": "black",
           "p": 0.5,
         },
-        "coarse_dropout": {"holes": 1, "height": 16, "width": 16, "fill": "mean", "p": 0.5},  # pixels
-        # Per channel in [0, 1], last of all, in training and evaluation; () means the data set's own.
+        # Sizes in pixels.
+        "coarse_dropout": {"holes": 1, "height": 16, "width": 16, "fill": "mean", "p": 0.5},
+        # Normalisation comes last, in training and evaluation: values per channel in [0, 1];
+        # () means the data set's own.
         "mean": (),
         "std": (),
       },

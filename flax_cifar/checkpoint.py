@@ -25,14 +25,15 @@ class Checkpoints:
   """
 
   def __init__(self, folder: pathlib.Path):
-    accuracy = lambda metrics: metrics["accuracy"]
-    best = BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
+    best = BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
-      best_fn=accuracy,  # without it Orbax does not write the metrics down
+      best_fn=_accuracy,  # without it Orbax does not write the metrics down
       preservation_policy=AnyPreservationPolicy([LatestN(1), best]),
       cleanup_tmp_directories=True,
     )
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options
+    )
     self._folder = folder
 
   @property
@@ -98,8 +99,7 @@ class Checkpoints:
         "to go on from an older one, or choose another --workdir."
       ) from error
     expected = {
-      _name(path): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(like.params)
+      _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(like.params)
     }
     mismatches = [
       f"{name} is {saved.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
@@ -119,6 +119,10 @@ class Checkpoints:
     """Waits until everything is written."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+  return metrics["accuracy"]
 
 
 def _name(path: Any) -> str:

@@ -35,11 +35,13 @@ def _processor() -> str:
 
 def get_commit() -> str:
   """The checkout's commit, with "+" where tracked files differ from it; "unknown" outside git."""
-  folder = pathlib.Path(__file__).parent
   try:
-    run = lambda *args: subprocess.run(
-      ["git", *args], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+    return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
+
+
+def _git(*arguments: str) -> str:
+  folder = pathlib.Path(__file__).parent
+  done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+  return done.stdout.strip()

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_cifar.data.pipeline import Normalize, padded_batches
 from flax_cifar.data.dataset import Split
+from flax_cifar.data.pipeline import Normalize, padded_batches
 from flax_cifar.losses import cross_entropy
 from flax_cifar.metrics import NO_TOTALS, add_totals, compute_means, compute_totals
 from flax_cifar.partition import replicated, split_batch
@@ -18,10 +18,10 @@ EvalStep = Callable[[Any, dict[str, np.ndarray]], tuple[jax.Array, dict[str, jax
 
 
 def create_eval_step(*, model: nn.Module, normalize: Normalize, mesh: Mesh) -> EvalStep:
-  """A compiled (variables, batch of image, label, mask) -> (logits float32 (N, classes), totals)."""
+  """Compiles (variables, batch of image, label and mask) -> (logits (N, classes), totals)."""
 
   def eval_step(variables: Any, batch: Any) -> Any:
-    logits = model.apply(variables, normalize(batch["image"]), train=False)
+    logits: Any = model.apply(variables, normalize(batch["image"]), train=False)
     losses = cross_entropy(logits, batch["label"], label_smoothing=0.0)
     return logits, compute_totals(losses, logits, batch["label"], batch["mask"])
 

@@ -119,7 +119,8 @@ def _layer_field(module: nn.Module, field: Field | None) -> Field | None:
     return field.after_window((module.window,) * 2, (module.window,) * 2)
   if isinstance(module, nn.Conv):
     dilation, stride = _pair(module.kernel_dilation), _pair(module.strides)
-    extent = [(k - 1) * d + 1 for k, d in zip(module.kernel_size, dilation, strict=True)]
+    sides = _pair(module.kernel_size)
+    extent = [(k - 1) * d + 1 for k, d in zip(sides, dilation, strict=True)]
     return field.after_window((extent[0], extent[1]), stride)
   return field
 
@@ -134,7 +135,7 @@ def _create_row(module: nn.Module, x: jax.Array, y: jax.Array, field: Field | No
   parameters = jax.tree.leaves(module.variables.get("params", {}))
   multiply_adds = 0
   if isinstance(module, nn.Conv):
-    taps = math.prod(module.kernel_size) * (x.shape[-1] // module.feature_group_count)
+    taps = math.prod(_pair(module.kernel_size)) * (x.shape[-1] // module.feature_group_count)
     multiply_adds = math.prod(y.shape[1:]) * taps
   return Row(
     name="/".join(module.path),
@@ -149,7 +150,7 @@ def _create_row(module: nn.Module, x: jax.Array, y: jax.Array, field: Field | No
 def _describe(module: nn.Module) -> str:
   if not isinstance(module, nn.Conv):
     return type(module).__name__
-  height, width = module.kernel_size
+  height, width = _pair(module.kernel_size)
   dilation = _pair(module.kernel_dilation)
   text = f"conv {height}x{width}"
   if dilation != (1, 1):

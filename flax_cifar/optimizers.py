@@ -43,7 +43,10 @@ def create_optimizer(
   create = choose("optimizer.name", name, OPTIMIZERS)
   require(learning_rate > 0, "optimizer.learning_rate", learning_rate, "positive")
   require(weight_decay >= 0, "optimizer.weight_decay", weight_decay, "0 or more")
-  rate = lambda step: learning_rate * schedule(step)
+
+  def rate(step: Any) -> Any:
+    return learning_rate * schedule(step)
+
   return create(rate, weight_decay, None if decay_all else kernels_only, **arguments[name])
 
 

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from flax_cifar import pictures
 from flax_cifar.checkpoint import Checkpoints
 from flax_cifar.data.augment_host import OPS, create_host_augment
-from flax_cifar.data.pipeline import Normalize, TrainBatches, create_normalize, iterate
 from flax_cifar.data.dataset import Split
+from flax_cifar.data.pipeline import Normalize, TrainBatches, create_normalize, iterate
 from flax_cifar.data.splits import PROTOCOLS, Splits, load_splits
 from flax_cifar.environment import get_commit, get_hardware, get_versions
 from flax_cifar.errors import UserError, choose, require
@@ -36,6 +36,8 @@ from flax_cifar.run_log import Record, Report, RunLog, median_rate
 from flax_cifar.schedules import create_plateau, create_schedule
 from flax_cifar.state import TrainState, create_train_state, update_ema
 from flax_cifar.workdir import check_workdir, read_result, write_json
+
+AUGMENT_BACKENDS = {"albumentations": create_host_augment}
 
 Batch = dict[str, Any]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -128,14 +130,12 @@ def train_epoch(
   return state, totals, done
 
 
-def _collect(
-  totals: Totals, done: int, metrics: dict[str, jax.Array], report: Report
-) -> Totals:
+def _collect(totals: Totals, done: int, metrics: dict[str, jax.Array], report: Report) -> Totals:
   totals = add_totals(totals, metrics)
   if not math.isfinite(totals["loss_sum"]):
     raise UserError(
-      f"the loss became {float(metrics['loss_sum'])} at step {done:,}; the last checkpoint before "
-      "it is kept. Lower optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
+      f"the loss became {float(metrics['loss_sum'])} at step {done:,}; the last checkpoint is "
+      "kept. Lower optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
     )
   report(totals)
   return totals
@@ -163,8 +163,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   splits = load_splits(protocol=config.protocol, **config.data)
   mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
   normalize = create_normalize(mean, std)
-  choose("augment.backend", config.augment.backend, {"albumentations": create_host_augment})
-  augment = create_host_augment(
+  create_augment = choose("augment.backend", config.augment.backend, AUGMENT_BACKENDS)
+  augment = create_augment(
     ops=config.augment.ops, mean=mean, **{name: config.augment[name] for name in OPS}
   )
   batches = TrainBatches(
@@ -217,10 +217,11 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   observe = jax.jit(lambda plateau_state, loss: plateau.update({}, plateau_state, value=loss)[1])
 
   #### Start or resume
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_json(workdir / "config.json", config.to_dict())
   checkpoints = Checkpoints(workdir / "checkpoints")
   state, totals = checkpoints.restore_or(state, NO_TOTALS, mesh)
   done = int(state.step)
-  write_json(workdir / "config.json", config.to_dict())
   table = format_layer_table(get_layer_table(model, splits.image_shape))
   (workdir / "summary.txt").write_text(table)
   log = RunLog(
@@ -252,7 +253,9 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
             )
           if on_plateau and validation:
             state = state.replace(plateau=observe(state.plateau, validation["loss"]))
-          log.write(epoch=epoch + 1, step=end, learning_rate=rate, train=totals, validation=validation)
+          log.write(
+            epoch=epoch + 1, step=end, learning_rate=rate, train=totals, validation=validation
+          )
           totals = NO_TOTALS
         last = done == len(batches)
         if guard.signum or last or (done == end and (epoch + 1) % config.checkpoint.every == 0):
@@ -319,8 +322,9 @@ def _create_result(
   config: ConfigDict, test: Split, logits: np.ndarray, records: list[Record], parameters: int
 ) -> dict[str, Any]:
   """What result.json holds: accuracies in [0, 1], losses in nats."""
-  losses = cross_entropy(jnp.asarray(logits), jnp.asarray(test.labels), label_smoothing=0.0)
-  totals = compute_totals(losses, jnp.asarray(logits), test.labels, jnp.ones(len(test)))
+  labels, outputs = jnp.asarray(test.labels), jnp.asarray(logits)
+  losses = cross_entropy(outputs, labels, label_smoothing=0.0)
+  totals = compute_totals(losses, outputs, labels, jnp.ones(len(test)))
   scores = compute_means(add_totals(NO_TOTALS, totals))
   validated = [record for record in records if "validation_accuracy" in record]
   best = max(validated, key=lambda record: record["validation_accuracy"], default=None)

@@ -54,8 +54,14 @@ def load_splits(
     train, validation = dataset.train, dataset.test
   else:
     train, validation = split_validation(dataset.train, validation_size=validation_size)
-  kept = [_first(split, limit) for split in (train, validation, dataset.test)]
-  return Splits(*kept, class_names=dataset.class_names, mean=mean, std=std)
+  return Splits(
+    train=_first(train, limit),
+    validation=_first(validation, limit),
+    test=_first(dataset.test, limit),
+    class_names=dataset.class_names,
+    mean=mean,
+    std=std,
+  )
 
 
 def _first(split: Split, limit: int) -> Split:

@@ -104,9 +104,7 @@ class DepthwiseSeparableUnit(nn.Module):
     return _finish_unit(self, x, train)
 
 
-def _finish_unit(
-  unit: ConvUnit | DepthwiseSeparableUnit, x: jax.Array, train: bool
-) -> jax.Array:
+def _finish_unit(unit: ConvUnit | DepthwiseSeparableUnit, x: jax.Array, train: bool) -> jax.Array:
   """What follows the convolution in every unit."""
   x = nn.relu(unit.norm(name="norm")(x, train))
   return Dropout(unit.dropout_rate, name="dropout")(x, train)

@@ -4,6 +4,7 @@ Source: ERA V1 session 9 (niharikavadapalli/ERA-V1), layer table in README.md.
 """
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from flax_cifar.models.blocks import (
   DepthwiseSeparableUnit,
   Initializer,
   ParallelSum,
+  UnitFactory,
 )
 from flax_cifar.models.norms import Norm
 
@@ -32,27 +34,28 @@ class Dilated(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    shared = {
+    shared: dict[str, Any] = {
       "norm": self.norm,
       "dropout_rate": self.dropout_rate,
       "kernel_init": self.kernel_init,
     }
-    plain = partial(ConvUnit, **shared)
-    separable = partial(DepthwiseSeparableUnit, **shared)
-    dilated = partial(ConvUnit, pad_mode="reflect", **shared)
+    plain = partial(ConvUnit, features=32, **shared)
+    separable = partial(DepthwiseSeparableUnit, features=32, **shared)
+    dilated = partial(ConvUnit, features=32, pad_mode="reflect", **shared)
 
-    def add(name: str, x: jax.Array, plain: partial, dilated: partial) -> jax.Array:
+    def add(name: str, x: jax.Array, plain: UnitFactory, dilated: UnitFactory) -> jax.Array:
       return ParallelSum(plain, dilated, name=name)(x, train)
 
-    x = plain(32, name="c1_1")(images, train)
-    x = add("c1_2", x, partial(separable, 32), partial(dilated, 32, dilation=2, padding=2))
-    x = add("c1_3", x, partial(plain, 32), partial(dilated, 32, dilation=4, padding=4))
+    x = plain(name="c1_1")(images, train)
+    x = add("c1_2", x, separable, partial(dilated, dilation=2, padding=2))
+    x = add("c1_3", x, plain, partial(dilated, dilation=4, padding=4))
     for block, width in (("c2", 32), ("c3", 32), ("c4", 64)):
+      x = add(f"{block}_1", x, partial(plain, padding=0), partial(dilated, dilation=2, padding=1))
+      x = add(f"{block}_2", x, separable, partial(dilated, dilation=4, padding=4))
       x = add(
-        f"{block}_1", x, partial(plain, 32, padding=0), partial(dilated, 32, dilation=2, padding=1)
-      )
-      x = add(f"{block}_2", x, partial(separable, 32), partial(dilated, 32, dilation=4, padding=4))
-      x = add(
-        f"{block}_3", x, partial(plain, width), partial(dilated, width, dilation=8, padding=8)
+        f"{block}_3",
+        x,
+        partial(plain, features=width),
+        partial(dilated, features=width, dilation=8, padding=8),
       )
     return ConvHead(self.num_classes, self.kernel_init, name="head")(x)

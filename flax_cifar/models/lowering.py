@@ -42,7 +42,7 @@ def conv_general_dilated(
   )
 
 
-def _taps(x: jax.Array, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> list[jax.Array]:
+def _taps(x: jax.Array, kernel_size: tuple[int, ...], dilation: tuple[int, int]) -> list[jax.Array]:
   """The part of (N, H, W, C) `x` under each kernel tap, row by row; no padding."""
   height = x.shape[1] - (kernel_size[0] - 1) * dilation[0]
   width = x.shape[2] - (kernel_size[1] - 1) * dilation[1]
@@ -72,9 +72,12 @@ def _depthwise_backward(dilation: tuple[int, int], saved: Any, gradient: jax.Arr
   (x_gradient,) = jax.vjp(lambda x: _shifted_sum(x, kernel, dilation), x)[1](gradient)
   products = [tap * gradient for tap in _taps(x, kernel.shape[:2], dilation)]
   zeros = [jnp.zeros((), x.dtype)] * len(products)
-  add = lambda left, right: [a + b for a, b in zip(left, right, strict=True)]
-  sums = lax.reduce(products, zeros, add, (0, 1, 2))  # all taps in one pass over the data
+  sums = lax.reduce(products, zeros, _add_each, (0, 1, 2))  # all taps in one pass over the data
   return x_gradient, jnp.stack(sums).reshape(kernel.shape)
+
+
+def _add_each(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
+  return [a + b for a, b in zip(left, right, strict=True)]
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)

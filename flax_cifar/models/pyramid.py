@@ -13,7 +13,7 @@ from flax_cifar.models.norms import Norm
 
 
 class Pyramid(nn.Module):
-  """Two blocks of units closed by a bare 1x1 convolution and a pool, then a last block and the head.
+  """Two blocks of units that end in a bare 1x1 convolution and a pool; a third one and the head.
 
   Receptive field 44 pixels.
   """

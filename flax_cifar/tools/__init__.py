@@ -1,0 +1,1 @@
+"""Programs beside the main one: python -m flax_cifar.tools.NAME."""
