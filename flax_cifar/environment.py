@@ -17,11 +17,10 @@ def get_versions() -> dict[str, str]:
   return {"python": platform.python_version(), **versions}
 
 
-def get_hardware() -> str:
-  """One line: the devices in use and the host's processor and cores."""
-  devices = jax.local_devices()
-  cores = os.cpu_count()
-  return f"{len(devices)} x {devices[0].device_kind} ({_processor()}, {cores} cores)"
+def get_hardware(num_devices: int) -> str:
+  """One line: the `num_devices` devices in use, the host's processor and its cores."""
+  kind = jax.local_devices()[0].device_kind
+  return f"{num_devices} x {kind} ({_processor()}, {os.cpu_count()} cores)"
 
 
 def _processor() -> str:

@@ -101,6 +101,7 @@ def create_plateau(
   """
   require(0 < factor < 1, "schedule.plateau.factor", factor, "a fraction in (0, 1)")
   require(patience >= 0, "schedule.plateau.patience", patience, "0 or more epochs")
+  require(threshold > 0, "schedule.plateau.threshold", threshold, "a positive fraction")
   require(cooldown >= 0, "schedule.plateau.cooldown", cooldown, "0 or more epochs")
   require(0 <= final < 1, "schedule.plateau.final", final, "a fraction in [0, 1)")
   return optax.contrib.reduce_on_plateau(

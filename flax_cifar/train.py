@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import json
 import math
 import pathlib
 import time
@@ -213,6 +214,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     out_shardings=replicated(mesh),
     donate_argnums=0,
   )
+  step_fn.eval_shape(state, batches[0])  # what does not fit together fails here, early
   eval_step = create_eval_step(model=model, normalize=normalize, mesh=mesh)
   observe = jax.jit(lambda plateau_state, loss: plateau.update({}, plateau_state, value=loss)[1])
 
@@ -228,7 +230,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     workdir, step=done, total_epochs=config.total_epochs, tensorboard=config.log.tensorboard
   )
   parameters = int(parameter_overview.count_parameters(state.params))
-  log.banner(_describe_run(config, splits, parameters, workdir))
+  hardware = get_hardware(mesh.size)
+  log.banner(_describe_run(config, splits, parameters, hardware, workdir))
   if done:
     log.say(f"resumed at step {done:,}, epoch {done / steps_per_epoch:.2f}")
   if config.log.pictures:
@@ -265,7 +268,12 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
     #### Test, once
     logits = predict(eval_step, state.eval_variables, splits.test, config.eval_batch_size)
-    result = _create_result(config, splits.test, logits, log.records, parameters)
+    result = {
+      **_score(splits.test, logits),
+      **_summarise(config, log.records),
+      "parameters": parameters,
+      "hardware": hardware,
+    }
     write_json(workdir / "result.json", result)
     if config.log.pictures:
       pictures.save_misclassified(
@@ -293,7 +301,7 @@ def _check_durations(config: ConfigDict, *, has_validation: bool) -> None:
 
 
 def _describe_run(
-  config: ConfigDict, splits: Splits, parameters: int, workdir: pathlib.Path
+  config: ConfigDict, splits: Splits, parameters: int, hardware: str, workdir: pathlib.Path
 ) -> dict[str, str]:
   """The banner: what runs, on what."""
   sizes = (
@@ -313,35 +321,34 @@ def _describe_run(
     f"{config.optimizer.name}, {schedule}",
     "augment": ", ".join(config.augment.ops) or "none",
     "data": f"{config.data.name}: {', '.join(sizes)} images",
-    "device": get_hardware(),
+    "device": hardware,
     "workdir": str(workdir),
   }
 
 
-def _create_result(
-  config: ConfigDict, test: Split, logits: np.ndarray, records: list[Record], parameters: int
-) -> dict[str, Any]:
-  """What result.json holds: accuracies in [0, 1], losses in nats."""
+def _score(test: Split, logits: np.ndarray) -> dict[str, float]:
+  """Accuracy in [0, 1] and loss in nats of logits (N, classes) on the test split."""
   labels, outputs = jnp.asarray(test.labels), jnp.asarray(logits)
   losses = cross_entropy(outputs, labels, label_smoothing=0.0)
   totals = compute_totals(losses, outputs, labels, jnp.ones(len(test)))
-  scores = compute_means(add_totals(NO_TOTALS, totals))
+  means = compute_means(add_totals(NO_TOTALS, totals))
+  return {f"test_{name}": value for name, value in means.items()}
+
+
+def _summarise(config: ConfigDict, records: list[Record]) -> dict[str, Any]:
+  """What else result.json holds: the protocol, the training, and what it takes to repeat it."""
   validated = [record for record in records if "validation_accuracy" in record]
   best = max(validated, key=lambda record: record["validation_accuracy"], default=None)
   return {
     "protocol": config.protocol,
-    "test_accuracy": scores["accuracy"],
-    "test_loss": scores["loss"],
     "test_weights": "moving average, last epoch" if config.ema.decay else "last epoch",
     "best_validation": best and {"epoch": best["epoch"], "accuracy": best["validation_accuracy"]},
     "epochs": records[-1]["epoch"],
     "train_seconds": sum(record["seconds"] for record in records),
     "images_per_second": median_rate(records),
-    "parameters": parameters,
     "seed": config.seed,
-    "config": config.to_dict(),
+    "config": json.loads(config.to_json()),
     "versions": get_versions(),
-    "hardware": get_hardware(),
     "commit": get_commit(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }

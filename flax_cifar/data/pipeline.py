@@ -7,6 +7,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from flax_cifar.data.dataset import Split
 from flax_cifar.errors import require
@@ -35,10 +36,13 @@ class TrainBatches:
     self._total_epochs = total_epochs
     self._seed = seed
     self._augment = augment
-    self.steps_per_epoch = len(split) // batch_size
     require(
-      self.steps_per_epoch > 0, "batch_size", batch_size, f"at most the {len(split)} train images"
+      0 < batch_size <= len(split),
+      "batch_size",
+      batch_size,
+      f"positive and at most the {len(split)} train images",
     )
+    self.steps_per_epoch = len(split) // batch_size
 
   def __len__(self) -> int:
     return self._total_epochs * self.steps_per_epoch
@@ -64,6 +68,8 @@ def iterate(
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
   stream: Any = dataset.to_iter_dataset(options)
   if workers:
+    if not flags.FLAGS.is_parsed():  # grain's workers read absl flags; a notebook parses none
+      flags.FLAGS.mark_as_parsed()
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
   return iter(stream)
 

@@ -1,0 +1,64 @@
+"""What the programs share: the --config flag, and one line for whatever goes wrong."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from flax_cifar.errors import UserError
+from flax_cifar.interrupt import Interrupted
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/; variants and key=value may follow it after a colon."
+)
+
+
+def run(main: Callable[[ConfigDict], None]) -> None:
+  """Parses the command line, calls `main` with the config, and leaves with an exit status.
+
+  0: done; 2: a mistake in what was asked for; 128 + N: stopped by signal N.
+  """
+
+  def guarded(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    try:
+      main(CONFIG.value)
+    except UserError as error:
+      leave(f"error: {error}", 2)
+    except Interrupted as stop:
+      leave(str(stop), 128 + stop.signum)
+    except KeyboardInterrupt:
+      leave("stopped at once; the same command goes on from the last checkpoint", 130)
+
+  app.run(guarded, flags_parser=parse_flags)
+
+
+def leave(message: str, status: int) -> None:
+  """Prints one line on standard error and exits."""
+  print(message, file=sys.stderr)
+  sys.exit(status)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; what is wrong with it becomes one line."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ValueError(f"{rest[1]!r} is not a flag; write --config=FILE and --config.KEY=VALUE.")
+    if CONFIG.value is None:
+      raise ValueError("--config is missing; try --config=configs/quickstart.py")
+    CONFIG.value.lock()  # a file that could not be loaded says so only when it is used
+  except Exception as error:  # whatever a config file or an override leads to
+    leave(f"error: {explain(error)}", 2)
+  return rest
+
+
+def explain(error: Exception) -> str:
+  """One line for an error of the command line; ml_collections wraps errors and tracebacks."""
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  text = str(error.args[0] if error.args else error).strip()
+  text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
+  return f"unknown config key {text}" if isinstance(error, KeyError) else text

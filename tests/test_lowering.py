@@ -1,0 +1,107 @@
+"""Our convolution against the one of JAX, in value and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from flax_cifar.models.lowering import conv_general_dilated
+
+SAME, NONE, UNEVEN = [(1, 1), (1, 1)], [(0, 0), (0, 0)], [(2, 0), (1, 3)]
+
+
+def compare(
+  *,
+  shape=(2, 9, 7, 6),
+  kernel=(3, 3, 1, 6),
+  strides=(1, 1),
+  padding=SAME,
+  dilation=(1, 1),
+  groups=6,
+  dtype=np.float32,
+  lhs_dilation=(1, 1),
+):
+  """Asserts that values and both gradients agree; returns the trace of our function."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=shape), dtype)
+  weights = jnp.asarray(rng.normal(size=kernel), dtype)
+
+  def run(function, x, weights):
+    return function(
+      x,
+      weights,
+      strides,
+      padding,
+      lhs_dilation=lhs_dilation,
+      rhs_dilation=dilation,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=groups,
+    )
+
+  def value_and_gradients(function):
+    @jax.jit
+    def compute(x, weights):
+      y, backward = jax.vjp(lambda *operands: run(function, *operands), x, weights)
+      direction = jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+      return y, *backward(direction.astype(y.dtype))
+
+    return compute(x, weights)
+
+  ours = value_and_gradients(conv_general_dilated)
+  theirs = value_and_gradients(lax.conv_general_dilated)
+  tolerance = 1e-4 if dtype == np.float32 else 0.1
+  for actual, expected in zip(ours, theirs, strict=True):
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+  return str(jax.make_jaxpr(lambda x, w: run(conv_general_dilated, x, w))(x, weights))
+
+
+@pytest.mark.parametrize("padding", [SAME, NONE, UNEVEN], ids=["same", "none", "uneven"])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 2), (1, 2)])
+def test_depthwise_equals_jax_without_its_convolution(dilation, padding):
+  assert "conv_general_dilated" not in compare(padding=padding, dilation=dilation)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 6), (3, 4, 11, 6), (2, 5, 5, 6)])
+def test_depthwise_equals_jax_at_odd_sizes(shape):
+  assert "conv_general_dilated" not in compare(shape=shape, padding=NONE)
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (3, 1), (1, 3), (5, 2)])
+def test_depthwise_equals_jax_for_other_kernels(sides):
+  assert "conv_general_dilated" not in compare(kernel=(*sides, 1, 6), padding=UNEVEN)
+
+
+def test_depthwise_equals_jax_in_bfloat16():
+  compare(dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"kernel": (3, 3, 6, 5), "groups": 1},
+    {"kernel": (3, 3, 6, 5), "groups": 1, "dilation": (2, 2), "padding": UNEVEN},
+    {"strides": (2, 2)},
+    {"strides": (1, 2)},
+    {"kernel": (3, 3, 6, 4), "groups": 1, "strides": (2, 2)},
+    {"kernel": (3, 3, 3, 6), "groups": 2},
+    {"kernel": (3, 3, 1, 12)},
+    {"padding": "SAME"},
+    {"lhs_dilation": (2, 2)},
+  ],
+  ids=[
+    "dense",
+    "dilated",
+    "strided-depthwise",
+    "strided-one-way",
+    "strided-dense",
+    "grouped",
+    "multiplier",
+    "padding-by-name",
+    "transposed",
+  ],
+)
+def test_other_convolutions_are_left_to_jax(changes):
+  assert "conv_general_dilated" in compare(**changes)

@@ -1,0 +1,91 @@
+"""Optimisers against their published update rules, written out in float64 NumPy."""
+
+import numpy as np
+import optax
+import pytest
+
+from configs.common import get_config
+from flax_cifar.errors import UserError
+from flax_cifar.optimizers import create_optimizer
+
+RATE, DECAY = 0.1, 0.01
+
+
+def run(steps=5, **changes):
+  """Parameters after `steps` of gradients 1, 2, 3 ... on a kernel and a bias."""
+  config = get_config().optimizer.to_dict() | {"learning_rate": RATE, "weight_decay": DECAY}
+  optimizer = create_optimizer(lambda step: 1.0, **(config | changes))
+  params = {"kernel": np.full((2, 2), 3.0, np.float32), "bias": np.full(2, 3.0, np.float32)}
+  state = optimizer.init(params)
+  for step in range(steps):
+    gradients = {name: np.full_like(p, step + 1.0) for name, p in params.items()}
+    updates, state = optimizer.update(gradients, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def torch_sgd(steps, *, decay, momentum, nesterov):
+  """torch.optim.SGD: the decay joins the gradient before the momentum buffer."""
+  p, buffer = 3.0, 0.0
+  for step in range(steps):
+    g = step + 1.0 + decay * p
+    buffer = momentum * buffer + g if step else g
+    p -= RATE * (g + momentum * buffer if nesterov else buffer)
+  return p
+
+
+def adamw(steps, *, decay, b1=0.9, b2=0.999, epsilon=1e-8):
+  """Loshchilov and Hutter 2019: the decay acts on the parameter alone."""
+  p, m, v = 3.0, 0.0, 0.0
+  for step in range(1, steps + 1):
+    g = float(step)
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+    adam = (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + epsilon)
+    p -= RATE * (adam + decay * p)
+  return p
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs(nesterov, momentum):
+  params = run(sgd={"momentum": momentum, "nesterov": nesterov})
+  expected = torch_sgd(5, decay=DECAY, momentum=momentum, nesterov=nesterov)
+  np.testing.assert_allclose(params["kernel"], expected, rtol=1e-6)
+  np.testing.assert_allclose(params["bias"], expected, rtol=1e-6)
+
+
+def test_adamw_is_the_papers():
+  params = run(name="adamw")
+  np.testing.assert_allclose(params["kernel"], adamw(5, decay=DECAY), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_mask_spares_biases_and_norms(name):
+  masked, plain = run(name=name, decay_all=False), run(name=name, weight_decay=0.0)
+  np.testing.assert_allclose(masked["bias"], plain["bias"], rtol=1e-6)
+  assert (masked["kernel"] < plain["kernel"]).all()
+
+
+def test_schedule_multiplies_the_peak():
+  config = get_config().optimizer.to_dict() | {"learning_rate": 2.0}
+  config["sgd"] = {"momentum": 0.0, "nesterov": False}
+  optimizer = create_optimizer(lambda step: 0.5 ** (step + 1), **config)
+  params = {"w": np.zeros(1, np.float32)}
+  state = optimizer.init(params)
+  for expected in (-1.0, -0.5):
+    updates, state = optimizer.update({"w": np.ones(1, np.float32)}, state, params)
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"name": "sdg"}, "optimizer.name='sdg'.*Did you mean 'sgd'"),
+    ({"learning_rate": 0.0}, "optimizer.learning_rate=0.0"),
+    ({"weight_decay": -1.0}, "optimizer.weight_decay=-1.0"),
+    ({"sgd": {"momentum": 1.0, "nesterov": False}}, "optimizer.sgd.momentum=1.0"),
+  ],
+)
+def test_bad_values_are_named(changes, message):
+  with pytest.raises(UserError, match=message):
+    run(**changes)

@@ -1,0 +1,95 @@
+"""What a run writes: one JSON line and one TensorBoard point per epoch."""
+
+import json
+
+import pytest
+
+from flax_cifar.run_log import RunLog, median_rate
+
+TRAIN = {"loss_sum": 30.0, "correct": 15.0, "count": 20.0, "seconds": 4.0}
+
+
+def write(log, epoch, validation=None):
+  log.write(
+    epoch=epoch, step=10 * epoch, learning_rate=0.1, train=TRAIN, validation=validation
+  )
+
+
+def lines(path):
+  return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def open_log(path, step=0, tensorboard=False):
+  return RunLog(path, step=step, total_epochs=12, tensorboard=tensorboard)
+
+
+def test_a_line_holds_the_means(tmp_path):
+  log = open_log(tmp_path)
+  write(log, 1, {"loss": 0.5, "accuracy": 0.8})
+  log.close()
+  assert lines(tmp_path) == [
+    {
+      "epoch": 1,
+      "step": 10,
+      "learning_rate": 0.1,
+      "train_loss": 1.5,
+      "train_accuracy": 0.75,
+      "validation_loss": 0.5,
+      "validation_accuracy": 0.8,
+      "seconds": 4.0,
+      "images_per_second": 5.0,
+    }
+  ]
+
+
+def test_without_validation_nothing_is_claimed(tmp_path):
+  log = open_log(tmp_path)
+  write(log, 1)
+  log.close()
+  assert not any(name.startswith("validation") for name in lines(tmp_path)[0])
+
+
+def test_resuming_drops_what_will_be_made_again(tmp_path):
+  log = open_log(tmp_path)
+  for epoch in (1, 2, 3):
+    write(log, epoch)
+  log.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"epoch": 4, "st')  # a crash cut this line off
+  log = open_log(tmp_path, step=25)
+  assert [record["epoch"] for record in log.records] == [1, 2]
+  write(log, 3)
+  log.close()
+  assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_the_screen_shows_percent_and_speed(tmp_path, capsys):
+  log = open_log(tmp_path)
+  write(log, 1, {"loss": 0.5, "accuracy": 0.8})
+  log.close()
+  shown = capsys.readouterr().out
+  for part in ("epoch  1/12", "lr 0.1", "1.5000", "75.00%", "80.00%", "5 images/s"):
+    assert part in shown
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+  log = open_log(tmp_path, tensorboard=True)
+  write(log, 1, {"loss": 0.5, "accuracy": 0.8})
+  log.close()
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  content = events.read_bytes()
+  for tag in (b"train/loss", b"validation/accuracy", b"learning/rate"):
+    assert tag in content
+
+
+def test_progress_takes_running_totals(tmp_path):
+  log = open_log(tmp_path)
+  with log.progress(1, done=0, total=3) as report:
+    report(TRAIN)
+  log.close()
+  assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize(("rates", "median"), [([1, 9, 2], 2), ([4, 2], 3)])
+def test_median_rate(rates, median):
+  assert median_rate([{"images_per_second": rate} for rate in rates]) == median

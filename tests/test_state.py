@@ -1,0 +1,52 @@
+"""The train state and its moving average."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_cifar.schedules import create_plateau
+from flax_cifar.state import create_train_state, update_ema
+from tests.tiny import TinyNet
+
+PLATEAU = {"factor": 0.5, "patience": 1, "threshold": 0.1, "cooldown": 0, "final": 0.0}
+
+
+def create(seed=0, ema_decay=0.0):
+  return create_train_state(
+    model=TinyNet(),
+    optimizer=optax.sgd(0.1),
+    plateau=create_plateau(**PLATEAU),
+    image_shape=(8, 8, 3),
+    ema_decay=ema_decay,
+    seed=seed,
+  )
+
+
+def test_state_is_a_function_of_the_seed():
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), create(0).params, create(0).params)
+  assert all(jax.tree.leaves(same))
+  kernels = create(0).params["unit"]["conv"]["kernel"], create(1).params["unit"]["conv"]["kernel"]
+  assert not np.allclose(*kernels)
+
+
+def test_average_is_what_gets_evaluated():
+  assert create().ema == {}
+  assert create().eval_variables["params"] is not None
+  state = create(ema_decay=0.9)
+  state = state.replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
+  np.testing.assert_array_equal(
+    state.eval_variables["params"]["unit"]["conv"]["kernel"], state.params["unit"]["conv"]["kernel"] + 1
+  )
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+def test_ema_ramps_up_to_its_decay(decay):
+  rng = np.random.default_rng(0)
+  ema = expected = 5.0
+  for step, new in enumerate(rng.normal(size=30)):
+    keep = min(decay, (1 + step) / (10 + step))
+    expected = keep * expected + (1 - keep) * new
+    ema = update_ema({"w": jnp.float32(ema)}, {"w": new}, jnp.int32(step), decay)["w"]
+  assert float(ema) == pytest.approx(expected, rel=1e-5)

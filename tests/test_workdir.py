@@ -1,0 +1,101 @@
+"""Which folder a run may use, and what it says otherwise."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from flax_cifar.errors import UserError
+from flax_cifar.workdir import check_workdir, default_workdir, flatten, write_json
+from tests.tiny import get_config
+
+
+def config(**changes):
+  return get_config("shapes", **changes).to_dict()
+
+
+def start(workdir, saved):
+  workdir.mkdir()
+  write_json(workdir / "config.json", saved)
+
+
+def test_new_and_empty_folders_are_fine(tmp_path):
+  check_workdir(tmp_path / "new" / "deep", config())
+  check_workdir(tmp_path, config())
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_config_may_go_on(tmp_path):
+  start(tmp_path / "run", config())
+  check_workdir(tmp_path / "run", config())
+
+
+@pytest.mark.parametrize(
+  "change", [{"total_epochs": 9}, {"log.pictures": True}, {"augment.workers": 2}]
+)
+def test_what_leaves_the_past_alone_may_change(tmp_path, change):
+  start(tmp_path / "run", config())
+  check_workdir(tmp_path / "run", config(**change))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"seed": 1}, "seed was 0 and is 1"),
+    ({"model.norm": "group"}, "model.norm was 'batch' and is 'group'"),
+    ({"augment.ops": ()}, r"augment.ops was \['horizontal_flip'\] and is \[\]"),
+  ],
+)
+def test_another_config_is_refused_and_the_change_named(tmp_path, change, message):
+  start(tmp_path / "run", config())
+  with pytest.raises(UserError, match=f"another config: {message}"):
+    check_workdir(tmp_path / "run", config(**change))
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+  (tmp_path / "thesis.tex").write_text("precious")
+  with pytest.raises(UserError, match="no run of ours"):
+    check_workdir(tmp_path, config())
+
+
+def test_a_damaged_config_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"seed": ')
+  with pytest.raises(UserError, match=r"config.json' is damaged"):
+    check_workdir(tmp_path, config())
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  with pytest.raises(UserError, match="only 3 MiB are free"):
+    check_workdir(tmp_path / "run", config())
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+  with pytest.raises(UserError, match="not writable"):
+    check_workdir(tmp_path / "run", config())
+
+
+def test_default_workdir_follows_what_is_computed():
+  base = default_workdir(config())
+  assert base.parts[0] == "runs"
+  assert base.name.startswith("tiny-")
+  assert default_workdir(config(**{"augment.workers": 3})) == base
+  others = {default_workdir(config(**change)) for change in ({"seed": 1}, {"total_epochs": 9})}
+  assert len(others | {base}) == 3
+
+
+def test_flatten_names_every_leaf():
+  assert flatten({"a": {"b": (1, 2), "c": {}}, "d": 3}) == {"a.b": [1, 2], "d": 3}
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+  path = tmp_path / "x.json"
+  write_json(path, {"good": 1})
+  with pytest.raises(TypeError):
+    write_json(path, {"bad": object()})
+  assert json.loads(path.read_text()) == {"good": 1}

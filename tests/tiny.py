@@ -1,0 +1,67 @@
+"""A network, a data set and a config small enough to train within a test."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import common
+from flax_cifar.models.blocks import INITS, ConvHead, ConvUnit
+from flax_cifar.models.norms import BatchNorm
+
+IMAGE_SIZE, CLASSES = 8, 3
+
+
+class TinyNet(nn.Module):
+  """One unit and the head; takes what every network takes."""
+
+  num_classes: int = CLASSES
+  norm: Any = partial(BatchNorm, momentum=0.9, epsilon=1e-5)
+  dropout_rate: float = 0.0
+  kernel_init: Any = INITS["flax"]
+  features: int = 6
+
+  @nn.compact
+  def __call__(self, images, train):
+    unit = ConvUnit(self.features, self.norm, self.kernel_init, self.dropout_rate, name="unit")
+    return ConvHead(self.num_classes, self.kernel_init, name="head")(unit(images, train))
+
+
+def write_data(path, *, train=96, test=40, seed=0) -> str:
+  """Writes images whose brightest channel is their class, and returns the data set's name."""
+  rng = np.random.default_rng(seed)
+  arrays = {}
+  for name, count in (("train", train), ("test", test)):
+    labels = rng.integers(CLASSES, size=count)
+    images = rng.integers(0, 160, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
+    images += 60 * (np.arange(3) == labels[:, None])[:, None, None]
+    arrays |= {f"{name}_images": images.astype(np.uint8), f"{name}_labels": labels}
+  np.savez(path, **arrays)
+  return f"npz:{path}"
+
+
+def get_config(data: str, **changes: Any) -> ConfigDict:
+  """Three epochs of five steps of 16 images; `changes` has dotted keys."""
+  config = common.get_config()
+  config.update_from_flattened_dict(
+    {
+      "name": "tiny",
+      "total_epochs": 3,
+      "batch_size": 16,
+      "eval_batch_size": 16,
+      "num_devices": 1,
+      "data.name": data,
+      "data.image_size": IMAGE_SIZE,
+      "data.validation_size": 16,
+      "model.name": "tiny",
+      "model.dropout_rate": 0.1,
+      "optimizer.learning_rate": 0.1,
+      "augment.ops": ("horizontal_flip",),
+      "log.pictures": False,
+      "log.tensorboard": False,
+      **changes,
+    }
+  )
+  return config
