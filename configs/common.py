@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
       "name": "",  # used in the banner and for the default workdir
       "seed": 0,  # initialisation, data order, augmentation, dropout
       "batch_size": 128,  # images per step, over all devices
-      "eval_batch_size": 500,  # images per evaluation step, over all devices
+      "eval_batch_size": 512,  # images per evaluation step, over all devices
       "total_epochs": 10,
       "num_devices": 0,  # local devices to use; 0 means all of them
       # "honest": validation images come from train, the test split is read once, at the end.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from flax_cifar.data.dataset import Split
 
@@ -78,6 +79,7 @@ def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) ->
 
 def _finish(axis: Axes, label: str) -> None:
   axis.set_xlabel("epoch")
+  axis.xaxis.set_major_locator(MaxNLocator(integer=True))
   axis.set_ylabel(label)
   axis.grid(alpha=0.3)
   if axis.get_legend_handles_labels()[0]:

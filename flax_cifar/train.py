@@ -1,5 +1,6 @@
 """The run, from top to bottom: `train_and_evaluate`, with `train_step` beside it."""
 
+import contextlib
 import datetime
 import functools
 import json
@@ -239,8 +240,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
   try:
     #### Epochs
-    with InterruptGuard() as guard:
-      stream = iterate(batches, start_step=done, workers=config.augment.workers)
+    stream = iterate(batches, start_step=done, workers=config.augment.workers)
+    with InterruptGuard() as guard, contextlib.closing(stream):
       for epoch in range(done // steps_per_epoch, config.total_epochs):
         start, end = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
         with log.progress(epoch + 1, done=done - start, total=steps_per_epoch) as report:
@@ -312,13 +313,13 @@ def _describe_run(
       ("test", splits.test),
     )
   )
-  schedule = f"{config.schedule.name} x {config.optimizer.learning_rate:g}"
+  rate = f"learning rate {config.optimizer.learning_rate:g} ({config.schedule.name})"
   return {
     "config": f"{config.name}, seed {config.seed}",
     "protocol": f"{config.protocol}: {PROTOCOLS[config.protocol]}",
     "network": f"{config.model.name}, {config.model.norm} norm, {parameters:,} parameters",
     "training": f"{config.total_epochs} epochs, batch {config.batch_size}, "
-    f"{config.optimizer.name}, {schedule}",
+    f"{config.optimizer.name}, {rate}",
     "augment": ", ".join(config.augment.ops) or "none",
     "data": f"{config.data.name}: {', '.join(sizes)} images",
     "device": hardware,

@@ -82,9 +82,7 @@ def test_conv_unit_is_conv_then_norm_then_relu(kernel_size, padding, pad_mode, d
   mode = {"zeros": "constant", "reflect": "reflect"}[pad_mode]
   expected = convolve(X, conv["kernel"], padding=padding, dilation=dilation, mode=mode)
   actual = evaluate(unit, variables)
-  np.testing.assert_allclose(
-    actual, norm_and_relu(expected, params, stats), rtol=1e-4, atol=1e-4
-  )
+  np.testing.assert_allclose(actual, norm_and_relu(expected, params, stats), rtol=1e-4, atol=1e-4)
   assert (np.asarray(actual) == 0).any()
 
 

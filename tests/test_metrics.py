@@ -1,5 +1,7 @@
 """Every example counts once, whatever the batches and the padding."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def test_means_do_not_depend_on_the_batches():
   losses = rng.uniform(size=10).astype(np.float32)
   for bounds in ([0, 10], [0, 3, 6, 9, 10], [0, 1, 10]):
     totals = NO_TOTALS
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in itertools.pairwise(bounds):
       batch = compute_totals(losses[a:b], logits[a:b], labels[a:b], np.ones(b - a, np.float32))
       totals = add_totals(totals, batch)
     means = compute_means(totals)

@@ -10,9 +10,7 @@ TRAIN = {"loss_sum": 30.0, "correct": 15.0, "count": 20.0, "seconds": 4.0}
 
 
 def write(log, epoch, validation=None):
-  log.write(
-    epoch=epoch, step=10 * epoch, learning_rate=0.1, train=TRAIN, validation=validation
-  )
+  log.write(epoch=epoch, step=10 * epoch, learning_rate=0.1, train=TRAIN, validation=validation)
 
 
 def lines(path):

@@ -36,9 +36,10 @@ def test_average_is_what_gets_evaluated():
   assert create().eval_variables["params"] is not None
   state = create(ema_decay=0.9)
   state = state.replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
-  np.testing.assert_array_equal(
-    state.eval_variables["params"]["unit"]["conv"]["kernel"], state.params["unit"]["conv"]["kernel"] + 1
-  )
+  for averaged, current in zip(
+    jax.tree.leaves(state.eval_variables["params"]), jax.tree.leaves(state.params), strict=True
+  ):
+    np.testing.assert_array_equal(averaged, current + 1)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.99])

@@ -29,13 +29,13 @@ class TinyNet(nn.Module):
     return ConvHead(self.num_classes, self.kernel_init, name="head")(unit(images, train))
 
 
-def write_data(path, *, train=96, test=40, seed=0) -> str:
+def write_data(path, *, train=96, test=40, size=IMAGE_SIZE, seed=0) -> str:
   """Writes images whose brightest channel is their class, and returns the data set's name."""
   rng = np.random.default_rng(seed)
   arrays = {}
   for name, count in (("train", train), ("test", test)):
     labels = rng.integers(CLASSES, size=count)
-    images = rng.integers(0, 160, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
+    images = rng.integers(0, 160, (count, size, size, 3))
     images += 60 * (np.arange(3) == labels[:, None])[:, None, None]
     arrays |= {f"{name}_images": images.astype(np.uint8), f"{name}_labels": labels}
   np.savez(path, **arrays)

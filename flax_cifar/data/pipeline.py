@@ -61,8 +61,11 @@ class TrainBatches:
 
 def iterate(
   batches: TrainBatches, *, start_step: int, workers: int, prefetch: int = 4
-) -> Iterator[dict[str, np.ndarray]]:
-  """Batches from `start_step` on, made ahead by a thread or by `workers` processes."""
+) -> grain.DatasetIterator:
+  """Batches from `start_step` on, made ahead by a thread or by `workers` processes.
+
+  Close the iterator, or its processes end with a warning.
+  """
   require(workers >= 0, "augment.workers", workers, "0 or more processes")
   dataset = grain.MapDataset.source(batches)[start_step:]
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
@@ -71,7 +74,7 @@ def iterate(
     if not flags.FLAGS.is_parsed():  # grain's workers read absl flags; a notebook parses none
       flags.FLAGS.mark_as_parsed()
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-  return iter(stream)
+  return stream.__iter__()
 
 
 def padded_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -1,0 +1,284 @@
+"""The networks against the tables their sources published, and against float64 NumPy."""
+
+import importlib
+import pkgutil
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import configs
+from configs import common
+from flax_cifar.errors import UserError
+from flax_cifar.layer_table import get_layer_table
+from flax_cifar.models import MODELS, create_model
+from flax_cifar.models.dropout import Dropout
+from tests.test_blocks import convolve, norm_and_relu
+
+NORMS_WITH_PARAMETERS = ("batch", "layer", "group", "ghost")
+
+
+def unit(operation, side, channels, parameters):
+  """The rows of conv and norm: (operation, output shape, parameters)."""
+  norm = {16: 32, 32: 64, 64: 128}[channels]
+  shape = (side, side, channels)
+  return [(operation, shape, parameters), ("norm", shape, norm)]
+
+
+def separable(side):
+  return [
+    ("conv 3x3 groups 32", (side, side, 32), 288),
+    *unit("conv 1x1", side, 32, 1024),
+  ]
+
+
+def block(side, last_channels, last_parameters):
+  """C2, C3 and C4 of `dilated`."""
+  return [
+    *unit("conv 3x3", side, 32, 9216),
+    *unit("conv 3x3 dilation 2", side, 32, 9216),
+    *separable(side),
+    *unit("conv 3x3 dilation 4", side, 32, 9216),
+    *unit("conv 3x3", side, last_channels, last_parameters),
+    *unit("conv 3x3 dilation 8", side, last_channels, last_parameters),
+  ]
+
+
+PUBLISHED = {
+  "dilated": [
+    *unit("conv 3x3", 32, 32, 864),
+    *separable(32),
+    *unit("conv 3x3 dilation 2", 32, 32, 9216),
+    *unit("conv 3x3", 32, 32, 9216),
+    *unit("conv 3x3 dilation 4", 32, 32, 9216),
+    *block(30, 32, 9216),
+    *block(28, 32, 9216),
+    *block(26, 64, 18432),
+    ("GlobalAveragePool", (1, 1, 64), 0),
+    ("conv 1x1", (1, 1, 10), 640),
+  ],
+  "pyramid": [
+    *unit("conv 3x3", 32, 16, 432),
+    *unit("conv 3x3", 32, 32, 4608),
+    ("conv 1x1", (32, 32, 16), 512),
+    ("MaxPool", (16, 16, 16), 0),
+    *unit("conv 3x3", 16, 16, 2304),
+    *unit("conv 3x3", 16, 32, 4608),
+    *unit("conv 3x3", 14, 32, 9216),
+    ("conv 1x1", (14, 14, 16), 512),
+    ("MaxPool", (7, 7, 16), 0),
+    *unit("conv 3x3", 7, 16, 2304),
+    *unit("conv 3x3", 5, 32, 4608),
+    *unit("conv 3x3", 3, 64, 18432),
+    ("GlobalAveragePool", (1, 1, 64), 0),
+    ("conv 1x1", (1, 1, 10), 640),
+  ],
+}
+TOTALS = {"dilated": 192_672, "pyramid": 48_656}
+TOTALS_WITHOUT_NORM = {"dilated": 192_672 - 21 * 64 - 2 * 128, "pyramid": 48_656 - 480}
+UNITS = {"dilated": 1 + 2 * 11, "pyramid": 8}
+
+
+def create(name, *, norm="batch", num_classes=10, dropout_rate=0.05):
+  return create_model(
+    name=name,
+    num_classes=num_classes,
+    norm=norm,
+    norm_arguments=common.get_config().norm,
+    dropout_rate=dropout_rate,
+    init="torch",
+  )
+
+
+def get_variable_shapes(model):
+  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+  return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+
+
+def count_parameters(model):
+  return sum(leaf.size for leaf in jax.tree.leaves(get_variable_shapes(model)["params"]))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rows_are_the_published_ones_in_execution_order(name, norm):
+  rows = get_layer_table(create(name, norm=norm), (32, 32, 3))
+  actual = [
+    ("norm" if row.kind.endswith("Norm") else row.kind, row.output_shape, row.parameters)
+    for row in rows
+  ]
+  assert actual == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_rows_add_up_to_the_published_total(name):
+  assert sum(parameters for _, _, parameters in PUBLISHED[name]) == TOTALS[name]
+
+
+@pytest.mark.parametrize("norm", NORMS_WITH_PARAMETERS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_parameters_add_up_to_the_published_total_with_every_norm(name, norm):
+  model = create(name, norm=norm)
+  assert count_parameters(model) == TOTALS[name]
+  rows = get_layer_table(model, (32, 32, 3))
+  assert sum(row.parameters for row in rows) == TOTALS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_without_norm_the_parameters_of_the_norms_are_missing(name):
+  model = create(name, norm="none")
+  assert count_parameters(model) == TOTALS_WITHOUT_NORM[name]
+  rows = get_layer_table(model, (32, 32, 3))
+  assert [(row.output_shape, row.parameters) for row in rows] == [
+    (shape, parameters) for kind, shape, parameters in PUBLISHED[name] if kind != "norm"
+  ]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_logits_are_float32_and_one_per_class(name, train):
+  model = create(name, num_classes=7)
+  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+  apply = partial(
+    model.apply, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+  )
+  logits, _ = jax.eval_shape(apply, get_variable_shapes(model), images)
+  assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_unit_has_dropout_and_every_norm_updates_its_statistics_in_training(name):
+  model, calls = create(name, dropout_rate=0.125), []
+
+  def record(next_fun, args, kwargs, context):
+    if isinstance(context.module, Dropout) and context.method_name == "__call__":
+      calls.append((context.module.rate, args[1]))
+    return next_fun(*args, **kwargs)
+
+  variables = get_variable_shapes(model)
+  apply = partial(
+    model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+  )
+  with nn.intercept_methods(record):
+    _, changed = jax.eval_shape(apply, variables, jnp.zeros((2, 32, 32, 3)))
+  assert calls == [(0.125, True)] * UNITS[name]
+  assert jax.tree.structure(changed["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+  assert len(jax.tree.leaves(changed)) == 2 * UNITS[name]
+
+
+def draw_variables(model):
+  """Random values of the size that keeps activations near one, as NumPy arrays."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    name, shape = path[-1].key, leaf.shape
+    if name == "kernel":
+      value = rng.normal(0, np.prod(shape[:3]) ** -0.5, shape)
+    elif name in ("scale", "var"):
+      value = rng.uniform(0.5, 1.5, shape)
+    else:
+      value = rng.normal(0, 0.3, shape)
+    return value.astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, get_variable_shapes(model))
+
+
+class Reference:
+  """Units of a network in evaluation, in float64, from its variables by the path of the module."""
+
+  def __init__(self, variables):
+    self.variables = variables
+
+  def get(self, collection, path):
+    tree = self.variables[collection]
+    for key in path.split("/"):
+      tree = tree[key]
+    return tree
+
+  def conv(self, x, path, **options):
+    return convolve(x, self.get("params", path)["kernel"], **options)
+
+  def finish(self, x, path):
+    norm = f"{path}/norm"
+    return norm_and_relu(x, self.get("params", norm), self.get("batch_stats", norm))
+
+  def unit(self, x, path, **options):
+    return self.finish(self.conv(x, f"{path}/conv", **options), path)
+
+  def separable(self, x, path):
+    x = self.conv(x, f"{path}/depthwise", padding=1)
+    return self.finish(self.conv(x, f"{path}/pointwise"), path)
+
+  def reflected(self, x, path, dilation, padding):
+    return self.unit(x, path, dilation=dilation, padding=padding, mode="reflect")
+
+  def head(self, x):
+    return x.mean((1, 2)) @ self.get("params", "head/conv")["kernel"][0, 0]
+
+
+def run_dilated(variables, x):
+  net = Reference(variables)
+  x = net.unit(x, "c1_1", padding=1)
+  x = net.separable(x, "c1_2/plain") + net.reflected(x, "c1_2/dilated", 2, 2)
+  x = net.unit(x, "c1_3/plain", padding=1) + net.reflected(x, "c1_3/dilated", 4, 4)
+  for c in ("c2", "c3", "c4"):
+    x = net.unit(x, f"{c}_1/plain") + net.reflected(x, f"{c}_1/dilated", 2, 1)
+    x = net.separable(x, f"{c}_2/plain") + net.reflected(x, f"{c}_2/dilated", 4, 4)
+    x = net.unit(x, f"{c}_3/plain", padding=1) + net.reflected(x, f"{c}_3/dilated", 8, 8)
+  return net.head(x)
+
+
+def halve(x):
+  n, h, w, c = x.shape
+  return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def run_pyramid(variables, x):
+  net = Reference(variables)
+  x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
+  x = halve(net.conv(x, "squeeze1"))
+  x = net.unit(net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1), "c2_3")
+  x = halve(net.conv(x, "squeeze2"))
+  x = net.unit(net.unit(net.unit(x, "c3_1", padding=1), "c3_2"), "c3_3")
+  return net.head(x)
+
+
+REFERENCES = {"dilated": run_dilated, "pyramid": run_pyramid}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_logits_equal_the_published_network_written_in_numpy(name):
+  model = create(name)
+  variables = draw_variables(model)
+  images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  logits = jax.jit(partial(model.apply, train=False))(variables, images)
+  expected = REFERENCES[name](variables, images)
+  assert expected.std() > 0.1
+  np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_an_unknown_network_is_an_error_that_lists_the_choices():
+  message = r"model\.name='piramid' is unknown; .*dilated, pyramid.*'pyramid'"
+  with pytest.raises(UserError, match=message):
+    create("piramid")
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
+def test_an_impossible_dropout_rate_is_named(rate):
+  with pytest.raises(UserError, match=rf"model\.dropout_rate={rate} .*below 1"):
+    create("pyramid", dropout_rate=rate)
+
+
+def test_every_network_is_tested_here():
+  assert set(MODELS) == set(PUBLISHED) == set(TOTALS) == set(UNITS) == set(REFERENCES)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "common"],
+)
+def test_every_config_names_a_network_that_is_tested_here(config):
+  assert importlib.import_module(f"configs.{config}").get_config().model.name in PUBLISHED
