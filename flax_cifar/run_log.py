@@ -22,6 +22,8 @@ from tensorboardX import SummaryWriter
 
 from flax_cifar.metrics import Totals, compute_means
 
+LINE_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
+
 Record = dict[str, Any]
 Report = Callable[[Totals], None]
 
@@ -53,8 +55,9 @@ class RunLog:
 
   @contextlib.contextmanager
   def progress(self, epoch: int, *, done: int, total: int) -> Iterator[Report]:
-    """A bar for one epoch, on a terminal only; yields a function to call with the
-    epoch's totals after each step.
+    """Yields a function to call with the epoch's totals after each step.
+
+    It moves a bar on a terminal; elsewhere it prints a line a minute.
 
     Args:
       epoch: counted from 1.
@@ -65,30 +68,24 @@ class RunLog:
       TextColumn("epoch {task.fields[epoch]}"),
       BarColumn(None),
       MofNCompleteColumn(),
-      TextColumn("loss {task.fields[loss]} acc {task.fields[accuracy]}"),
-      TextColumn("{task.fields[rate]} images/s"),
+      TextColumn("{task.description}"),
       TimeElapsedColumn(),
       TextColumn("ETA"),
       TimeRemainingColumn(),
     )
-    with Progress(
-      *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-    ) as bar:
-      started = time.perf_counter()
-      task = bar.add_task(
-        "", total=total, completed=done, epoch=epoch, loss="-", accuracy="-", rate="-"
-      )
+    terminal = self.console.is_terminal
+    with Progress(*columns, console=self.console, transient=True, disable=not terminal) as bar:
+      task = bar.add_task("", total=total, completed=done, epoch=epoch)
+      started = last_line = time.perf_counter()
 
       def report(totals: Totals) -> None:
-        means = compute_means(totals)
-        seconds = time.perf_counter() - started + totals["seconds"]
-        bar.update(
-          task,
-          advance=1,
-          loss=f"{means['loss']:.3f}",
-          accuracy=f"{means['accuracy']:.1%}",
-          rate=f"{totals['count'] / seconds:.0f}",
-        )
+        nonlocal done, last_line
+        done, now = done + 1, time.perf_counter()
+        text = _describe(totals, totals["seconds"] + now - started)
+        bar.update(task, completed=done, description=text)
+        if not terminal and now - last_line > LINE_SECONDS:
+          last_line = now
+          self.say(f"epoch {epoch}  step {done}/{total}  {text}")
 
       yield report
 
@@ -145,6 +142,12 @@ class RunLog:
     """Closes the files; tensorboardX's writer must not outlive the process."""
     if self._writer:
       self._writer.close()
+
+
+def _describe(totals: Totals, seconds: float) -> str:
+  means = compute_means(totals)
+  rate = totals["count"] / seconds
+  return f"loss {means['loss']:.3f} acc {means['accuracy']:.1%} {rate:.0f} images/s"
 
 
 def _read(path: pathlib.Path) -> list[Record]:

@@ -39,17 +39,15 @@ def compare(
       feature_group_count=groups,
     )
 
-  def value_and_gradients(function):
-    @jax.jit
-    def compute(x, weights):
-      y, backward = jax.vjp(lambda *operands: run(function, *operands), x, weights)
-      direction = jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-      return y, *backward(direction.astype(y.dtype))
+  def get_value_and_gradients(function, x, weights):
+    y, backward = jax.vjp(lambda *operands: run(function, *operands), x, weights)
+    direction = jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+    return y, *backward(direction.astype(y.dtype))
 
-    return compute(x, weights)
-
-  ours = value_and_gradients(conv_general_dilated)
-  theirs = value_and_gradients(lax.conv_general_dilated)
+  functions = conv_general_dilated, lax.conv_general_dilated
+  ours, theirs = jax.jit(
+    lambda *operands: [get_value_and_gradients(function, *operands) for function in functions]
+  )(x, weights)
   tolerance = 1e-4 if dtype == np.float32 else 0.1
   for actual, expected in zip(ours, theirs, strict=True):
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)

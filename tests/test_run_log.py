@@ -1,9 +1,12 @@
 """What a run writes: one JSON line and one TensorBoard point per epoch."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
+from flax_cifar import run_log
 from flax_cifar.run_log import RunLog, median_rate
 
 TRAIN = {"loss_sum": 30.0, "correct": 15.0, "count": 20.0, "seconds": 4.0}
@@ -80,12 +83,30 @@ def test_tensorboard_gets_every_number(tmp_path):
     assert tag in content
 
 
-def test_progress_takes_running_totals(tmp_path):
+def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
   log = open_log(tmp_path)
-  with log.progress(1, done=0, total=3) as report:
+  with log.progress(1, done=4, total=8) as report:
+    report(TRAIN)
+  assert capsys.readouterr().out == ""
+  monkeypatch.setattr(run_log, "LINE_SECONDS", 0)
+  with log.progress(1, done=4, total=8) as report:
+    report(TRAIN)
     report(TRAIN)
   log.close()
+  first, second = capsys.readouterr().out.splitlines()
+  assert first.startswith("epoch 1  step 5/8  loss 1.500 acc 75.0% 5 images/s")
+  assert second.startswith("epoch 1  step 6/8")
   assert lines(tmp_path) == []
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path):
+  log = open_log(tmp_path)
+  log.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+  with log.progress(2, done=0, total=8) as report:
+    report(TRAIN)
+  log.close()
+  assert "1/8" in log.console.file.getvalue()
+  assert "loss 1.500 acc 75.0%" in log.console.file.getvalue()
 
 
 @pytest.mark.parametrize(("rates", "median"), [([1, 9, 2], 2), ([4, 2], 3)])
