@@ -7,10 +7,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flax_cifar.models.blocks import GlobalAveragePool, MaxPool
 from flax_cifar.models.norms import BatchNorm, GroupNorm
 
+READ, WROTE = "layer reads ", "layer wrote "  # marks in the trace, a layer's number follows
 LEAVES = (nn.Conv, BatchNorm, GroupNorm, MaxPool, GlobalAveragePool)
 
 
@@ -70,46 +72,63 @@ class _Scope:
     self.unread[id(x)] = field
 
 
-def _union(fields: list[Field | None]) -> Field | None:
-  sizes = [field.size for field in fields if field]
-  if len(sizes) < len(fields):
-    return None
-  first = fields[0]
-  assert first is not None
-  return Field((max(h for h, _ in sizes), max(w for _, w in sizes)), first.jump)
-
-
 def get_layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Row]:
   """Rows of `model` in execution order for images of shape (H, W, C).
 
-  Nothing is computed: the model is traced with abstract values.
+  Nothing is computed: the model is traced with abstract values. Each layer's input and output are
+  marked in the trace and the fields followed from mark to mark, so that what joins the layers
+  (ReLU, padding, sums) need not be known.
   """
+  modules: list[nn.Module] = []
   rows: list[Row] = []
-  scopes: list[_Scope] = []
 
-  def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    if context.method_name != "__call__":
+  def mark(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    module = context.module
+    if context.method_name != "__call__" or not isinstance(module, LEAVES):
       return next_fun(*args, **kwargs)
-    module, x = context.module, args[0]
-    field = scopes[-1].read(x) if scopes else Field()
-    if isinstance(module, LEAVES):
-      y = next_fun(*args, **kwargs)
-      field = _layer_field(module, field)
-      rows.append(_create_row(module, x, y, field))
-    else:
-      scopes.append(_Scope(x, field))
-      y = next_fun(*args, **kwargs)
-      field = scopes.pop().read(y)
-    if scopes:
-      scopes[-1].write(y, field)
-    return y
+    number = str(len(modules))
+    y = next_fun(checkpoint_name(args[0], READ + number), *args[1:], **kwargs)
+    modules.append(module)
+    rows.append(_create_row(module, args[0], y))
+    return checkpoint_name(y, WROTE + number)
 
-  def call(images: jax.Array) -> Any:
-    return model.init(jax.random.key(0), images, train=False)
+  def forward(images: jax.Array) -> Any:
+    return model.init_with_output(jax.random.key(0), images, train=False)
 
-  with nn.intercept_methods(record):
-    jax.eval_shape(call, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-  return rows
+  with nn.intercept_methods(mark):
+    trace = jax.make_jaxpr(forward)(jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+  fields = _follow_fields(trace.jaxpr, modules)
+  return [dataclasses.replace(row, field=field) for row, field in zip(rows, fields, strict=True)]
+
+
+def _follow_fields(jaxpr: Any, modules: list[nn.Module]) -> list[Field | None]:
+  """The field of each module's output; `jaxpr` has the images as its only input."""
+  known: dict[Any, Field | None] = {jaxpr.invars[0]: Field()}  # without what sees no image
+  read: dict[str, Field | None] = {}
+  written: list[Field | None] = []
+  for equation in jaxpr.eqns:
+    inputs = [known[v] for v in equation.invars if not hasattr(v, "val") and v in known]
+    if not inputs:
+      continue
+    field = _union(inputs)
+    name = equation.params.get("name", "") if equation.primitive.name == "name" else ""
+    if name.startswith(READ):
+      read[name.removeprefix(READ)] = field
+    elif name.startswith(WROTE):
+      number = name.removeprefix(WROTE)
+      field = _layer_field(modules[int(number)], read[number])
+      written.append(field)
+    known |= dict.fromkeys(equation.outvars, field)
+  return written
+
+
+def _union(fields: list[Field | None]) -> Field | None:
+  """The field of what is computed from all of them; None, the whole image, wins."""
+  seen = [field for field in fields if field]
+  if len(seen) < len(fields):
+    return None
+  heights, widths = zip(*(field.size for field in seen), strict=True)
+  return Field((max(heights), max(widths)), seen[0].jump)
 
 
 def _layer_field(module: nn.Module, field: Field | None) -> Field | None:
@@ -131,7 +150,7 @@ def _pair(value: Any) -> tuple[int, int]:
   return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _create_row(module: nn.Module, x: jax.Array, y: jax.Array, field: Field | None) -> Row:
+def _create_row(module: nn.Module, x: jax.Array, y: jax.Array) -> Row:
   parameters = jax.tree.leaves(module.variables.get("params", {}))
   multiply_adds = 0
   if isinstance(module, nn.Conv):
@@ -143,7 +162,7 @@ def _create_row(module: nn.Module, x: jax.Array, y: jax.Array, field: Field | No
     output_shape=y.shape[1:],
     parameters=sum(leaf.size for leaf in parameters),
     multiply_adds=multiply_adds,
-    field=field,
+    field=None,
   )
 
 

@@ -153,19 +153,20 @@ def test_operations_are_described_by_kernel_dilation_and_groups():
 
 
 class Branches(nn.Module):
-  """Two branches that read the same array, which is not the output of a module."""
+  """Branches that read one array, or half its channels, which no module has made."""
 
   @nn.compact
   def __call__(self, x, train):
     x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
     narrow = nn.Conv(4, (3, 3), name="narrow")(x)
     wide = nn.Conv(4, (5, 5), name="wide")(x)
-    return nn.Conv(4, (1, 1), name="after")(narrow + wide)
+    half = nn.Conv(4, (7, 7), name="half")(x[..., 2:])
+    return nn.Conv(4, (1, 1), name="after")(jnp.concatenate([narrow + wide, half], -1))
 
 
 def test_branches_that_read_the_same_array_see_the_same_field():
   sizes = {name: row.field.size[0] for name, row in get_rows(Branches()).items()}
-  assert sizes == {"stem": 3, "narrow": 5, "wide": 7, "after": 7}
+  assert sizes == {"stem": 3, "narrow": 5, "wide": 7, "half": 9, "after": 9}
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -18,6 +18,7 @@ def conv_general_dilated(
   window_strides: Sequence[int],
   padding: Any,
   *,
+  lhs_dilation: Sequence[int],
   rhs_dilation: Sequence[int],
   feature_group_count: int,
   **others: Any,
@@ -27,7 +28,7 @@ def conv_general_dilated(
   XLA:CPU computes depthwise convolutions channel by channel, ten times slower than that.
   """
   depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
-  plain = all(stride == 1 for stride in window_strides) and not isinstance(padding, str)
+  plain = {*window_strides, *lhs_dilation} == {1} and not isinstance(padding, str)
   if depthwise and plain and jax.default_backend() == "cpu":
     padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
     return _depthwise(padded, rhs[:, :, 0], tuple(rhs_dilation))
@@ -36,6 +37,7 @@ def conv_general_dilated(
     rhs,
     window_strides,
     padding,
+    lhs_dilation=lhs_dilation,
     rhs_dilation=rhs_dilation,
     feature_group_count=feature_group_count,
     **others,
@@ -56,7 +58,9 @@ def _taps(x: jax.Array, kernel_size: tuple[int, ...], dilation: tuple[int, int])
 def _shifted_sum(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
   weights = kernel.reshape(-1, kernel.shape[-1])
   taps = _taps(x, kernel.shape[:2], dilation)
-  return sum((tap * weight for tap, weight in zip(taps, weights, strict=True)), jnp.zeros(()))
+  return sum(
+    (tap * weight for tap, weight in zip(taps, weights, strict=True)), jnp.zeros((), x.dtype)
+  )
 
 
 # Not differentiated as it stands: the gradient of the kernel would be one slow reduction per tap.

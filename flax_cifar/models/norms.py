@@ -44,7 +44,7 @@ class BatchNorm(nn.Module):
       return (x - mean.value) * (jax.lax.rsqrt(var.value + self.epsilon) * scale) + bias
 
     require(
-      x.shape[0] % self.num_splits == 0,
+      self.num_splits > 0 and x.shape[0] % self.num_splits == 0,
       "norm.ghost.num_splits",
       self.num_splits,
       f"a divisor of the batch size {x.shape[0]}",
