@@ -1,9 +1,18 @@
-"""Settings that must precede the first import of JAX: four CPU devices, strict ranks, no GPU."""
+"""Settings that must precede the first import of JAX."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+# Four devices, to test sharding, on any machine.
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+# Many tests train the same tiny network: compile it once per session, and never reuse old files.
+CACHE = tempfile.mkdtemp(prefix="flax_cifar_tests_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
