@@ -86,12 +86,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    start_new_session=True,
   )
   deadline = time.monotonic() + 200
   metrics = tmp_path / "run" / "metrics.jsonl"
   while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
     time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
+  os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
   _, stderr = process.communicate(timeout=100)
   assert process.returncode == 128 + signal.SIGINT
   assert "stopped and saved at step" in stderr
