@@ -12,7 +12,7 @@ from orbax.checkpoint.checkpoint_managers import (
   LatestN,
 )
 
-from flax_cifar.errors import UserError
+from flax_cifar.errors import UserError, list_differences
 from flax_cifar.metrics import Totals
 from flax_cifar.partition import replicated
 from flax_cifar.state import TrainState
@@ -101,11 +101,7 @@ class Checkpoints:
     expected = {
       _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(like.params)
     }
-    mismatches = [
-      f"{name} is {saved.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
-      for name in sorted(saved.keys() | expected.keys())
-      if saved.get(name) != expected.get(name)
-    ]
+    mismatches = list_differences(saved, expected)
     if mismatches:
       raise UserError(
         f"checkpoint {self._path(step)!r} is of another network: {'; '.join(mismatches[:3])} "

@@ -24,6 +24,16 @@ def choose(what: str, name: str, choices: Mapping[str, T]) -> T:
   raise UserError(f"{what}={name!r} is unknown; choose one of {', '.join(choices)}.{hint}")
 
 
+def list_differences(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
+  """A line for each key whose values differ or that one side lacks, sorted."""
+  lines = []
+  for key in sorted(there.keys() | here.keys()):
+    theirs, ours = there.get(key, "absent"), here.get(key, "absent")
+    if theirs != ours:
+      lines.append(f"{key} is {theirs!r} there and {ours!r} here")
+  return lines
+
+
 def require(condition: bool, what: str, value: object, expected: str) -> None:
   """Raises a UserError that quotes `value` unless `condition` holds."""
   if not condition:

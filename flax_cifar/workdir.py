@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from flax_cifar.errors import UserError
+from flax_cifar.errors import UserError, list_differences
 
 # A resumed run may change these: what it computes stays the same.
 FREE_KEYS = ("log", "checkpoint", "augment.workers", "eval_batch_size", "num_devices", "data.dir")
@@ -82,12 +82,9 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
 def _check_same_config(
   workdir: pathlib.Path, saved: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-  old, new = _without(flatten(saved), RESUME_KEYS), _without(flatten(config), RESUME_KEYS)
-  changes = [
-    f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
-  ]
+  changes = list_differences(
+    _without(flatten(saved), RESUME_KEYS), _without(flatten(config), RESUME_KEYS)
+  )
   if changes:
     raise UserError(
       f"workdir {str(workdir)!r} holds a run of another config: {'; '.join(changes[:5])}. "

@@ -112,7 +112,7 @@ def test_saving_a_step_twice_does_nothing(tmp_path):
   ("network", "message"),
   [
     ({"features": 5}, r"unit/conv/kernel is \(3, 3, 3, 6\) there and \(3, 3, 3, 5\) here"),
-    ({"norm": "none"}, r"unit/norm/bias is \(6,\) there and absent here"),
+    ({"norm": "none"}, r"unit/norm/bias is \(6,\) there and 'absent' here"),
   ],
 )
 def test_another_network_is_refused(tmp_path, network, message):

@@ -42,9 +42,9 @@ def test_what_leaves_the_past_alone_may_change(tmp_path, change):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"seed": 1}, "seed was 0 and is 1"),
-    ({"model.norm": "group"}, "model.norm was 'batch' and is 'group'"),
-    ({"augment.ops": ()}, r"augment.ops was \['horizontal_flip'\] and is \[\]"),
+    ({"seed": 1}, "seed is 0 there and 1 here"),
+    ({"model.norm": "group"}, "model.norm is 'batch' there and 'group' here"),
+    ({"augment.ops": ()}, r"augment.ops is \['horizontal_flip'\] there and \[\] here"),
   ],
 )
 def test_another_config_is_refused_and_the_change_named(tmp_path, change, message):
