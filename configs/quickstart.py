@@ -14,7 +14,7 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
   config = common.get_config()
   config.name = "quickstart"
-  config.total_epochs = 4
+  config.total_epochs = 3
   config.data.name = "shapes"
   config.data.validation_size = 1000
   config.model.name = "pyramid"
