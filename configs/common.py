@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         "name": "dilated",  # dilated | pyramid
         "norm": "batch",  # batch | layer | group | ghost | none
         "dropout_rate": 0.05,
-        "init": "torch",  # torch (what the sources used) | flax (LeCun normal)
+        "init": "torch",  # torch (what the sources used) | flax (LeCun normal) | he (for norm none)
       },
       # Arguments of each norm; the one named by model.norm is used.
       "norm": {

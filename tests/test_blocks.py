@@ -216,3 +216,9 @@ def test_dropout_of_a_unit_acts_in_training_only(unit):
   sigma = (0.25 * 0.75 / kept.size) ** 0.5
   assert abs(kept.mean() - 0.75) < 5 * sigma
   np.testing.assert_allclose(dropped[kept], plain[kept] / 0.75, rtol=1e-5)
+
+
+def test_he_init_keeps_the_variance_through_conv_and_relu():
+  """Variance 2 / fan_in: ReLU halves the second moment, the kernel doubles it back."""
+  kernel = np.asarray(jax.jit(partial(get_init("he"), shape=(3, 3, 32, 64)))(KEY))
+  assert kernel.var() == pytest.approx(2 / (9 * 32), rel=0.05)
