@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-# Many tests train the same tiny network: compile it once per session, and never reuse old files.
+# Many tests train the same tiny network: compile it once, and never reuse old files.
 CACHE = tempfile.mkdtemp(prefix="flax_cifar_tests_")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE

@@ -1,6 +1,6 @@
 """Network A, `dilated`: parallel plain and dilated units, 192,672 parameters with batch norm.
 
-Source: ERA V1 session 9 (niharikavadapalli/ERA-V1), layer table in README.md.
+Source: niharikavadapalli/ERA-V1, ERA-V1-Session-9.
 """
 
 from functools import partial
