@@ -70,7 +70,7 @@ def tiny_run(tmp_path, **changes):
     "data.validation_size": 80,
     "batch_size": 16,
     "num_devices": 1,
-    "total_epochs": 2,
+    "total_epochs": 5,  # long enough that a slow machine still interrupts it
     "log.pictures": False,
   } | changes
   flags = [f"--config.{key}={value}" for key, value in overrides.items()]
@@ -97,11 +97,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   assert process.returncode == 128 + signal.SIGINT
   assert "stopped and saved at step" in stderr
   saved = int(stderr.split("at step ")[1].split(";")[0].replace(",", ""))
-  assert 20 <= saved < 40
+  assert 20 <= saved < 100
   status, stdout, _ = call(*arguments)
   assert status == 0
   assert f"resumed at step {saved}, epoch" in stdout
   lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-  assert [line["step"] for line in lines] == [20, 40]
+  assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
   assert (tmp_path / "run" / "tensorboard").is_dir()
-  assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 2
+  assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 5
