@@ -8,7 +8,10 @@ Protocol    the learning rate follows the loss of 5,000 validation images taken 
 Command     python main.py --config=configs/s9.py
 Variants    published   replays the source: trains on all 50,000 images, the learning rate follows
                         the test loss, and the hole of coarse dropout is black, because the source
-                        fills it with 0.49 on a scale of 0 to 255
+                        fills it with 0.49 on a scale of 0 to 255. Known differences: an
+                        epoch leaves out its incomplete last batch (80 of 50,000 images, others
+                        each epoch); Albumentations 2 shifts by whole pixels and zooms each
+                        axis by itself
             study       the recipe of its normalisation study (B1): step schedule, rotation
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
