@@ -80,10 +80,7 @@ class Checkpoints:
         step, args=ocp.args.StandardRestore({"state": abstract, "totals": totals})
       )
     except Exception as error:  # Orbax raises ValueError, JSONDecodeError and plain Exception
-      raise UserError(
-        f"checkpoint {self._path(step)!r} cannot be read ({_first_line(error)}); delete that "
-        "folder to go on from an older one, or choose another --workdir."
-      ) from error
+      raise self._damaged(step, error) from error
     return tree["state"], tree["totals"]
 
   def _check_shapes(self, step: int, like: TrainState) -> None:
@@ -94,10 +91,7 @@ class Checkpoints:
         for path, leaf in jax.tree_util.tree_leaves_with_path(metadata["state"]["params"])
       }
     except Exception as error:
-      raise UserError(
-        f"checkpoint {self._path(step)!r} is damaged ({_first_line(error)}); delete that folder "
-        "to go on from an older one, or choose another --workdir."
-      ) from error
+      raise self._damaged(step, error) from error
     expected = {
       _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(like.params)
     }
@@ -107,6 +101,12 @@ class Checkpoints:
         f"checkpoint {self._path(step)!r} is of another network: {'; '.join(mismatches[:3])} "
         f"({len(mismatches)} differ). Choose another --workdir or the config it was made with."
       )
+
+  def _damaged(self, step: int, error: Exception) -> UserError:
+    return UserError(
+      f"checkpoint {self._path(step)!r} is damaged ({_first_line(error)}); delete that folder "
+      "to go on from an older one, or choose another --workdir."
+    )
 
   def _path(self, step: int) -> str:
     return str(self._folder / str(step))

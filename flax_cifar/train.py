@@ -215,7 +215,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     out_shardings=replicated(mesh),
     donate_argnums=0,
   )
-  step_fn.eval_shape(state, batches[0])  # what does not fit together fails here, early
+  first_batch = batches[0]
+  step_fn.eval_shape(state, first_batch)  # what does not fit together fails here, early
   eval_step = create_eval_step(model=model, normalize=normalize, mesh=mesh)
   observe = jax.jit(lambda plateau_state, loss: plateau.update({}, plateau_state, value=loss)[1])
 
@@ -236,7 +237,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   if done:
     log.say(f"resumed at step {done:,}, epoch {done / steps_per_epoch:.2f}")
   if config.log.pictures:
-    pictures.save_augmented(workdir / "augmented.png", batches[0], splits.class_names)
+    pictures.save_augmented(workdir / "augmented.png", first_batch, splits.class_names)
 
   try:
     #### Epochs
@@ -261,11 +262,12 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
             epoch=epoch + 1, step=end, learning_rate=rate, train=totals, validation=validation
           )
           totals = NO_TOTALS
+        signum = guard.signum  # read once: a signal after the save must wait for the next one
         last = done == len(batches)
-        if guard.signum or last or (done == end and (epoch + 1) % config.checkpoint.every == 0):
+        if signum or last or (done == end and (epoch + 1) % config.checkpoint.every == 0):
           checkpoints.save(done, state, totals, validation)
-        if guard.signum:
-          raise Interrupted(guard.signum, done)
+        if signum:
+          raise Interrupted(signum, done)
 
     #### Test, once
     logits = predict(eval_step, state.eval_variables, splits.test, config.eval_batch_size)
