@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
       "batch_size": 128,  # images per step, over all devices
       "eval_batch_size": 512,  # images per evaluation step, over all devices
       "total_epochs": 10,
+      "compute_dtype": "float32",  # float32 | bfloat16, of convolutions; parameters stay float32
       "num_devices": 0,  # local devices to use; 0 means all of them
       # "honest": validation images come from train, the test split is read once, at the end.
       # "published": trains on all of train and validates on test, as the sources did.
@@ -30,16 +31,17 @@ def get_config() -> ConfigDict:
         "limit": 0,  # use only this many images of each split; 0 means all
       },
       "model": {
-        "name": "dilated",  # dilated | pyramid
+        "name": "dilated",  # dilated | pyramid | ghost | skip
         "norm": "batch",  # batch | layer | group | ghost | none
         "dropout_rate": 0.05,
         "init": "torch",  # torch (what the sources used) | flax (LeCun normal) | he (for norm none)
       },
       # Arguments of each norm; the one named by model.norm is used.
       "norm": {
-        "batch": {"momentum": 0.9, "epsilon": 1e-5},
-        "ghost": {"num_splits": 2, "momentum": 0.9, "epsilon": 1e-5},
-        "layer": {"epsilon": 1e-5},
+        # train_scale False keeps the scale at 1.
+        "batch": {"momentum": 0.9, "epsilon": 1e-5, "train_scale": True},
+        "ghost": {"num_splits": 2, "momentum": 0.9, "epsilon": 1e-5, "train_scale": True},
+        "layer": {"epsilon": 1e-5, "affine": True},  # affine False: no scale and bias
         "group": {"num_groups": 2, "epsilon": 1e-5},
         "none": {},
       },
@@ -65,12 +67,15 @@ def get_config() -> ConfigDict:
         "plateau": {"factor": 0.1, "patience": 10, "threshold": 1e-4, "cooldown": 0, "final": 0.0},
       },
       "augment": {
-        "backend": "albumentations",  # on the host, in grain workers
+        # albumentations (on the host, in grain workers) | device (inside the train step)
+        "backend": "albumentations",
         "workers": 0,  # processes; 0 is one background thread
         "ops": (),  # of the names below, in order
-        # `fill` is "mean" (the data set's), "black", or a value per channel in 0..255.
+        # `border`, what lies outside the image, is "reflect" or "fill"; `fill` is "mean" (the data
+        # set's), "black", or a value per channel in 0..255.
         "horizontal_flip": {"p": 0.5},
-        # Fractions of the image, fraction of the scale, degrees; border is "fill" or "reflect".
+        "alternating_flip": {},  # a random side first, then the other one every other epoch
+        # Fractions of the image, fraction of the scale, degrees.
         "shift_scale_rotate": {
           "shift": 0.09,
           "scale": 0.09,
@@ -79,12 +84,29 @@ def get_config() -> ConfigDict:
           "fill": "black",
           "p": 0.5,
         },
+        "rotate": {"limit": 6.0, "border": "reflect", "fill": "black", "p": 0.5},  # degrees
+        # Pixels added on each side before the crop back to the image's size.
+        "random_crop": {"padding": 4, "border": "reflect", "fill": "black"},
         # Sizes in pixels.
         "coarse_dropout": {"holes": 1, "height": 16, "width": 16, "fill": "mean", "p": 0.5},
+        # Factors are drawn from 1 - value to 1 + value; the hue turns by up to this fraction.
+        "color_jitter": {
+          "brightness": 0.2,
+          "contrast": 0.2,
+          "saturation": 0.2,
+          "hue": 0.05,
+          "p": 0.5,
+        },
         # Normalisation comes last, in training and evaluation: values per channel in [0, 1];
         # () means the data set's own.
         "mean": (),
         "std": (),
+      },
+      # Arguments of each mixing of examples within a batch; the one named by mixing.name is used.
+      "mixing": {
+        "name": "none",  # none | mixup | cutmix
+        "mixup": {"alpha": 0.2},  # of the Beta distribution of an example's share
+        "cutmix": {"alpha": 1.0},  # of the Beta distribution of the share of its area
       },
       "checkpoint": {"every": 1},  # epochs between checkpoints
       "log": {"tensorboard": True, "pictures": True},

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from flax_cifar.errors import choose, require
+from flax_cifar.models.norms import FIXED_SCALE
 from flax_cifar.schedules import Schedule
 
 Mask = Callable[[Any], Any] | None
@@ -15,6 +16,12 @@ Mask = Callable[[Any], Any] | None
 def kernels_only(params: Any) -> Any:
   """True for kernels, False for biases and norm parameters; a decay mask."""
   return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def trained(params: Any) -> Any:
+  """False for the scales that a norm keeps at 1, whose gradient is 0; True for all others."""
+  fixed = (jax.tree_util.DictKey(FIXED_SCALE),)
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1:] != fixed, params)
 
 
 def create_optimizer(
@@ -26,7 +33,7 @@ def create_optimizer(
   decay_all: bool,
   **arguments: Mapping[str, Any],
 ) -> optax.GradientTransformation:
-  """The optimiser called `name` with `arguments[name]`.
+  """The optimiser called `name` with `arguments[name]`; it leaves out what is not `trained`.
 
   Args:
     schedule: step -> share of `learning_rate`.
@@ -47,7 +54,8 @@ def create_optimizer(
   def rate(step: Any) -> Any:
     return learning_rate * schedule(step)
 
-  return create(rate, weight_decay, None if decay_all else kernels_only, **arguments[name])
+  mask = None if decay_all else kernels_only
+  return optax.masked(create(rate, weight_decay, mask, **arguments[name]), trained)
 
 
 def _sgd(

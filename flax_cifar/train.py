@@ -180,7 +180,10 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
   #### Network, schedule, optimiser, state
   model = create_model(
-    **config.model, num_classes=len(splits.class_names), norm_arguments=config.norm
+    **config.model,
+    num_classes=len(splits.class_names),
+    norm_arguments=config.norm,
+    dtype=config.compute_dtype,
   )
   schedule = create_schedule(
     steps_per_epoch=steps_per_epoch, total_epochs=config.total_epochs, **config.schedule

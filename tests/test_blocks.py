@@ -16,16 +16,18 @@ from flax_cifar.models.blocks import (
   GlobalAveragePool,
   MaxPool,
   ParallelSum,
+  get_bias_init,
   get_init,
   pad_reflect,
 )
-from flax_cifar.models.norms import BatchNorm, NoNorm
+from flax_cifar.models.norms import BatchNorm, GroupNorm, NoNorm
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 12, 11, 3)).astype(np.float32)
 EPSILON = 1e-5
 KEY = jax.random.key(0, impl="rbg")  # compiles much faster than threefry
 NORM = partial(BatchNorm, momentum=0.9, epsilon=EPSILON)
+F32 = jnp.float32
 
 
 def convolve(x, kernel, *, padding=0, dilation=1, mode="constant"):
@@ -41,9 +43,13 @@ def convolve(x, kernel, *, padding=0, dilation=1, mode="constant"):
   return y
 
 
-def norm_and_relu(x, params, stats):
+def normalise(x, params, stats):
   x = (x - stats["mean"]) / np.sqrt(stats["var"].astype(np.float64) + EPSILON)
-  return np.maximum(x * params["scale"] + params["bias"], 0)
+  return x * params["scale"] + params["bias"]
+
+
+def norm_and_relu(x, params, stats):
+  return np.maximum(normalise(x, params, stats), 0)
 
 
 def random_kernel(*shape):
@@ -75,7 +81,7 @@ def evaluate(module, variables, x=X):
   ],
 )
 def test_conv_unit_is_conv_then_norm_then_relu(kernel_size, padding, pad_mode, dilation):
-  unit = ConvUnit(5, NORM, get_init("torch"), 0.0, kernel_size, padding, pad_mode, dilation)
+  unit = ConvUnit(5, NORM, get_init("torch"), 0.0, F32, kernel_size, padding, pad_mode, dilation)
   params, stats = random_norm(5)
   conv = random_kernel(kernel_size, kernel_size, 3, 5)
   variables = {"params": {"conv": conv, "norm": params}, "batch_stats": {"norm": stats}}
@@ -86,8 +92,32 @@ def test_conv_unit_is_conv_then_norm_then_relu(kernel_size, padding, pad_mode, d
   assert (np.asarray(actual) == 0).any()
 
 
+@pytest.mark.parametrize("sides", [1, (3, 1), (1, 3), (1, 1)])
+def test_padding_is_on_all_four_sides_whatever_the_kernel(sides):
+  """As in torch: where a side of the kernel is 1, the map grows by 2, with the bias in the rim."""
+  unit = ConvUnit(5, NoNorm, get_init("torch"), 0.0, F32, sides, use_bias=True)
+  height, width = (sides, sides) if isinstance(sides, int) else sides
+  conv = random_kernel(height, width, 3, 5)
+  conv["bias"] = RNG.normal(size=5).astype(np.float32)
+  expected = convolve(X, conv["kernel"], padding=1) + conv["bias"]
+  actual = evaluate(unit, {"params": {"conv": conv}})
+  assert actual.shape == (2, 12 + 3 - height, 11 + 3 - width, 5)
+  np.testing.assert_allclose(actual, np.maximum(expected, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_other_order_is_conv_then_relu_then_norm():
+  unit = ConvUnit(5, NORM, get_init("torch"), 0.0, F32, order="conv_relu_norm")
+  params, stats = random_norm(5)
+  conv = random_kernel(3, 3, 3, 5)
+  variables = {"params": {"conv": conv, "norm": params}, "batch_stats": {"norm": stats}}
+  expected = normalise(np.maximum(convolve(X, conv["kernel"], padding=1), 0), params, stats)
+  actual = evaluate(unit, variables)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+  assert (np.asarray(actual) < 0).any()
+
+
 def test_separable_unit_is_depthwise_then_pointwise_then_norm_then_relu():
-  unit = DepthwiseSeparableUnit(5, NORM, get_init("torch"), 0.0)
+  unit = DepthwiseSeparableUnit(5, NORM, get_init("torch"), 0.0, F32)
   params, stats = random_norm(5)
   depthwise, pointwise = random_kernel(3, 3, 1, 3), random_kernel(1, 1, 3, 5)
   variables = {
@@ -100,7 +130,8 @@ def test_separable_unit_is_depthwise_then_pointwise_then_norm_then_relu():
 
 
 def test_parallel_sum_adds_its_branches():
-  shared = {"features": 4, "norm": NORM, "kernel_init": get_init("torch"), "dropout_rate": 0.0}
+  shared = {"features": 4, "norm": NORM, "kernel_init": get_init("torch")}
+  shared |= {"dropout_rate": 0.0, "dtype": F32}
   plain = partial(DepthwiseSeparableUnit, **shared)
   dilated = partial(ConvUnit, padding=4, pad_mode="reflect", dilation=4, **shared)
   stats = {name: {"norm": random_norm(4)[1]} for name in ("plain", "dilated")}
@@ -151,12 +182,20 @@ def test_head_gives_float32_logits_without_bias(dtype):
   assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
   kernel = np.asarray(variables["params"]["conv"]["kernel"])[0, 0]
   mean = np.asarray(x, np.float64).mean((1, 2))
-  np.testing.assert_allclose(logits, mean @ kernel, atol=1e-5 if dtype == jnp.float32 else 1e-2)
+  np.testing.assert_allclose(logits, mean @ kernel, atol=1e-5)
 
 
-def test_the_convolutions_of_units_have_no_bias():
+def test_a_head_with_bias_adds_it():
+  head = ConvHead(7, nn.initializers.zeros, use_bias=True)
+  bias = RNG.normal(size=7).astype(np.float32)
+  conv = {"kernel": np.zeros((1, 1, 3, 7), np.float32), "bias": bias}
+  logits = head.apply({"params": {"conv": conv}}, X)
+  np.testing.assert_array_equal(logits, [bias] * 2)
+
+
+def test_the_convolutions_of_units_have_no_bias_unless_told():
   for unit in (ConvUnit, DepthwiseSeparableUnit):
-    module = unit(5, NoNorm, get_init("torch"), 0.0)
+    module = unit(5, NoNorm, get_init("torch"), 0.0, F32)
     variables = jax.eval_shape(partial(module.init, train=False), KEY, X)
     assert all(set(conv) == {"kernel"} for conv in variables["params"].values())
 
@@ -177,8 +216,41 @@ def test_flaxs_init_has_the_variance_one_over_fan_in():
   np.testing.assert_allclose((kernel**2).mean() * 288, 1, atol=5 * (2 / kernel.size) ** 0.5)
 
 
+@pytest.mark.parametrize("unit", [ConvUnit, ConvHead])
+def test_torchs_bias_is_uniform_within_one_over_the_root_of_the_fan_in(unit):
+  x = jnp.zeros((1, 4, 4, 5))
+  if unit is ConvHead:
+    variables, fan_in = ConvHead(4096, get_init("torch"), use_bias=True).init(KEY, x), 5
+  else:
+    module = ConvUnit(4096, NoNorm, get_init("torch"), 0.0, F32, (3, 1), use_bias=True)
+    variables, fan_in = jax.jit(partial(module.init, train=False))(KEY, x), 15
+  bias = np.asarray(variables["params"]["conv"]["bias"])
+  assert 0.99 / fan_in**0.5 < np.abs(bias).max() <= (1 + 1e-6) / fan_in**0.5
+  np.testing.assert_allclose((bias**2).mean() * 3 * fan_in, 1, atol=5 * 0.9 / bias.size**0.5)
+  assert abs(bias.mean()) < 5 / np.sqrt(3 * fan_in * bias.size)
+
+
+@pytest.mark.parametrize("name", ["flax", "he"])
+def test_the_other_biases_start_at_zero(name):
+  assert (get_bias_init(get_init(name), 9)(KEY, (64,), F32) == 0).all()
+
+
+@pytest.mark.parametrize("unit", [ConvUnit, DepthwiseSeparableUnit])
+@pytest.mark.parametrize("norm", [NORM, partial(GroupNorm, num_groups=1, epsilon=EPSILON), NoNorm])
+def test_a_unit_returns_the_type_it_computes_in(unit, norm):
+  module = unit(4, norm, get_init("torch"), 0.5, jnp.bfloat16)
+  variables = jax.eval_shape(partial(module.init, train=False), KEY, X)
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(F32)}
+  apply = partial(
+    module.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)}
+  )
+  y, changed = jax.eval_shape(apply, variables, X)
+  assert y.dtype == jnp.bfloat16
+  assert all(leaf.dtype == F32 for leaf in jax.tree.leaves(changed))
+
+
 def test_a_depthwise_kernel_has_the_fan_in_of_one_channel():
-  unit = DepthwiseSeparableUnit(4, NoNorm, get_init("torch"), 0.0)
+  unit = DepthwiseSeparableUnit(4, NoNorm, get_init("torch"), 0.0, F32)
   x = jnp.zeros((1, 4, 4, 512))
   init = jax.jit(partial(unit.init, train=False))
   kernel = np.asarray(init(KEY, x)["params"]["depthwise"]["kernel"])
@@ -192,7 +264,7 @@ def test_every_convolution_uses_the_initialiser_it_is_given(unit):
   if unit is ConvHead:
     variables = jax.jit(ConvHead(4, seven).init)(KEY, X)
   else:
-    variables = jax.jit(partial(unit(4, NoNorm, seven, 0.0).init, train=False))(KEY, X)
+    variables = jax.jit(partial(unit(4, NoNorm, seven, 0.0, F32).init, train=False))(KEY, X)
   kernels = jax.tree.leaves(variables["params"])
   assert kernels
   assert all((kernel == 7).all() for kernel in kernels)
@@ -205,7 +277,7 @@ def test_an_unknown_init_is_an_error_that_lists_the_choices():
 
 @pytest.mark.parametrize("unit", [ConvUnit, DepthwiseSeparableUnit])
 def test_dropout_of_a_unit_acts_in_training_only(unit):
-  module = unit(16, NoNorm, nn.initializers.constant(0.5), 0.25)
+  module = unit(16, NoNorm, nn.initializers.constant(0.5), 0.25, F32)
   x = np.ones((4, 16, 16, 3), np.float32)
   variables = jax.jit(partial(module.init, train=False))(KEY, x)
   plain = np.asarray(evaluate(module, variables, x))

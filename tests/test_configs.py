@@ -24,7 +24,9 @@ def load(name, arg=""):
 def test_config_is_usable(name):
   config = load(name)
   assert config.name == name
-  create_model(**config.model, num_classes=10, norm_arguments=config.norm)
+  create_model(
+    **config.model, num_classes=10, norm_arguments=config.norm, dtype=config.compute_dtype
+  )
   create_schedule(steps_per_epoch=10, total_epochs=config.total_epochs, **config.schedule)
   create_plateau(**config.schedule.plateau)
   assert set(config.augment.ops) <= set(OPS)
@@ -74,6 +76,36 @@ def test_s9_is_the_published_recipe():
   hole = config.augment.coarse_dropout
   assert (hole.holes, hole.height, hole.width, hole.fill, hole.p) == (1, 16, 16, "mean", 0.5)
   assert config.protocol == "honest"
+
+
+def test_ghost_is_the_published_recipe():
+  config = load("ghost", "published")
+  assert (config.optimizer.learning_rate, config.optimizer.sgd.momentum) == (0.016, 0.9)
+  assert config.optimizer.weight_decay == 0
+  assert (config.batch_size, config.total_epochs, config.model.dropout_rate) == (256, 25, 0.1)
+  assert (config.norm.ghost.num_splits, config.norm.ghost.train_scale) == (2, False)
+  step = config.schedule.step
+  assert (config.schedule.name, step.factor, step.every) == ("step", 0.92, 2.0)
+  assert config.augment.ops == ("random_crop", "horizontal_flip", "rotate")
+  assert (config.augment.random_crop.padding, config.augment.rotate.limit) == (4, 8.0)
+  assert config.augment.std == (0.2023, 0.1994, 0.2010)
+  assert config.protocol == "published"
+  assert (load("ghost").protocol, load("ghost").augment.std) == ("honest", ())
+
+
+def test_skip_is_the_published_recipe():
+  config = load("skip", "published")
+  assert (config.optimizer.learning_rate, config.optimizer.sgd.momentum) == (0.01, 0.9)
+  assert config.optimizer.weight_decay == 0
+  assert (config.batch_size, config.total_epochs, config.model.dropout_rate) == (32, 20, 0.05)
+  assert (config.norm.group.num_groups, config.norm.layer.affine) == (4, False)
+  plateau = config.schedule.plateau
+  assert (config.schedule.name, plateau.factor, plateau.patience) == ("plateau", 0.8, 0)
+  jitter = config.augment.color_jitter
+  assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (0.1,) * 4
+  assert (jitter.p, config.augment.rotate.limit, config.augment.rotate.p) == (1.0, 7.0, 1.0)
+  assert config.augment.mean == config.augment.std == (0.5, 0.5, 0.5)
+  assert (config.protocol, load("skip").protocol) == ("published", "honest")
 
 
 @pytest.mark.parametrize("arg", ["smoky", "nrm=group", "norm="])

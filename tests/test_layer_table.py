@@ -40,6 +40,7 @@ def create(name, norm="batch"):
     norm_arguments=common.get_config().norm,
     dropout_rate=0.0,
     init="torch",
+    dtype="float32",
   )
 
 

@@ -13,19 +13,21 @@ import pytest
 import configs
 from configs import common
 from flax_cifar.errors import UserError
-from flax_cifar.layer_table import get_layer_table
+from flax_cifar.layer_table import get_layer_table, receptive_field
 from flax_cifar.models import MODELS, create_model
 from flax_cifar.models.dropout import Dropout
-from tests.test_blocks import convolve, norm_and_relu
+from flax_cifar.models.ghost import keep_whole_windows
+from tests.test_blocks import convolve, norm_and_relu, normalise
 
+F32 = jnp.dtype(jnp.float32)
 NORMS_WITH_PARAMETERS = ("batch", "layer", "group", "ghost")
 
 
 def unit(operation, side, channels, parameters):
   """The rows of conv and norm: (operation, output shape, parameters)."""
-  norm = {16: 32, 32: 64, 64: 128}[channels]
-  shape = (side, side, channels)
-  return [(operation, shape, parameters), ("norm", shape, norm)]
+  shape = (*side, channels) if isinstance(side, tuple) else (side, side, channels)
+  norms = {16: 32, 24: 48, 32: 64, 64: 128, 128: 256}
+  return [(operation, shape, parameters), ("norm", shape, norms[channels])]
 
 
 def separable(side):
@@ -76,20 +78,66 @@ PUBLISHED = {
     ("GlobalAveragePool", (1, 1, 64), 0),
     ("conv 1x1", (1, 1, 10), 640),
   ],
+  "ghost": [
+    *unit("conv 3x3", 32, 32, 896),
+    *unit("conv 3x3", 32, 32, 9248),
+    ("MaxPool", (16, 16, 32), 0),
+    *unit("conv 1x1", 18, 16, 528),
+    *unit("conv 3x1", (18, 20), 64, 3136),
+    *unit("conv 1x3", 20, 64, 12_352),
+    ("MaxPool", (10, 10, 64), 0),
+    *unit("conv 1x1", 12, 32, 2080),
+    *unit("conv 3x3 dilation 2", 12, 128, 36_992),
+    *unit("conv 3x3 dilation 2", 10, 128, 147_584),
+    ("MaxPool", (5, 5, 128), 0),
+    ("conv 3x3", (5, 5, 256), 295_168),
+    ("conv 3x3", (5, 5, 64), 147_520),
+    ("GlobalAveragePool", (1, 1, 64), 0),
+    ("conv 1x1", (1, 1, 10), 650),
+  ],
+  "skip": [
+    *unit("conv 3x3", 32, 24, 648),
+    *unit("conv 3x3", 32, 24, 5184),
+    ("conv 1x1", (32, 32, 8), 192),
+    ("MaxPool", (16, 16, 8), 0),
+    *unit("conv 3x3", 16, 32, 2304),
+    *unit("conv 3x3", 16, 32, 9216),
+    *unit("conv 3x3", 16, 32, 9216),
+    ("conv 1x1", (16, 16, 8), 256),
+    ("MaxPool", (8, 8, 8), 0),
+    *unit("conv 3x3", 8, 32, 2304),
+    *unit("conv 3x3", 8, 32, 9216),
+    *unit("conv 3x3", 8, 32, 9216),
+    ("GlobalAveragePool", (1, 1, 32), 0),
+    ("conv 1x1", (1, 1, 10), 320),
+  ],
 }
-TOTALS = {"dilated": 192_672, "pyramid": 48_656}
-TOTALS_WITHOUT_NORM = {"dilated": 192_672 - 21 * 64 - 2 * 128, "pyramid": 48_656 - 480}
-UNITS = {"dilated": 1 + 2 * 11, "pyramid": 8}
+TOTALS = {"dilated": 192_672, "pyramid": 48_656, "ghost": 657_146, "skip": 48_552}
+NORM_PARAMETERS = {"dilated": 21 * 64 + 2 * 128, "pyramid": 480, "ghost": 992, "skip": 480}
+UNITS = {"dilated": 1 + 2 * 11, "pyramid": 8, "ghost": 8, "skip": 8}  # with a norm
+RATE = 0.125
+DROPOUT = {name: [RATE] * units for name, units in UNITS.items()}
+DROPOUT["ghost"] = [0, *[RATE] * 7, 0, 0]  # the first unit and those without norm have none
+FIELDS = {
+  "dilated": 99,
+  "pyramid": 44,
+  # 3x3 3x3 pool, 1x1 3x1 1x3 pool, 1x1 and two dilated, pool, 3x3 3x3: jumps 1, 2, 4 and 8.
+  "ghost": 1 + (2 + 2 + 1) + 2 * (2 + 1) + 4 * (4 + 4 + 1) + 8 * (2 + 2),
+  "skip": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 2 + 1) + 4 * (2 + 2 + 2),
+}
 
 
-def create(name, *, norm="batch", num_classes=10, dropout_rate=0.05):
+def create(
+  name, *, norm="batch", num_classes=10, dropout_rate=0.05, dtype="float32", **norm_changes
+):
   return create_model(
     name=name,
     num_classes=num_classes,
     norm=norm,
-    norm_arguments=common.get_config().norm,
+    norm_arguments={norm: common.get_config().norm[norm].to_dict() | norm_changes},
     dropout_rate=dropout_rate,
     init="torch",
+    dtype=dtype,
   )
 
 
@@ -127,11 +175,32 @@ def test_the_parameters_add_up_to_the_published_total_with_every_norm(name, norm
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_without_norm_the_parameters_of_the_norms_are_missing(name):
   model = create(name, norm="none")
-  assert count_parameters(model) == TOTALS_WITHOUT_NORM[name]
+  assert count_parameters(model) == TOTALS[name] - NORM_PARAMETERS[name]
   rows = get_layer_table(model, (32, 32, 3))
   assert [(row.output_shape, row.parameters) for row in rows] == [
     (shape, parameters) for kind, shape, parameters in PUBLISHED[name] if kind != "norm"
   ]
+
+
+def test_ghosts_scales_are_fixed_and_counted():
+  model = create("ghost", norm="ghost", train_scale=False)
+  leaves = jax.tree_util.tree_leaves_with_path(get_variable_shapes(model)["params"])
+  fixed = [leaf.size for path, leaf in leaves if path[-1].key == "fixed_scale"]
+  assert (len(fixed), sum(fixed)) == (8, 496)
+  assert sum(leaf.size for _, leaf in leaves) == TOTALS["ghost"]
+  rows = get_layer_table(model, (32, 32, 3))
+  assert [row.parameters for row in rows] == [count for _, _, count in PUBLISHED["ghost"]]
+
+
+def test_skip_has_its_other_published_totals():
+  assert count_parameters(create("skip", norm="group", num_groups=4)) == 48_552
+  assert count_parameters(create("skip", norm="layer", affine=False)) == 48_072
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_receptive_field_is_that_of_the_formula(name):
+  rows = get_layer_table(create(name), (32, 32, 3))
+  assert receptive_field(rows) == (FIELDS[name], FIELDS[name])
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -147,8 +216,8 @@ def test_logits_are_float32_and_one_per_class(name, train):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_unit_has_dropout_and_every_norm_updates_its_statistics_in_training(name):
-  model, calls = create(name, dropout_rate=0.125), []
+def test_the_published_units_have_dropout_and_every_norm_updates_its_statistics_in_training(name):
+  model, calls = create(name, dropout_rate=RATE), []
 
   def record(next_fun, args, kwargs, context):
     if isinstance(context.module, Dropout) and context.method_name == "__call__":
@@ -161,7 +230,7 @@ def test_every_unit_has_dropout_and_every_norm_updates_its_statistics_in_trainin
   )
   with nn.intercept_methods(record):
     _, changed = jax.eval_shape(apply, variables, jnp.zeros((2, 32, 32, 3)))
-  assert calls == [(0.125, True)] * UNITS[name]
+  assert calls == [(rate, True) for rate in DROPOUT[name]]
   assert jax.tree.structure(changed["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
   assert len(jax.tree.leaves(changed)) == 2 * UNITS[name]
 
@@ -196,7 +265,8 @@ class Reference:
     return tree
 
   def conv(self, x, path, **options):
-    return convolve(x, self.get("params", path)["kernel"], **options)
+    conv = self.get("params", path)
+    return convolve(x, conv["kernel"], **options) + conv.get("bias", 0)
 
   def finish(self, x, path):
     norm = f"{path}/norm"
@@ -204,6 +274,11 @@ class Reference:
 
   def unit(self, x, path, **options):
     return self.finish(self.conv(x, f"{path}/conv", **options), path)
+
+  def relu_first(self, x, path, *, padding=1, **options):
+    x = np.maximum(self.conv(x, f"{path}/conv", padding=padding, **options), 0)
+    norm = f"{path}/norm"
+    return normalise(x, self.get("params", norm), self.get("batch_stats", norm))
 
   def separable(self, x, path):
     x = self.conv(x, f"{path}/depthwise", padding=1)
@@ -213,7 +288,7 @@ class Reference:
     return self.unit(x, path, dilation=dilation, padding=padding, mode="reflect")
 
   def head(self, x):
-    return x.mean((1, 2)) @ self.get("params", "head/conv")["kernel"][0, 0]
+    return self.conv(x.mean((1, 2), keepdims=True), "head/conv")[:, 0, 0]
 
 
 def run_dilated(variables, x):
@@ -243,7 +318,34 @@ def run_pyramid(variables, x):
   return net.head(x)
 
 
-REFERENCES = {"dilated": run_dilated, "pyramid": run_pyramid}
+def run_ghost(variables, x):
+  net = Reference(variables)
+  x = halve(net.relu_first(net.relu_first(x, "c1"), "c2"))
+  x = halve(net.relu_first(net.relu_first(net.relu_first(x, "c3"), "c4"), "c5"))
+  x = net.relu_first(net.relu_first(x, "c6"), "c7", dilation=2, padding=2)
+  x = halve(net.relu_first(x, "c8", dilation=2))
+  x = np.maximum(net.conv(x, "c9/conv", padding=1), 0)
+  x = np.maximum(net.conv(x, "c10/conv", padding=1), 0)
+  return net.head(x[:, :4, :4])
+
+
+def run_skip(variables, x):
+  net = Reference(variables)
+  x = net.relu_first(x, "c1")
+  x = x + net.relu_first(x, "c2")
+  x = net.relu_first(halve(net.conv(x, "c3")), "c4")
+  x = x + net.relu_first(x, "c5")
+  x = halve(net.conv(net.relu_first(x, "c6"), "c7"))
+  x = net.relu_first(net.relu_first(net.relu_first(x, "c8"), "c9"), "c10")
+  return net.head(x)
+
+
+REFERENCES = {
+  "dilated": run_dilated,
+  "pyramid": run_pyramid,
+  "ghost": run_ghost,
+  "skip": run_skip,
+}
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -257,8 +359,49 @@ def test_logits_equal_the_published_network_written_in_numpy(name):
   np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("side", [4, 5, 7, 8, 11])
+def test_ghosts_average_pool_sees_the_whole_windows_of_four(side):
+  x = np.random.default_rng(0).normal(size=(2, side, side, 3))
+  windows = [
+    x[:, i : i + 4, j : j + 4].mean((1, 2))
+    for i in range(0, side - 3, 4)
+    for j in range(0, side - 3, 4)
+  ]
+  actual = keep_whole_windows(x, 4).mean((1, 2))
+  np.testing.assert_allclose(actual, np.mean(windows, 0), atol=1e-12)
+
+
+def test_ghost_names_images_too_small_for_its_average_pool():
+  images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+  with pytest.raises(UserError, match=r"data\.image_size=\(3, 3\) .*last map of 4"):
+    jax.eval_shape(partial(create("ghost").init, train=False), jax.random.key(0), images)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_in_bfloat16_parameters_statistics_and_logits_are_float32_and_the_logits_close(name):
+  variables = draw_variables(create(name))
+  images = np.random.default_rng(1).normal(size=(4, 32, 32, 3)).astype(np.float32)
+  logits, stats = {}, {}
+  for dtype in ("float32", "bfloat16"):
+    model = create(name, dtype=dtype, dropout_rate=0.0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(get_variable_shapes(model))} == {F32}
+    apply = partial(model.apply, train=True, mutable=["batch_stats"])
+    logits[dtype], stats[dtype] = jax.jit(apply)(variables, images)
+    assert logits[dtype].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(stats[dtype])} == {F32}
+  assert (logits["bfloat16"] != logits["float32"]).any()
+  scale = np.std(logits["float32"])
+  np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.1 * scale)
+
+
+def test_an_unknown_dtype_is_an_error_that_lists_the_choices():
+  message = r"compute_dtype='bfloat61' is unknown; .*float32, bfloat16.*'bfloat16'"
+  with pytest.raises(UserError, match=message):
+    create("pyramid", dtype="bfloat61")
+
+
 def test_an_unknown_network_is_an_error_that_lists_the_choices():
-  message = r"model\.name='piramid' is unknown; .*dilated, pyramid.*'pyramid'"
+  message = r"model\.name='piramid' is unknown; .*dilated, pyramid, ghost, skip.*'pyramid'"
   with pytest.raises(UserError, match=message):
     create("piramid")
 
@@ -270,7 +413,8 @@ def test_an_impossible_dropout_rate_is_named(rate):
 
 
 def test_every_network_is_tested_here():
-  assert set(MODELS) == set(PUBLISHED) == set(TOTALS) == set(UNITS) == set(REFERENCES)
+  for tested in (PUBLISHED, TOTALS, NORM_PARAMETERS, UNITS, FIELDS, REFERENCES):
+    assert set(MODELS) == set(tested)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from functools import partial
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -133,6 +134,51 @@ def test_layer_norm_normalises_over_channels_and_positions_together():
   norm = get_norm("layer", {"layer": {"epsilon": EPSILON}})()
   y = norm.apply(GROUP_VARIABLES, X, True)
   np.testing.assert_allclose(y, group_norm_reference(X, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_layer_norm_without_affine_has_no_parameters(train):
+  norm = get_norm("layer", {"layer": {"epsilon": EPSILON, "affine": False}})()
+  assert norm.init(jax.random.key(0, impl="rbg"), X, train) == {}
+  y = norm.apply({}, X, train)
+  np.testing.assert_allclose(y, normalise(X, (1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_a_fixed_scale_is_one_and_has_no_gradient(num_splits):
+  norm = BatchNorm(momentum=0.9, epsilon=EPSILON, num_splits=num_splits, train_scale=False)
+  params = jax.tree.map(
+    np.asarray, norm.init(jax.random.key(0, impl="rbg"), X, False)["params"] | {"bias": BIAS}
+  )
+  assert params["fixed_scale"].tolist() == [1] * 4
+  variables = {"params": params, "batch_stats": VARIABLES["batch_stats"]}
+  y, _ = train_step(norm, variables, X)
+  for part in range(num_splits):
+    expected = normalise(X[part::num_splits], (0, 1, 2)) + BIAS
+    np.testing.assert_allclose(y[part::num_splits], expected, rtol=1e-4, atol=1e-5)
+
+  def loss(params):
+    return jnp.square(train_step(norm, variables | {"params": params}, X)[0] + X).sum()
+
+  gradients = jax.grad(loss)(params)
+  assert (gradients["fixed_scale"] == 0).all()
+  assert (gradients["bias"] != 0).all()
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", ["batch", "ghost", "layer", "group"])
+def test_bfloat16_is_normalised_in_float32(name, train):
+  norm = get_norm(name, common.get_config().norm)()
+  x = jnp.asarray(X + 100, jnp.bfloat16)  # squares of it would lose all digits of the variance
+  variables = norm.init(jax.random.key(0, impl="rbg"), x, train)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+  y, changed = norm.apply(variables, x, train, mutable=["batch_stats"])
+  expected, expected_changed = norm.apply(
+    variables, x.astype(jnp.float32), train, mutable=["batch_stats"]
+  )
+  np.testing.assert_array_equal(y, expected.astype(jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16
+  jax.tree.map(np.testing.assert_array_equal, changed, expected_changed)
 
 
 # E[x^2] - E[x]^2 in float32 would be off by several units here and often negative.

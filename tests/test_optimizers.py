@@ -1,11 +1,14 @@
 """Optimisers against their published update rules, written out in float64 NumPy."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from configs.common import get_config
 from flax_cifar.errors import UserError
+from flax_cifar.models.norms import BatchNorm
 from flax_cifar.optimizers import create_optimizer
 
 RATE, DECAY = 0.1, 0.01
@@ -64,6 +67,29 @@ def test_mask_spares_biases_and_norms(name):
   masked, plain = run(name=name, decay_all=False), run(name=name, weight_decay=0.0)
   np.testing.assert_allclose(masked["bias"], plain["bias"], rtol=1e-6)
   assert (masked["kernel"] < plain["kernel"]).all()
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_fixed_scale_is_neither_decayed_nor_moved(name, decay_all):
+  norm = BatchNorm(momentum=0.9, epsilon=1e-5, train_scale=False)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 2, 3)), jnp.float32)
+  variables = norm.init(jax.random.key(0, impl="rbg"), x, False)
+  params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
+  config = get_config().optimizer.to_dict() | {"weight_decay": 0.5, "decay_all": decay_all}
+  optimizer = create_optimizer(lambda step: 1.0, **(config | {"name": name}))
+
+  @jax.grad
+  def differentiate(params):
+    y, _ = norm.apply({"params": params, **stats}, x, True, mutable=["batch_stats"])
+    return jnp.square(y + x).sum()
+
+  state = optimizer.init(params)
+  for _ in range(3):
+    updates, state = optimizer.update(differentiate(params), state, params)
+    params = optax.apply_updates(params, updates)
+  assert params["fixed_scale"].tolist() == [1.0] * 3
+  assert (params["bias"] != 0).all()
 
 
 def test_schedule_multiplies_the_peak():

@@ -21,11 +21,14 @@ class TinyNet(nn.Module):
   norm: Any = partial(BatchNorm, momentum=0.9, epsilon=1e-5)
   dropout_rate: float = 0.0
   kernel_init: Any = INITS["flax"]
+  dtype: Any = np.float32
   features: int = 6
 
   @nn.compact
   def __call__(self, images, train):
-    unit = ConvUnit(self.features, self.norm, self.kernel_init, self.dropout_rate, name="unit")
+    unit = ConvUnit(
+      self.features, self.norm, self.kernel_init, self.dropout_rate, self.dtype, name="unit"
+    )
     return ConvHead(self.num_classes, self.kernel_init, name="head")(unit(images, train))
 
 

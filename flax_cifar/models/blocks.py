@@ -1,9 +1,13 @@
 """The building blocks of every network: units, the parallel sum, pooling.
 
-A unit is conv -> norm -> ReLU -> dropout. All arrays are NHWC; convolutions have no bias.
+A unit is conv -> norm -> ReLU -> dropout, in some networks conv -> ReLU -> norm -> dropout. All
+arrays are NHWC. `dtype` is what convolutions compute in; parameters are float32, and so are the
+statistics of the norms and the logits.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -16,6 +20,8 @@ from flax_cifar.models.lowering import conv_general_dilated
 from flax_cifar.models.norms import Norm
 
 Initializer = nn.initializers.Initializer
+DType = jax.typing.DTypeLike
+Order = Literal["conv_norm_relu", "conv_relu_norm"]
 UnitFactory = Callable[..., nn.Module]  # a unit's partial; called as unit(name=...)(x, train)
 
 INITS: dict[str, Initializer] = {
@@ -33,6 +39,14 @@ def get_init(name: str) -> Initializer:
   return choose("model.init", name, INITS)
 
 
+def get_bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
+  """The bias initialiser that goes with `kernel_init`: zeros, but torch's is uniform too."""
+  if kernel_init is not INITS["torch"]:
+    return nn.initializers.zeros
+  bound = fan_in**-0.5
+  return partial(jax.random.uniform, minval=-bound, maxval=bound)
+
+
 def pad_reflect(x: jax.Array, padding: int) -> jax.Array:
   """Pads height and width of NHWC `x` by `padding` pixels mirrored about the edge pixel."""
   widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
@@ -40,41 +54,51 @@ def pad_reflect(x: jax.Array, padding: int) -> jax.Array:
 
 
 class ConvUnit(nn.Module):
-  """conv -> norm -> ReLU -> dropout.
+  """conv -> norm -> ReLU -> dropout, or conv -> ReLU -> norm -> dropout.
 
   Attributes:
     features: output channels.
     norm: a Norm.
-    kernel_init: initialiser of the convolution.
+    kernel_init: initialiser of the convolution; get_bias_init has that of the bias.
     dropout_rate: probability of setting an activation to zero.
-    kernel_size: side of the kernel in taps.
-    padding: pixels added on every side.
+    dtype: what the convolution computes in and the unit returns.
+    kernel_size: sides of the kernel in taps, (height, width) or both.
+    padding: pixels added on every side, whatever the kernel's sides.
     pad_mode: what they hold, "zeros" or the "reflect"ed image.
     dilation: distance of the kernel's taps in pixels.
+    order: of conv, norm and ReLU.
+    use_bias: whether the convolution adds a bias.
   """
 
   features: int
   norm: Norm
   kernel_init: Initializer
   dropout_rate: float
-  kernel_size: int = 3
+  dtype: DType
+  kernel_size: int | tuple[int, int] = 3
   padding: int = 1
   pad_mode: Literal["zeros", "reflect"] = "zeros"
   dilation: int = 1
+  order: Order = "conv_norm_relu"
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     reflect = self.pad_mode == "reflect"
+    size = self.kernel_size
+    sides = (size, size) if isinstance(size, int) else size
     x = nn.Conv(
       self.features,
-      (self.kernel_size, self.kernel_size),
+      sides,
       padding=0 if reflect else self.padding,
       kernel_dilation=self.dilation,
-      use_bias=False,
+      use_bias=self.use_bias,
       kernel_init=self.kernel_init,
+      bias_init=get_bias_init(self.kernel_init, math.prod(sides) * x.shape[-1]),
+      dtype=self.dtype,
       name="conv",
     )(pad_reflect(x, self.padding) if reflect else x)
-    return _finish_unit(self, x, train)
+    return _finish_unit(x, train, self.norm, self.order, self.dropout_rate)
 
 
 class DepthwiseSeparableUnit(nn.Module):
@@ -87,30 +111,33 @@ class DepthwiseSeparableUnit(nn.Module):
   norm: Norm
   kernel_init: Initializer
   dropout_rate: float
+  dtype: DType
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     channels = x.shape[-1]
-    x = nn.Conv(
+    conv = partial(nn.Conv, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype)
+    x = conv(
       channels,
       (3, 3),
       padding=1,
       feature_group_count=channels,
       conv_general_dilated=conv_general_dilated,
-      use_bias=False,
-      kernel_init=self.kernel_init,
       name="depthwise",
     )(x)
-    x = nn.Conv(
-      self.features, (1, 1), use_bias=False, kernel_init=self.kernel_init, name="pointwise"
-    )(x)
-    return _finish_unit(self, x, train)
+    x = conv(self.features, (1, 1), name="pointwise")(x)
+    return _finish_unit(x, train, self.norm, "conv_norm_relu", self.dropout_rate)
 
 
-def _finish_unit(unit: ConvUnit | DepthwiseSeparableUnit, x: jax.Array, train: bool) -> jax.Array:
-  """What follows the convolution in every unit."""
-  x = nn.relu(unit.norm(name="norm")(x, train))
-  return Dropout(unit.dropout_rate, name="dropout")(x, train)
+def _finish_unit(
+  x: jax.Array, train: bool, norm: Norm, order: Order, dropout_rate: float
+) -> jax.Array:
+  """What follows the convolution in every unit; called from inside the unit."""
+  if order == "conv_relu_norm":
+    x = norm(name="norm")(nn.relu(x), train)
+  else:
+    x = nn.relu(norm(name="norm")(x, train))
+  return Dropout(dropout_rate, name="dropout")(x, train)
 
 
 class ParallelSum(nn.Module):
@@ -142,15 +169,30 @@ class GlobalAveragePool(nn.Module):
 
 
 class ConvHead(nn.Module):
-  """Global average pool, then a 1x1 convolution to the classes; logits float32 (N, classes)."""
+  """Global average pool, then a 1x1 convolution to the classes, in float32; (N, classes) logits.
+
+  Attributes:
+    num_classes: how many logits.
+    kernel_init: initialiser of the convolution; get_bias_init has that of the bias.
+    use_bias: whether the convolution adds a bias.
+  """
 
   num_classes: int
   kernel_init: Initializer
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = GlobalAveragePool(name="pool")(x)
+    if x.dtype == jnp.bfloat16:
+      # JAX 0.12 on CPUs fuses a sum of bfloat16 units with the mean of it, and returns NaN.
+      x = jax.lax.optimization_barrier(x)
+    x = GlobalAveragePool(name="pool")(x.astype(jnp.float32))
     x = nn.Conv(
-      self.num_classes, (1, 1), use_bias=False, kernel_init=self.kernel_init, name="conv"
+      self.num_classes,
+      (1, 1),
+      use_bias=self.use_bias,
+      kernel_init=self.kernel_init,
+      bias_init=get_bias_init(self.kernel_init, x.shape[-1]),
+      name="conv",
     )(x)
-    return x[:, 0, 0].astype(jnp.float32)
+    return x[:, 0, 0]

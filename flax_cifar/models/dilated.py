@@ -13,6 +13,7 @@ from flax_cifar.models.blocks import (
   ConvHead,
   ConvUnit,
   DepthwiseSeparableUnit,
+  DType,
   Initializer,
   ParallelSum,
   UnitFactory,
@@ -31,6 +32,7 @@ class Dilated(nn.Module):
   norm: Norm
   dropout_rate: float
   kernel_init: Initializer
+  dtype: DType
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -38,6 +40,7 @@ class Dilated(nn.Module):
       "norm": self.norm,
       "dropout_rate": self.dropout_rate,
       "kernel_init": self.kernel_init,
+      "dtype": self.dtype,
     }
     plain = partial(ConvUnit, features=32, **shared)
     separable = partial(DepthwiseSeparableUnit, features=32, **shared)

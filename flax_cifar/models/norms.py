@@ -1,4 +1,7 @@
-"""Normalisation layers behind one call: `norm(x_NxHxWxC, train)`; chosen by name in the config."""
+"""Normalisation layers behind one call: `norm(x_NxHxWxC, train)`; chosen by name in the config.
+
+All of them compute in float32 and return the type of their input.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,6 +14,9 @@ import jax.numpy as jnp
 from flax_cifar.errors import choose, require
 
 Norm = Callable[..., nn.Module]  # a class or partial; called as norm(name=...)(x, train)
+
+# The name of a parameter that keeps its first value; the optimiser leaves such leaves alone.
+FIXED_SCALE = "fixed_scale"
 
 
 class BatchNorm(nn.Module):
@@ -27,21 +33,25 @@ class BatchNorm(nn.Module):
     momentum: share of the old running value kept at each step (torch's momentum is 1 - this).
     epsilon: added to the variance.
     num_splits: ghost batches per batch; must divide the batch size.
+    train_scale: False keeps the scale at 1, a parameter called FIXED_SCALE.
   """
 
   momentum: float
   epsilon: float
   num_splits: int = 1
+  train_scale: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    dtype, x = x.dtype, x.astype(jnp.float32)
     channels = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,))
+    scale = self._create_scale(channels)
     bias = self.param("bias", nn.initializers.zeros, (channels,))
     mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     var = self.variable("batch_stats", "var", jnp.ones, (channels,))
     if not train:
-      return (x - mean.value) * (jax.lax.rsqrt(var.value + self.epsilon) * scale) + bias
+      y = (x - mean.value) * (jax.lax.rsqrt(var.value + self.epsilon) * scale) + bias
+      return y.astype(dtype)
 
     require(
       self.num_splits > 0 and x.shape[0] % self.num_splits == 0,
@@ -59,7 +69,12 @@ class BatchNorm(nn.Module):
     self._update(mean, part_mean)
     self._update(var, part_var * (count / max(count - 1, 1)))
     y = centred * (jax.lax.rsqrt(part_var + self.epsilon) * scale) + bias
-    return y.reshape(x.shape)
+    return y.reshape(x.shape).astype(dtype)
+
+  def _create_scale(self, channels: int) -> jax.Array:
+    if self.train_scale:
+      return self.param("scale", nn.initializers.ones, (channels,))
+    return jax.lax.stop_gradient(self.param(FIXED_SCALE, nn.initializers.ones, (channels,)))
 
   def _update(self, running: nn.Variable, parts: jax.Array) -> None:
     batch = parts.reshape(self.num_splits, -1).mean(0)
@@ -67,7 +82,7 @@ class BatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation over (H, W, C / groups) of each example, with scale and bias per channel.
+  """Group normalisation over (H, W, C / groups) of each example, then scale and bias per channel.
 
   One group is what the sources call layer norm: it normalises over channels and positions
   together, unlike `nn.LayerNorm`. Source: Wu and He 2018 (arXiv:1803.08494).
@@ -75,10 +90,12 @@ class GroupNorm(nn.Module):
   Attributes:
     num_groups: must divide the number of channels.
     epsilon: added to the variance.
+    affine: False leaves out scale and bias.
   """
 
   num_groups: int
   epsilon: float
+  affine: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -90,14 +107,15 @@ class GroupNorm(nn.Module):
       self.num_groups,
       f"a divisor of the layer's {channels} channels",
     )
-    scale = self.param("scale", nn.initializers.ones, (channels,))
-    bias = self.param("bias", nn.initializers.zeros, (channels,))
-    groups = x.reshape(*x.shape[:-1], self.num_groups, -1)
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], self.num_groups, -1)
     axes = (*range(1, groups.ndim - 2), groups.ndim - 1)
     centred = groups - groups.mean(axes, keepdims=True)
     var = jnp.square(centred).mean(axes, keepdims=True)
-    y = centred * jax.lax.rsqrt(var + self.epsilon)
-    return y.reshape(x.shape) * scale + bias
+    y = (centred * jax.lax.rsqrt(var + self.epsilon)).reshape(x.shape)
+    if self.affine:
+      scale = self.param("scale", nn.initializers.ones, (channels,))
+      y = y * scale + self.param("bias", nn.initializers.zeros, (channels,))
+    return y.astype(x.dtype)
 
 
 class NoNorm(nn.Module):

@@ -8,7 +8,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 
-from flax_cifar.models.blocks import ConvHead, ConvUnit, Initializer, MaxPool
+from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, MaxPool
 from flax_cifar.models.norms import Norm
 
 
@@ -22,13 +22,20 @@ class Pyramid(nn.Module):
   norm: Norm
   dropout_rate: float
   kernel_init: Initializer
+  dtype: DType
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
     unit = partial(
-      ConvUnit, norm=self.norm, dropout_rate=self.dropout_rate, kernel_init=self.kernel_init
+      ConvUnit,
+      norm=self.norm,
+      kernel_init=self.kernel_init,
+      dropout_rate=self.dropout_rate,
+      dtype=self.dtype,
     )
-    squeeze = partial(nn.Conv, 16, (1, 1), use_bias=False, kernel_init=self.kernel_init)
+    squeeze = partial(
+      nn.Conv, 16, (1, 1), use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype
+    )
 
     x = unit(16, name="c1_1")(images, train)
     x = unit(32, name="c1_2")(x, train)

@@ -11,7 +11,12 @@ CLASSES = flags.DEFINE_integer("classes", 10, "Number of classes.", lower_bound=
 
 
 def main(config: ConfigDict) -> None:
-  model = create_model(**config.model, num_classes=CLASSES.value, norm_arguments=config.norm)
+  model = create_model(
+    **config.model,
+    num_classes=CLASSES.value,
+    norm_arguments=config.norm,
+    dtype=config.compute_dtype,
+  )
   image_shape = (config.data.image_size, config.data.image_size, 3)
   print(format_layer_table(get_layer_table(model, image_shape)), end="")
 

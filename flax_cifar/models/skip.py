@@ -1,0 +1,51 @@
+"""Networks E1 to E3, `skip`: two identity paths, ReLU before the norm; 48,552 parameters.
+
+Layer norm without affine, as in E3, leaves 48,072. Source: ERA V1, session 8.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, MaxPool
+from flax_cifar.models.norms import Norm
+
+
+class Skip(nn.Module):
+  """Two blocks with an identity path that end in a bare 1x1 and a pool; a third one and the head.
+
+  Receptive field 44 pixels. The names follow the source, which counts the bare convolutions.
+  """
+
+  num_classes: int
+  norm: Norm
+  dropout_rate: float
+  kernel_init: Initializer
+  dtype: DType
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    unit = partial(
+      ConvUnit,
+      norm=self.norm,
+      kernel_init=self.kernel_init,
+      dropout_rate=self.dropout_rate,
+      dtype=self.dtype,
+      order="conv_relu_norm",
+    )
+    squeeze = partial(
+      nn.Conv, 8, (1, 1), use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype
+    )
+
+    x = unit(24, name="c1")(images, train)
+    x = x + unit(24, name="c2")(x, train)
+    x = MaxPool(2, name="pool1")(squeeze(name="c3")(x))
+    x = unit(32, name="c4")(x, train)
+    x = x + unit(32, name="c5")(x, train)
+    x = unit(32, name="c6")(x, train)
+    x = MaxPool(2, name="pool2")(squeeze(name="c7")(x))
+    x = unit(32, name="c8")(x, train)
+    x = unit(32, name="c9")(x, train)
+    x = unit(32, name="c10")(x, train)
+    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)
