@@ -1,5 +1,6 @@
 """Host augmentation: the drawn parameters' distributions, pixels against OpenCV, the streams."""
 
+import albumentations as A
 import cv2
 import numpy as np
 import pytest
@@ -151,6 +152,65 @@ def test_shift_scale_rotate_stays_within_its_limits(changes, parameters):
     assert np.abs(np.corrcoef(found[:, 2], found[:, 3])[0, 1]) < 0.6  # drawn independently
 
 
+@pytest.mark.parametrize("border", ["reflect", "fill"])
+def test_rotation_is_about_the_centre_within_its_limit(border):
+  smooth = cv2.GaussianBlur(image(3), (7, 7), 2)
+  augment = create(("rotate",), rotate={"p": 1.0, "limit": 8.0, "border": border})
+  mode = {"reflect": cv2.BORDER_REFLECT_101, "fill": cv2.BORDER_CONSTANT}[border]
+  angles = np.linspace(-8, 8, 321)
+  matrices = [affine(0, 0, 1, 1, angle)[:2] for angle in angles]
+  warped = [cv2.warpAffine(smooth, matrix, (32, 32), borderMode=mode) for matrix in matrices]
+  found = []
+  for example in range(30):
+    error = np.abs(np.int16(warped) - augment(smooth, (0, 0, example))).mean((1, 2, 3))
+    assert error.min() < 0.6
+    found.append(angles[error.argmin()])
+  assert min(found) < -4
+  assert max(found) > 4
+
+
+@pytest.mark.parametrize("border", ["reflect", "fill"])
+def test_crop_is_what_pad_and_random_crop_make(border):
+  """One of the 9 x 9 crops that they can give, from all rows and all columns."""
+  fill, mode = (9.0, 8.0, 7.0), {"reflect": cv2.BORDER_REFLECT_101, "fill": cv2.BORDER_CONSTANT}
+  padded = A.Pad(4, border_mode=mode[border], fill=fill, p=1)(image=image())["image"]
+  augment = create(("random_crop",), random_crop={"border": border, "fill": fill})
+  crops = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
+  starts = [crops[augment(image(), (0, 0, example)).tobytes()] for example in range(300)]
+  assert {y for y, _ in starts} == {x for _, x in starts} == set(range(9))
+
+
+def test_alternating_flip_shows_both_sides_in_turn():
+  augment = create(("alternating_flip", "coarse_dropout"), coarse_dropout={"p": 0.0})
+  first = np.array([is_flipped(augment, (5, 0, example)) for example in range(400)])
+  assert abs(first.sum() - 200) < 5 * 10
+  for epoch in (1, 2, 3):
+    now = np.array([is_flipped(augment, (5, epoch, example)) for example in range(400)])
+    np.testing.assert_array_equal(now, first ^ (epoch % 2 == 1))
+  other_seed = [is_flipped(augment, (6, 0, example)) for example in range(400)]
+  assert (first != other_seed).any()
+
+
+def is_flipped(augment, stream):
+  out = augment(image(), stream)
+  assert np.array_equal(out, image()) or np.array_equal(out, image()[:, ::-1])
+  return not np.array_equal(out, image())
+
+
+def test_jitter_stays_within_its_limits():
+  """On grey pictures brightness is all that shows; its factor lies in 0.7 to 1.3."""
+  grey = np.full((32, 32, 3), 100, np.uint8)
+  limits = {"brightness": 0.3, "contrast": 0.5, "saturation": 0.5, "hue": 0.1, "p": 1.0}
+  augment = create(("color_jitter",), color_jitter=limits)
+  values = []
+  for example in range(300):
+    out = augment(grey, (0, 0, example)).astype(int)
+    assert np.ptp(out) <= 1
+    values.append(out.mean())
+  assert 68 <= min(values) < 75
+  assert 125 < max(values) <= 131
+
+
 @pytest.mark.parametrize(
   ("op", "change", "message"),
   [
@@ -161,7 +221,7 @@ def test_shift_scale_rotate_stays_within_its_limits(changes, parameters):
     ("shift_scale_rotate", {"border": "wrap"}, "border='wrap'"),
     ("shift_scale_rotate", {"shift": 1.5}, "shift=1.5"),
     ("shift_scale_rotate", {"rotate": -1.0}, "rotate=-1.0"),
-    ("horizontal_flip", {"p": 1.5}, "p=1.5"),
+    ("horizontal_flip", {"p": 1.5}, "augment.horizontal_flip.p=1.5"),
   ],
 )
 def test_bad_values_are_quoted(op, change, message):

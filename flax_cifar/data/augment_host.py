@@ -17,14 +17,18 @@ import numpy as np
 from flax_cifar.errors import choose, require
 
 Fill = str | Sequence[float]
+Rule = tuple[Callable[[Any], bool], str]  # what holds for a valid value, and how to say it
 BORDERS = {"fill": cv2.BORDER_CONSTANT, "reflect": cv2.BORDER_REFLECT_101}
+# Stands for the epoch in streams that are the same in all epochs.
+EVERY_EPOCH = 2**32 - 1
 
 
 class HostAugment:
   """Calls as augment(image uint8 (H, W, 3), stream) -> uint8 of the same shape.
 
-  The result depends on the image and on `stream` alone, so neither the number of workers nor
-  the order of calls matters. One instance must not be called from two threads at a time.
+  The result depends on the image and on `stream`, (seed, epoch, example), alone, so neither the
+  number of workers nor the order of calls matters. One instance must not be called from two
+  threads at a time.
   """
 
   def __init__(self, transforms: list[A.BasicTransform]):
@@ -34,7 +38,7 @@ class HostAugment:
     generator = np.random.default_rng(stream)
     # Not set_random_seed: it would give every transform the same draws (all or none applied).
     self._compose.set_random_state(generator, random.Random(int(generator.integers(1 << 63))))
-    return self._compose(image=image)["image"]
+    return self._compose(image=image, stream=stream)["image"]
 
 
 def create_host_augment(
@@ -51,66 +55,178 @@ def create_host_augment(
     UserError: unknown op or a value out of range.
   """
   transforms = [
-    choose("augment.ops", name, OPS)(**_with_fill(arguments[name], mean)) for name in ops
+    choose("augment.ops", name, OPS)(**resolve_arguments(name, arguments[name], mean))
+    for name in ops
   ]
   return HostAugment(transforms) if transforms else None
 
 
-def _with_fill(arguments: Mapping[str, Any], mean: Sequence[float]) -> dict[str, Any]:
-  arguments = dict(arguments)
-  require(0 <= arguments["p"] <= 1, "augment p", arguments["p"], "a probability in [0, 1]")
+# ---- Arguments, which mean the same to every backend
+
+
+def _within(low: float, high: float, unit: str) -> Rule:
+  return lambda value: low <= value <= high, f"{unit} in [{low:g}, {high:g}]"
+
+
+def _below_one(unit: str) -> Rule:
+  return lambda value: 0 <= value < 1, f"{unit} in [0, 1)"
+
+
+def _at_least(low: int, unit: str) -> Rule:
+  return lambda value: value >= low, f"{low} or more {unit}"
+
+
+RULES: dict[str, dict[str, Rule]] = {
+  "shift_scale_rotate": {
+    "shift": _below_one("a fraction"),
+    "scale": _below_one("a fraction"),
+    "rotate": _within(0, 180, "degrees"),
+  },
+  "rotate": {"limit": _within(0, 180, "degrees")},
+  "random_crop": {"padding": _at_least(1, "pixels")},
+  "coarse_dropout": {
+    "holes": _at_least(1, "holes"),
+    "height": _at_least(1, "pixels"),
+    "width": _at_least(1, "pixels"),
+  },
+  "color_jitter": {
+    "brightness": _within(0, 1, "a fraction"),
+    "contrast": _within(0, 1, "a fraction"),
+    "saturation": _within(0, 1, "a fraction"),
+    "hue": _within(0, 0.5, "a fraction of the circle"),
+  },
+}
+
+
+def resolve_arguments(
+  name: str, arguments: Mapping[str, Any], mean: Sequence[float]
+) -> dict[str, Any]:
+  """The arguments of op `name`, checked, with `fill` as a value per channel.
+
+  Raises:
+    UserError: a value out of range; the message quotes the key and the value.
+  """
+  rules = {"p": _within(0, 1, "a probability"), **RULES.get(name, {})}
+  for key in rules.keys() & arguments.keys():
+    is_valid, expected = rules[key]
+    require(is_valid(arguments[key]), f"augment.{name}.{key}", arguments[key], expected)
+  if "border" in arguments:
+    choose(f"augment.{name}.border", arguments["border"], BORDERS)
+  resolved = dict(arguments)
   if "fill" in arguments:
-    arguments["fill"] = get_fill(arguments["fill"], mean)
-  return arguments
+    resolved["fill"] = get_fill(arguments["fill"], mean)
+  return resolved
 
 
 def get_fill(fill: Fill, mean: Sequence[float]) -> tuple[float, ...]:
   """The named fill as a value per channel in 0..255: whole numbers, as uint8 images hold.
 
   Raises:
-    UserError: neither "mean" nor "black" nor a value in 0..255 per channel.
+    UserError: neither "mean" nor "black" nor a whole number in 0..255 per channel.
   """
   if fill == "mean":
     return tuple(float(int(255 * m)) for m in mean)
   if fill == "black":
     return (0.0,) * len(mean)
-  valid = not isinstance(fill, str) and len(fill) == len(mean) and all(0 <= v <= 255 for v in fill)
-  require(valid, "augment fill", fill, '"mean", "black" or a value in 0..255 per channel')
+  expected = '"mean", "black" or a whole number in 0..255 per channel'
+  require(not isinstance(fill, str) and len(fill) == len(mean), "augment fill", fill, expected)
+  require(all(v in range(256) for v in fill), "augment fill", fill, expected)
   return tuple(float(v) for v in fill)
+
+
+# ---- Ops
 
 
 def _horizontal_flip(*, p: float) -> A.BasicTransform:
   return A.HorizontalFlip(p=p, strict=True)
 
 
+class AlternatingFlip(A.ImageOnlyTransform):
+  """Shows each example from its other side in every other epoch; a coin decides the first side.
+
+  Source: Jordan 2024, arXiv:2404.00498.
+  """
+
+  @property
+  def targets_as_params(self) -> list[str]:
+    return ["stream"]
+
+  def get_params_dependent_on_data(
+    self, params: dict[str, Any], data: dict[str, Any]
+  ) -> dict[str, Any]:
+    seed, epoch, example = data["stream"]
+    coin = np.random.default_rng((seed, EVERY_EPOCH, example)).integers(2)
+    return {"flip": bool((coin + epoch) % 2)}
+
+  def apply(self, img: np.ndarray, *, flip: bool, **params: Any) -> np.ndarray:
+    return cv2.flip(img, 1) if flip else img
+
+
+def _alternating_flip() -> A.BasicTransform:
+  return AlternatingFlip(p=1.0, strict=True)
+
+
 def _shift_scale_rotate(
   *, shift: float, scale: float, rotate: float, border: str, fill: tuple[float, ...], p: float
 ) -> A.BasicTransform:
   """As A.ShiftScaleRotate, which is deprecated in favour of this."""
-  require(0 <= shift < 1, "augment.shift_scale_rotate.shift", shift, "a fraction in [0, 1)")
-  require(0 <= scale < 1, "augment.shift_scale_rotate.scale", scale, "a fraction in [0, 1)")
-  require(0 <= rotate <= 180, "augment.shift_scale_rotate.rotate", rotate, "degrees in [0, 180]")
   return A.Affine(
     scale=(1 - scale, 1 + scale),
     translate_percent=(-shift, shift),
     rotate=(-rotate, rotate),
     shear=(0, 0),
     interpolation=cv2.INTER_LINEAR,
-    border_mode=choose("augment.shift_scale_rotate.border", border, BORDERS),
+    border_mode=BORDERS[border],
     fill=fill,
     p=p,
     strict=True,
   )
 
 
+def _rotate(*, limit: float, border: str, fill: tuple[float, ...], p: float) -> A.BasicTransform:
+  return A.Rotate(
+    limit=(-limit, limit),
+    interpolation=cv2.INTER_LINEAR,
+    border_mode=BORDERS[border],
+    fill=fill,
+    p=p,
+    strict=True,
+  )
+
+
+class PadAndCrop(A.ImageOnlyTransform):
+  """A.Pad and A.RandomCrop back to the size of the image, whatever that is."""
+
+  class InitSchema(A.ImageOnlyTransform.InitSchema):
+    padding: int
+    border_mode: int
+    fill: tuple[float, ...]
+
+  def __init__(self, padding: int, border_mode: int, fill: tuple[float, ...], p: float):
+    super().__init__(p=p)
+    self.padding = padding
+    self.border_mode = border_mode
+    self.fill = fill
+
+  def get_params(self) -> dict[str, Any]:
+    starts = 2 * self.padding + 1
+    return {key: int(starts * self.py_random.random()) for key in ("top", "left")}
+
+  def apply(self, img: np.ndarray, *, top: int, left: int, **params: Any) -> np.ndarray:
+    height, width = img.shape[:2]
+    pad = self.padding
+    padded = cv2.copyMakeBorder(img, pad, pad, pad, pad, self.border_mode, value=self.fill)
+    return padded[top : top + height, left : left + width]
+
+
+def _random_crop(*, padding: int, border: str, fill: tuple[float, ...]) -> A.BasicTransform:
+  return PadAndCrop(padding=padding, border_mode=BORDERS[border], fill=fill, p=1.0)
+
+
 def _coarse_dropout(
   *, holes: int, height: int, width: int, fill: tuple[float, ...], p: float
 ) -> A.BasicTransform:
   """Cutout (DeVries and Taylor 2017, arXiv:1708.04552) with whole holes inside the image."""
-  # Albumentations reads sizes below 1 as fractions of the image.
-  require(holes >= 1, "augment.coarse_dropout.holes", holes, "1 or more")
-  require(height >= 1, "augment.coarse_dropout.height", height, "1 or more pixels")
-  require(width >= 1, "augment.coarse_dropout.width", width, "1 or more pixels")
   return A.CoarseDropout(
     num_holes_range=(holes, holes),
     hole_height_range=(height, height),
@@ -121,8 +237,25 @@ def _coarse_dropout(
   )
 
 
+def _color_jitter(
+  *, brightness: float, contrast: float, saturation: float, hue: float, p: float
+) -> A.BasicTransform:
+  return A.ColorJitter(
+    brightness=(1 - brightness, 1 + brightness),
+    contrast=(1 - contrast, 1 + contrast),
+    saturation=(1 - saturation, 1 + saturation),
+    hue=(-hue, hue),
+    p=p,
+    strict=True,
+  )
+
+
 OPS: dict[str, Callable[..., A.BasicTransform]] = {
   "horizontal_flip": _horizontal_flip,
+  "alternating_flip": _alternating_flip,
   "shift_scale_rotate": _shift_scale_rotate,
+  "rotate": _rotate,
+  "random_crop": _random_crop,
   "coarse_dropout": _coarse_dropout,
+  "color_jitter": _color_jitter,
 }

@@ -1,0 +1,60 @@
+"""What the benchmarks share: taking turns, the table, and a record that names its origin."""
+
+import datetime
+import json
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from flax_cifar.environment import get_commit, get_hardware, get_versions
+
+Row = Mapping[str, Any]
+
+
+def interleave(cases: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+  """Seconds of each call, for each case.
+
+  The cases take turns, A B C A B C, so that a slow minute of the machine hits all of them.
+  """
+  seconds: dict[str, list[float]] = {name: [] for name in cases}
+  for _ in range(repeats):
+    for name, run in cases.items():
+      started = time.perf_counter()
+      run()
+      seconds[name].append(time.perf_counter() - started)
+  return seconds
+
+
+def print_table(rows: Sequence[Row]) -> None:
+  """One line per row under the keys of the first one; numbers stand to the right."""
+  header = list(rows[0])
+  lines = [header, *([_format(row[key]) for key in header] for row in rows)]
+  widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+  numeric = [isinstance(rows[0][key], int | float) for key in header]
+  for line in lines:
+    cells = zip(line, widths, numeric, strict=True)
+    print("  ".join(f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in cells))
+
+
+def _format(value: Any) -> str:
+  if isinstance(value, float):
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+  return "" if value is None else str(value)
+
+
+def write_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
+  """Writes the rows with versions, hardware, commit, date and command."""
+  record = {
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    "commit": get_commit(),
+    "hardware": get_hardware(len(jax.local_devices())),
+    "versions": get_versions(),
+    "rows": list(rows),
+  }
+  pathlib.Path(path).write_text(json.dumps(record, indent=2) + "\n")
