@@ -13,12 +13,17 @@ def get_config() -> ConfigDict:
   config = ConfigDict(
     {
       "name": "",  # used in the banner and for the default workdir
-      "seed": 0,  # initialisation, data order, augmentation, dropout
+      "seed": 0,  # initialisation, data order, augmentation, mixing, dropout
+      # Runs with seed, seed + 1, ... trained at once; results have mean and standard deviation.
+      # Made for accelerators: a CPU is faster with one run after another.
+      "num_seeds": 1,  # more than 1 needs augment.backend=device
       "batch_size": 128,  # images per step, over all devices
       "eval_batch_size": 512,  # images per evaluation step, over all devices
       "total_epochs": 10,
       "compute_dtype": "float32",  # float32 | bfloat16, of convolutions; parameters stay float32
       "num_devices": 0,  # local devices to use; 0 means all of them
+      # Steps in one call of compiled code; 0: 1 on a CPU or with albumentations, else an epoch.
+      "steps_per_call": 0,
       # "honest": validation images come from train, the test split is read once, at the end.
       # "published": trains on all of train and validates on test, as the sources did.
       "protocol": "honest",
@@ -67,9 +72,9 @@ def get_config() -> ConfigDict:
         "plateau": {"factor": 0.1, "patience": 10, "threshold": 1e-4, "cooldown": 0, "final": 0.0},
       },
       "augment": {
-        # albumentations (on the host, in grain workers) | device (inside the train step)
-        "backend": "albumentations",
-        "workers": 0,  # processes; 0 is one background thread
+        # device (inside the train step) | albumentations (on the host)
+        "backend": "device",
+        "workers": 0,  # processes for albumentations; 0 is one background thread
         "ops": (),  # of the names below, in order
         # `border`, what lies outside the image, is "reflect" or "fill"; `fill` is "mean" (the data
         # set's), "black", or a value per channel in 0..255.

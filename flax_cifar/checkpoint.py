@@ -1,9 +1,11 @@
 """Checkpoints by Orbax: the latest and the best one, saved in the background."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import (
@@ -21,7 +23,8 @@ from flax_cifar.state import TrainState
 class Checkpoints:
   """The checkpoints in `folder`, numbered by step.
 
-  Kept are the latest, to resume from, and the one with the highest validation accuracy.
+  Kept are the latest, to resume from, and the one with the highest validation accuracy (the mean
+  over the seeds).
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -42,7 +45,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(
-    self, step: int, state: TrainState, totals: Totals, validation: dict[str, float] | None
+    self, step: int, state: TrainState, totals: Totals, validation: Mapping[str, Any] | None
   ) -> None:
     """Starts to save what a run must remember at `step`; returns before it is written.
 
@@ -50,11 +53,12 @@ class Checkpoints:
       step: steps done.
       state: the train state; it may be donated as soon as this returns.
       totals: train metrics of the unfinished epoch.
-      validation: `accuracy` and `loss` at the end of an epoch; None within one.
+      validation: `accuracy` and `loss` at the end of an epoch, () or (seeds,); None within one.
     """
     if step != self.latest_step:
       tree = {"state": state, "totals": totals}
-      self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=validation)
+      means = validation and {name: float(np.mean(value)) for name, value in validation.items()}
+      self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=means)
 
   def restore_or(self, like: TrainState, totals: Totals, mesh: Mesh) -> tuple[TrainState, Totals]:
     """The newest checkpoint, or the arguments where there is none; replicated over `mesh`.

@@ -47,31 +47,6 @@ class Row:
   field: Field | None
 
 
-class _Scope:
-  """Fields of the arrays inside one module call, so that glue between layers need not be known.
-
-  Layers are modules, but what joins them (ReLU, padding, sums) is plain code whose results we
-  have not seen. Such an array gets the union of all outputs that no layer has read yet.
-  """
-
-  def __init__(self, x: jax.Array, field: Field | None):
-    self.entry = field
-    self.known: dict[int, tuple[jax.Array, Field | None]] = {id(x): (x, field)}
-    self.unread: dict[int, Field | None] = {}
-
-  def read(self, x: jax.Array) -> Field | None:
-    if id(x) in self.known:
-      self.unread.pop(id(x), None)
-      return self.known[id(x)][1]
-    fields = list(self.unread.values())
-    self.unread.clear()
-    return _union(fields) if fields else self.entry
-
-  def write(self, x: jax.Array, field: Field | None) -> None:
-    self.known[id(x)] = (x, field)  # holding x keeps its id from being used again
-    self.unread[id(x)] = field
-
-
 def get_layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Row]:
   """Rows of `model` in execution order for images of shape (H, W, C).
 

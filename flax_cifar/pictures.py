@@ -1,15 +1,20 @@
-"""The pictures a run leaves in its workdir, as the published systems show them."""
+"""The pictures a run leaves in its workdir, as the published systems show them.
+
+matplotlib is imported when the first one is drawn: it takes half a second, for which the first
+step would wait.
+"""
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from flax_cifar.data.dataset import Split
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 DPI = 120
 
@@ -19,7 +24,7 @@ def save_images(
 ) -> None:
   """Writes uint8 images (N, H, W, 3) as a grid with a title each."""
   rows = max(1, -(-len(images) // columns))
-  figure = Figure(figsize=(1.7 * columns, 1.9 * rows), layout="constrained")
+  figure = _create_figure(1.7 * columns, 1.9 * rows)
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for axis in axes:
     axis.set_axis_off()
@@ -54,7 +59,7 @@ def save_misclassified(
 
 def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   """Writes loss and accuracy per epoch, for train and validation."""
-  figure = Figure(figsize=(9, 3.5), layout="constrained")
+  figure = _create_figure(9, 3.5)
   loss, accuracy = figure.subplots(1, 2)
   for split in ("train", "validation"):
     shown = [record for record in records if f"{split}_loss" in record]
@@ -69,7 +74,7 @@ def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
 
 def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   """Writes the learning rate at the end of each epoch."""
-  figure = Figure(figsize=(4.5, 3.5), layout="constrained")
+  figure = _create_figure(4.5, 3.5)
   axis = figure.subplots()
   epochs = [record["epoch"] for record in records]
   axis.plot(epochs, [record["learning_rate"] for record in records])
@@ -77,7 +82,16 @@ def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) ->
   figure.savefig(path, dpi=DPI)
 
 
-def _finish(axis: Axes, label: str) -> None:
+def _create_figure(width: float, height: float) -> "Figure":
+  """Size in inches."""
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def _finish(axis: "Axes", label: str) -> None:
+  from matplotlib.ticker import MaxNLocator
+
   axis.set_xlabel("epoch")
   axis.xaxis.set_major_locator(MaxNLocator(integer=True))
   axis.set_ylabel(label)

@@ -21,11 +21,12 @@ from rich.progress import (
 from tensorboardX import SummaryWriter
 
 from flax_cifar.metrics import Totals, compute_means
+from flax_cifar.seeds import describe_seeds
 
 LINE_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
 
 Record = dict[str, Any]
-Report = Callable[[Totals], None]
+Report = Callable[[Totals, int], None]  # the epoch's totals, and how many steps are new
 
 
 class RunLog:
@@ -55,7 +56,7 @@ class RunLog:
 
   @contextlib.contextmanager
   def progress(self, epoch: int, *, done: int, total: int) -> Iterator[Report]:
-    """Yields a function to call with the epoch's totals after each step.
+    """Yields a function to call now and then with the epoch's totals and the number of new steps.
 
     It moves a bar on a terminal; elsewhere it prints a line a minute.
 
@@ -78,10 +79,10 @@ class RunLog:
       task = bar.add_task("", total=total, completed=done, epoch=epoch)
       started = last_line = time.perf_counter()
 
-      def report(totals: Totals) -> None:
+      def report(totals: Totals, steps: int) -> None:
         nonlocal done, last_line
-        done, now = done + 1, time.perf_counter()
-        text = _describe(totals, totals["seconds"] + now - started)
+        done, now = done + steps, time.perf_counter()
+        text = _describe(totals, float(totals["seconds"]) + now - started)
         bar.update(task, completed=done, description=text)
         if not terminal and now - last_line > LINE_SECONDS:
           last_line = now
@@ -94,33 +95,36 @@ class RunLog:
     *,
     epoch: int,
     step: int,
-    learning_rate: float,
+    learning_rate: np.ndarray,
     train: Totals,
-    validation: Mapping[str, float] | None,
+    validation: Mapping[str, np.ndarray] | None,
   ) -> None:
     """Appends an epoch to the file, TensorBoard and the screen.
+
+    What has an axis for the seeds is averaged, and the file also gets a list `..._per_seed`.
 
     Args:
       epoch: counted from 1.
       step: steps done.
-      learning_rate: of the epoch's last step.
+      learning_rate: of the epoch's last step, () or (seeds,).
       train: totals of the epoch.
-      validation: `loss` and `accuracy`; None without a validation split.
+      validation: `loss` and `accuracy`, () or (seeds,); None without a validation split.
     """
-    record = {
-      "epoch": epoch,
-      "step": step,
+    values = {
       "learning_rate": learning_rate,
       **{f"train_{name}": value for name, value in compute_means(train).items()},
       **{f"validation_{name}": value for name, value in (validation or {}).items()},
       "seconds": train["seconds"],
-      "images_per_second": train["count"] / train["seconds"],
+      "images_per_second": train["count"].sum() / train["seconds"],
     }
+    record: Record = {"epoch": epoch, "step": step}
+    for name, value in values.items():
+      record |= describe_seeds(name, value)
     self.records.append(record)
     with self._path.open("a") as file:
       file.write(json.dumps(record) + "\n")
     if self._writer:
-      for name in record.keys() - {"epoch", "step"}:
+      for name in values:
         self._writer.add_scalar(name.replace("_", "/", 1), record[name], step)
       self._writer.flush()
     self.say(self._format(record))
@@ -145,9 +149,9 @@ class RunLog:
 
 
 def _describe(totals: Totals, seconds: float) -> str:
-  means = compute_means(totals)
-  rate = totals["count"] / seconds
-  return f"loss {means['loss']:.3f} acc {means['accuracy']:.1%} {rate:.0f} images/s"
+  loss, accuracy = (value.mean() for value in compute_means(totals).values())
+  rate = totals["count"].sum() / seconds
+  return f"loss {loss:.3f} acc {accuracy:.1%} {rate:.0f} images/s"
 
 
 def _read(path: pathlib.Path) -> list[Record]:

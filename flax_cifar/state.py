@@ -1,4 +1,7 @@
-"""Everything a run must remember, in one pytree."""
+"""Everything a run must remember, in one pytree.
+
+For several seeds its arrays have an axis for them in front, see `seeds`.
+"""
 
 import functools
 from typing import Any
@@ -49,8 +52,7 @@ def create_train_state(
   """The state before the first step; a pure function of `seed` on one kind of device."""
   # threefry, the default, takes XLA:CPU ten seconds to compile for this many shapes.
   init_key = jax.random.key(seed, impl="rbg")
-  init = jax.jit(functools.partial(model.init, train=False))
-  variables = init(init_key, jnp.zeros((1, *image_shape)))
+  variables = _init(model, init_key, jnp.zeros((1, *image_shape)))
   params, batch_stats = variables["params"], variables.get("batch_stats", {})
   # Copies: a buffer that stands in the state twice could not be donated.
   ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
@@ -63,6 +65,11 @@ def create_train_state(
     plateau=plateau.init(params),
     key=jax.random.key(seed),
   )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
+  return model.init(key, images, train=False)
 
 
 def update_ema(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:

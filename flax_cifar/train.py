@@ -1,13 +1,10 @@
 """The run, from top to bottom: `train_and_evaluate`, with `train_step` beside it."""
 
 import contextlib
-import datetime
 import functools
-import json
-import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -16,33 +13,45 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clu import parameter_overview
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flax_cifar import pictures
 from flax_cifar.checkpoint import Checkpoints
-from flax_cifar.data.augment_host import OPS, create_host_augment
+from flax_cifar.data.augment_arguments import RULES
 from flax_cifar.data.dataset import Split
-from flax_cifar.data.pipeline import Normalize, TrainBatches, create_normalize, iterate
-from flax_cifar.data.splits import PROTOCOLS, Splits, load_splits
-from flax_cifar.environment import get_commit, get_hardware, get_versions
-from flax_cifar.errors import UserError, choose, require
+from flax_cifar.data.feeds import Batch, Call, Feed, create_feed
+from flax_cifar.data.mixing import Mixing, create_mixing
+from flax_cifar.data.pipeline import Normalize, create_normalize
+from flax_cifar.data.splits import load_splits
+from flax_cifar.environment import get_hardware
+from flax_cifar.errors import UserError, require
 from flax_cifar.evaluate import create_eval_step, evaluate, predict
 from flax_cifar.interrupt import Interrupted, InterruptGuard
 from flax_cifar.layer_table import format_layer_table, get_layer_table
-from flax_cifar.losses import cross_entropy
-from flax_cifar.metrics import NO_TOTALS, Totals, add_totals, compute_means, compute_totals
-from flax_cifar.models import create_model
+from flax_cifar.losses import create_targets, cross_entropy
+from flax_cifar.metrics import (
+  Metrics,
+  Totals,
+  add_totals,
+  compute_totals,
+  create_totals,
+  iterate_steps,
+)
+from flax_cifar.models import DTYPES, create_model
 from flax_cifar.optimizers import create_optimizer
-from flax_cifar.partition import check_batch_size, create_mesh, replicated, split_batch
-from flax_cifar.run_log import Record, Report, RunLog, median_rate
+from flax_cifar.partition import check_batch_size, create_mesh, replicated
+from flax_cifar.result import describe_run, format_score, say_result, score, summarise
+from flax_cifar.run_log import Report, RunLog
 from flax_cifar.schedules import create_plateau, create_schedule
+from flax_cifar.seeds import first_seed, over_seeds, stack_seeds
 from flax_cifar.state import TrainState, create_train_state, update_ema
 from flax_cifar.workdir import check_workdir, read_result, write_json
 
-AUGMENT_BACKENDS = {"albumentations": create_host_augment}
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
-Batch = dict[str, Any]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+MIXING = 1  # folded into the key of a step, from which dropout draws
+FETCH_SECONDS = 1.0  # between two looks at the metrics within an epoch
 
 
 def train_step(
@@ -52,9 +61,10 @@ def train_step(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   normalize: Normalize,
+  mixing: Mixing | None,
   label_smoothing: float,
   ema_decay: float,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, Metrics]:
   """One step of gradient descent; pure.
 
   Args:
@@ -62,25 +72,30 @@ def train_step(
     batch: image uint8 (N, H, W, C) and label int32 (N,).
     model: the network.
     optimizer: what `state.opt_state` belongs to.
-    normalize: uint8 images -> float32 images.
-    label_smoothing: see `cross_entropy`.
+    normalize: uint8 images -> float images.
+    mixing: (images, targets, key) -> (images, targets); None leaves them as they are.
+    label_smoothing: see `create_targets`.
     ema_decay: see `update_ema`; 0 switches the average off.
 
   Returns:
-    The state after it and the totals of the batch, see `compute_totals`.
+    The state after it and the totals of the batch, see `compute_totals`. Under mixing the loss is
+    that of the mixed targets, while accuracy counts against the labels before it.
   """
   images, labels = normalize(batch["image"]), batch["label"]
-  dropout_key = jax.random.fold_in(state.key, state.step)
+  targets = create_targets(labels, model.num_classes, label_smoothing=label_smoothing)
+  key = jax.random.fold_in(state.key, state.step)
+  if mixing:
+    images, targets = mixing(images, targets, jax.random.fold_in(key, MIXING))
 
   def loss_fn(params: Any) -> Any:
     logits, updates = model.apply(
       {"params": params, "batch_stats": state.batch_stats},
       images,
       train=True,
-      rngs={"dropout": dropout_key},
+      rngs={"dropout": key},
       mutable=["batch_stats"],
     )
-    losses = cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    losses = cross_entropy(logits, targets)
     return losses.mean(), (losses, logits, updates.get("batch_stats", {}))
 
   gradients, (losses, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -97,19 +112,41 @@ def train_step(
   return state, compute_totals(losses, logits, labels, jnp.ones(len(labels)))
 
 
+def create_steps_fn(step: Step, feed: Feed, *, num_seeds: int, mesh: Mesh) -> jax.stages.Wrapped:
+  """Compiles (state, inputs of `feed`, number of steps) -> (state, metrics of each step).
+
+  The state is donated. The metrics are arrays (steps,), for several seeds (steps, seeds).
+  """
+
+  def run(state: TrainState, inputs: Batch, length: int) -> tuple[TrainState, Metrics]:
+    def body(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+      return step(state, feed.get_batch(state.key, state.step, inputs))
+
+    if length > 1:
+      return jax.lax.scan(body, state, length=length)
+    state, metrics = body(state, None)  # no loop, see `steps_per_call`
+    return state, jax.tree.map(lambda value: value[None], metrics)
+
+  def run_seeds(state: TrainState, inputs: Batch, length: int) -> tuple[TrainState, Metrics]:
+    function = functools.partial(run, length=length)
+    return over_seeds(function, num_seeds, (0, feed.seed_axes), out_axes=(0, 1))(state, inputs)
+
+  return jax.jit(run_seeds, static_argnums=2, donate_argnums=0, out_shardings=replicated(mesh))
+
+
 def train_epoch(
-  step_fn: TrainStep,
+  steps_fn: jax.stages.Wrapped,
   state: TrainState,
   totals: Totals,
-  stream: Iterator[Batch],
-  steps: range,
+  calls: Iterable[Call],
   *,
+  done: int,
   guard: InterruptGuard,
   report: Report,
 ) -> tuple[TrainState, Totals, int]:
-  """Trains for `steps`, or until `guard` has caught a signal.
+  """Makes `calls`, or as many until `guard` has caught a signal.
 
-  Each step's metrics are read while the next one runs, so the device never waits for the host.
+  The metrics stay on the device and are fetched now and then, so it never waits for the host.
 
   Returns:
     The state, `totals` with the sums of these steps added, and the steps of the run now done.
@@ -117,30 +154,37 @@ def train_epoch(
   Raises:
     UserError: the loss is not finite.
   """
-  started = time.perf_counter()
-  pending: list[tuple[int, dict[str, jax.Array]]] = []
-  for step in steps:
-    state, metrics = step_fn(state, next(stream))
-    pending.append((step + 1, metrics))
+  started = fetched = time.perf_counter()
+  pending: list[Metrics] = []
+  for length, inputs in calls:
+    state, metrics = steps_fn(state, inputs, length)
+    pending.append(metrics)
     if guard.signum:
       break
-    if len(pending) > 1:
-      totals = _collect(totals, *pending.pop(0), report)
-  for done, metrics in pending:
-    totals = _collect(totals, done, metrics, report)
+    # Not further ahead than one call, lest a signal, or memory, wait for many.
+    jax.block_until_ready(pending[-2:-1])
+    if time.perf_counter() - fetched > FETCH_SECONDS:
+      totals, done = _collect(totals, pending[:-1], done, report)
+      pending, fetched = pending[-1:], time.perf_counter()
+  totals, done = _collect(totals, pending, done, report)
   totals = add_totals(totals, {"seconds": time.perf_counter() - started})
   return state, totals, done
 
 
-def _collect(totals: Totals, done: int, metrics: dict[str, jax.Array], report: Report) -> Totals:
-  totals = add_totals(totals, metrics)
-  if not math.isfinite(totals["loss_sum"]):
-    raise UserError(
-      f"the loss became {float(metrics['loss_sum'])} at step {done:,}; the last checkpoint is "
-      "kept. Lower optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
-    )
-  report(totals)
-  return totals
+def _collect(totals: Totals, calls: list[Metrics], done: int, report: Report) -> tuple[Totals, int]:
+  """Adds steps one by one, so that the sums do not depend on when they were fetched."""
+  before = done
+  for metrics in iterate_steps(calls):
+    totals, done = add_totals(totals, metrics), done + 1
+    losses = np.ravel(metrics["loss_sum"])
+    if not np.isfinite(losses).all():
+      raise UserError(
+        f"the loss became {losses[~np.isfinite(losses)][0]} at step {done:,}; the last checkpoint "
+        "is kept. Lower optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
+      )
+  if done > before:
+    report(totals, done - before)
+  return totals, done
 
 
 def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -158,25 +202,18 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   check_workdir(workdir, config.to_dict())
   result = read_result(workdir)
   if result and result["epochs"] >= config.total_epochs:
-    print(f"{workdir} is finished: test accuracy {result['test_accuracy']:.2%}")
+    print(f"{workdir} is finished: test accuracy {format_score(result, 'accuracy', '.2%')}")
     return result
 
   #### Data
   splits = load_splits(protocol=config.protocol, **config.data)
+  _check_numbers(config, has_validation=len(splits.validation) > 0)
+  mesh, num_seeds = create_mesh(config.num_devices), config.num_seeds
+  check_batch_size("batch_size", config.batch_size, mesh)
+  check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
   mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
-  normalize = create_normalize(mean, std)
-  create_augment = choose("augment.backend", config.augment.backend, AUGMENT_BACKENDS)
-  augment = create_augment(
-    ops=config.augment.ops, mean=mean, **{name: config.augment[name] for name in OPS}
-  )
-  batches = TrainBatches(
-    splits.train,
-    batch_size=config.batch_size,
-    total_epochs=config.total_epochs,
-    seed=config.seed,
-    augment=augment,
-  )
-  steps_per_epoch = batches.steps_per_epoch
+  feed = _create_feed(config, splits.train, mean=mean, mesh=mesh)
+  steps_per_epoch = feed.steps_per_epoch
 
   #### Network, schedule, optimiser, state
   model = create_model(
@@ -191,70 +228,66 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   plateau = create_plateau(**config.schedule.plateau)
   on_plateau = config.schedule.name == "plateau"
   optimizer = create_optimizer(schedule, **config.optimizer)
-  state = create_train_state(
+  create_state = functools.partial(
+    create_train_state,
     model=model,
     optimizer=optimizer,
     plateau=plateau,
     image_shape=splits.image_shape,
     ema_decay=config.ema.decay,
-    seed=config.seed,
   )
-  _check_durations(config, has_validation=len(splits.validation) > 0)
+  states = [create_state(seed=config.seed + number) for number in range(num_seeds)]
+  state = jax.device_put(stack_seeds(states), replicated(mesh))
 
   #### Compiled steps
-  mesh = create_mesh(config.num_devices)
-  check_batch_size("batch_size", config.batch_size, mesh)
-  check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-  step_fn = jax.jit(
-    functools.partial(
-      train_step,
-      model=model,
-      optimizer=optimizer,
-      normalize=normalize,
-      label_smoothing=config.loss.label_smoothing,
-      ema_decay=config.ema.decay,
-    ),
-    in_shardings=(replicated(mesh), split_batch(mesh)),
-    out_shardings=replicated(mesh),
-    donate_argnums=0,
+  normalize = create_normalize(mean, std, dtype=DTYPES[config.compute_dtype])
+  step = functools.partial(
+    train_step,
+    model=model,
+    optimizer=optimizer,
+    normalize=normalize,
+    mixing=create_mixing(**config.mixing),
+    label_smoothing=config.loss.label_smoothing,
+    ema_decay=config.ema.decay,
   )
-  first_batch = batches[0]
-  step_fn.eval_shape(state, first_batch)  # what does not fit together fails here, early
-  eval_step = create_eval_step(model=model, normalize=normalize, mesh=mesh)
-  observe = jax.jit(lambda plateau_state, loss: plateau.update({}, plateau_state, value=loss)[1])
+  steps_fn = create_steps_fn(step, feed, num_seeds=num_seeds, mesh=mesh)
+  eval_step = create_eval_step(model=model, normalize=normalize, mesh=mesh, num_seeds=num_seeds)
+  observe = jax.jit(
+    over_seeds(lambda state, loss: plateau.update({}, state, value=loss)[1], num_seeds, (0, 0))
+  )
+  # What does not fit together fails here, early; the first call finds the trace.
+  steps_fn.trace(state, feed.first_inputs(), feed.steps_per_call)
 
   #### Start or resume
   workdir.mkdir(parents=True, exist_ok=True)
   write_json(workdir / "config.json", config.to_dict())
   checkpoints = Checkpoints(workdir / "checkpoints")
-  state, totals = checkpoints.restore_or(state, NO_TOTALS, mesh)
-  done = int(state.step)
+  state, totals = checkpoints.restore_or(state, create_totals(num_seeds), mesh)
+  done = int(first_seed(state.step, num_seeds))
   table = format_layer_table(get_layer_table(model, splits.image_shape))
   (workdir / "summary.txt").write_text(table)
   log = RunLog(
     workdir, step=done, total_epochs=config.total_epochs, tensorboard=config.log.tensorboard
   )
-  parameters = int(parameter_overview.count_parameters(state.params))
+  parameters = int(parameter_overview.count_parameters(state.params)) // num_seeds
   hardware = get_hardware(mesh.size)
-  log.banner(_describe_run(config, splits, parameters, hardware, workdir))
+  log.banner(describe_run(config, splits, parameters, hardware, workdir))
   if done:
     log.say(f"resumed at step {done:,}, epoch {done / steps_per_epoch:.2f}")
-  if config.log.pictures:
-    pictures.save_augmented(workdir / "augmented.png", first_batch, splits.class_names)
 
   try:
     #### Epochs
-    stream = iterate(batches, start_step=done, workers=config.augment.workers)
-    with InterruptGuard() as guard, contextlib.closing(stream):
+    with InterruptGuard() as guard, contextlib.closing(feed):
       for epoch in range(done // steps_per_epoch, config.total_epochs):
         start, end = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
         with log.progress(epoch + 1, done=done - start, total=steps_per_epoch) as report:
+          calls = feed.calls(range(done, end))
           state, totals, done = train_epoch(
-            step_fn, state, totals, stream, range(done, end), guard=guard, report=report
+            steps_fn, state, totals, calls, done=done, guard=guard, report=report
           )
         validation = None
         if done == end:
-          rate = config.optimizer.learning_rate * float(schedule(end - 1) * state.plateau.scale)
+          share = np.float64(schedule(end - 1) * state.plateau.scale)
           if len(splits.validation):
             validation = evaluate(
               eval_step, state.eval_variables, splits.validation, config.eval_batch_size
@@ -262,110 +295,66 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
           if on_plateau and validation:
             state = state.replace(plateau=observe(state.plateau, validation["loss"]))
           log.write(
-            epoch=epoch + 1, step=end, learning_rate=rate, train=totals, validation=validation
+            epoch=epoch + 1,
+            step=end,
+            learning_rate=config.optimizer.learning_rate * share,
+            train=totals,
+            validation=validation,
           )
-          totals = NO_TOTALS
+          totals = create_totals(num_seeds)
         signum = guard.signum  # read once: a signal after the save must wait for the next one
-        last = done == len(batches)
+        last = done == config.total_epochs * steps_per_epoch
         if signum or last or (done == end and (epoch + 1) % config.checkpoint.every == 0):
           checkpoints.save(done, state, totals, validation)
         if signum:
           raise Interrupted(signum, done)
+        if epoch == 0 and config.log.pictures:  # not earlier, lest the first step wait for it
+          sample = feed.get_sample(feed.first_inputs())
+          pictures.save_augmented(workdir / "augmented.png", sample, splits.class_names)
 
     #### Test, once
     logits = predict(eval_step, state.eval_variables, splits.test, config.eval_batch_size)
     result = {
-      **_score(splits.test, logits),
-      **_summarise(config, log.records),
+      **score(splits.test, logits),
+      **summarise(config, log.records),
       "parameters": parameters,
       "hardware": hardware,
     }
     write_json(workdir / "result.json", result)
     if config.log.pictures:
+      first = first_seed(logits, num_seeds)
       pictures.save_misclassified(
-        workdir / "misclassified.png", splits.test, logits, splits.class_names
+        workdir / "misclassified.png", splits.test, first, splits.class_names
       )
       pictures.save_curves(workdir / "curves.png", log.records)
       pictures.save_learning_rate(workdir / "learning_rate.png", log.records)
-    _say_result(log, result, workdir)
+    say_result(log, result, workdir)
   finally:
     checkpoints.close()
     log.close()
   return result
 
 
-def _check_durations(config: ConfigDict, *, has_validation: bool) -> None:
+def _create_feed(config: ConfigDict, split: Split, *, mean: tuple[float, ...], mesh: Mesh) -> Feed:
+  names = ("batch_size", "total_epochs", "steps_per_call", "seed", "num_seeds")
+  return create_feed(
+    split,
+    mean=mean,
+    mesh=mesh,
+    **{name: config[name] for name in names},
+    **{name: config.augment[name] for name in ("backend", "workers", "ops", *RULES)},
+  )
+
+
+def _check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
+  smoothing = config.loss.label_smoothing
   require(config.total_epochs > 0, "total_epochs", config.total_epochs, "1 or more")
   require(config.checkpoint.every > 0, "checkpoint.every", config.checkpoint.every, "1 or more")
   require(0 <= config.ema.decay < 1, "ema.decay", config.ema.decay, "at least 0 and below 1")
+  require(0 <= smoothing < 1, "loss.label_smoothing", smoothing, "at least 0 and below 1")
   require(
     has_validation or config.schedule.name != "plateau",
     "data.validation_size",
     config.data.validation_size,
     "positive where schedule.name='plateau'",
   )
-
-
-def _describe_run(
-  config: ConfigDict, splits: Splits, parameters: int, hardware: str, workdir: pathlib.Path
-) -> dict[str, str]:
-  """The banner: what runs, on what."""
-  sizes = (
-    f"{len(split):,} {name}"
-    for name, split in (
-      ("train", splits.train),
-      ("validation", splits.validation),
-      ("test", splits.test),
-    )
-  )
-  rate = f"learning rate {config.optimizer.learning_rate:g} ({config.schedule.name})"
-  return {
-    "config": f"{config.name}, seed {config.seed}",
-    "protocol": f"{config.protocol}: {PROTOCOLS[config.protocol]}",
-    "network": f"{config.model.name}, {config.model.norm} norm, {parameters:,} parameters",
-    "training": f"{config.total_epochs} epochs, batch {config.batch_size}, "
-    f"{config.optimizer.name}, {rate}",
-    "augment": ", ".join(config.augment.ops) or "none",
-    "data": f"{config.data.name}: {', '.join(sizes)} images",
-    "device": hardware,
-    "workdir": str(workdir),
-  }
-
-
-def _score(test: Split, logits: np.ndarray) -> dict[str, float]:
-  """Accuracy in [0, 1] and loss in nats of logits (N, classes) on the test split."""
-  labels, outputs = jnp.asarray(test.labels), jnp.asarray(logits)
-  losses = cross_entropy(outputs, labels, label_smoothing=0.0)
-  totals = compute_totals(losses, outputs, labels, jnp.ones(len(test)))
-  means = compute_means(add_totals(NO_TOTALS, totals))
-  return {f"test_{name}": value for name, value in means.items()}
-
-
-def _summarise(config: ConfigDict, records: list[Record]) -> dict[str, Any]:
-  """What else result.json holds: the protocol, the training, and what it takes to repeat it."""
-  validated = [record for record in records if "validation_accuracy" in record]
-  best = max(validated, key=lambda record: record["validation_accuracy"], default=None)
-  return {
-    "protocol": config.protocol,
-    "test_weights": "moving average, last epoch" if config.ema.decay else "last epoch",
-    "best_validation": best and {"epoch": best["epoch"], "accuracy": best["validation_accuracy"]},
-    "epochs": records[-1]["epoch"],
-    "train_seconds": sum(record["seconds"] for record in records),
-    "images_per_second": median_rate(records),
-    "seed": config.seed,
-    "config": json.loads(config.to_json()),
-    "versions": get_versions(),
-    "commit": get_commit(),
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-  }
-
-
-def _say_result(log: RunLog, result: dict[str, Any], workdir: pathlib.Path) -> None:
-  log.say(f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}")
-  if result["best_validation"]:
-    best = result["best_validation"]
-    peeked = " (on the test split)" if result["protocol"] == "published" else ""
-    log.say(f"best validation accuracy {best['accuracy']:.2%}{peeked}, epoch {best['epoch']}")
-  log.say(f"result    {workdir / 'result.json'}")
-  for picture in sorted(workdir.glob("*.png")):
-    log.say(f"picture   {picture}")

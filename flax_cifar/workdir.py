@@ -11,7 +11,10 @@ from typing import Any
 from flax_cifar.errors import UserError, list_differences
 
 # A resumed run may change these: what it computes stays the same.
-FREE_KEYS = ("log", "checkpoint", "augment.workers", "eval_batch_size", "num_devices", "data.dir")
+FREE_KEYS = (
+  *("log", "checkpoint", "data.dir"),
+  *("augment.workers", "steps_per_call", "num_devices", "eval_batch_size"),
+)
 # A longer run also goes on where the shorter one ended.
 RESUME_KEYS = (*FREE_KEYS, "total_epochs")
 MIN_FREE_BYTES = 100 * 2**20  # checkpoints of the largest network stay under a tenth of this

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from configs.common import get_config
+from flax_cifar.data.augment_arguments import RULES, resolve_arguments
 from flax_cifar.data.augment_device import (
   DEVICE_OPS,
   create_device_augment,
@@ -21,7 +22,7 @@ from flax_cifar.data.augment_device import (
   unpack,
 )
 from flax_cifar.data.augment_host import OPS as HOST_OPS
-from flax_cifar.data.augment_host import create_host_augment, resolve_arguments
+from flax_cifar.data.augment_host import create_host_augment
 from flax_cifar.errors import UserError
 from flax_cifar.partition import create_mesh, replicated, split_batch
 
@@ -360,7 +361,7 @@ def test_alternating_flip_shows_both_sides_in_turn():
 
 
 def test_backends_have_the_same_ops_and_arguments():
-  assert set(HOST_OPS) == set(DEVICE_OPS)
+  assert set(HOST_OPS) == set(DEVICE_OPS) == set(RULES)
   for name, op in DEVICE_OPS.items():
     arguments = set(inspect.signature(op).parameters)
     assert arguments == set(inspect.signature(HOST_OPS[name]).parameters), name

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs.common import get_config
-from flax_cifar.data.augment_host import OPS, create_host_augment, get_fill
+from flax_cifar.data.augment_arguments import get_fill
+from flax_cifar.data.augment_host import OPS, create_host_augment
 from flax_cifar.errors import UserError
 
 MEAN = (0.49139968, 0.48215841, 0.44653091)

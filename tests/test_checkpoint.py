@@ -9,14 +9,19 @@ import pytest
 
 from flax_cifar.checkpoint import Checkpoints
 from flax_cifar.errors import UserError
-from flax_cifar.metrics import NO_TOTALS
+from flax_cifar.metrics import create_totals
 from flax_cifar.partition import create_mesh
 from flax_cifar.schedules import create_plateau
 from flax_cifar.state import create_train_state
 from tests.tiny import IMAGE_SIZE, TinyNet
 
 PLATEAU = {"factor": 0.5, "patience": 1, "threshold": 0.1, "cooldown": 0, "final": 0.0}
-TOTALS = {"loss_sum": 1 / 3, "correct": 2.0, "count": 3.0, "seconds": 0.1}
+TOTALS = {
+  "loss_sum": np.array(1 / 3),
+  "correct": np.array(2.0),
+  "count": np.array(3.0),
+  "seconds": np.array(0.1),
+}
 
 
 def create(seed=0, **network):
@@ -53,7 +58,7 @@ def kept(folder):
 def test_everything_comes_back_on_any_number_of_devices(tmp_path, devices):
   save(tmp_path / "c", (7, 0.5))
   checkpoints = Checkpoints(tmp_path / "c")
-  state, totals = checkpoints.restore_or(create(), NO_TOTALS, create_mesh(devices))
+  state, totals = checkpoints.restore_or(create(), create_totals(1), create_mesh(devices))
   checkpoints.close()
   assert totals == TOTALS
   assert len(state.params["head"]["conv"]["kernel"].sharding.device_set) == devices
@@ -63,9 +68,9 @@ def test_everything_comes_back_on_any_number_of_devices(tmp_path, devices):
 
 def test_without_a_checkpoint_the_arguments_come_back(tmp_path):
   checkpoints = Checkpoints(tmp_path / "c")
-  state, totals = checkpoints.restore_or(create(), NO_TOTALS, create_mesh(1))
+  state, totals = checkpoints.restore_or(create(), create_totals(1), create_mesh(1))
   checkpoints.close()
-  assert totals == NO_TOTALS
+  assert totals == create_totals(1)
   for given, returned in zip(leaves(create()), leaves(state), strict=True):
     np.testing.assert_array_equal(given, returned)
 
@@ -84,7 +89,7 @@ def test_state_may_be_donated_right_after_save(tmp_path):
     params = scramble(params)
   checkpoints.close()
   checkpoints = Checkpoints(tmp_path / "c")
-  restored, _ = checkpoints.restore_or(create(features=600), NO_TOTALS, create_mesh(1))
+  restored, _ = checkpoints.restore_or(create(features=600), create_totals(1), create_mesh(1))
   checkpoints.close()
   for saved, back in zip(expected, leaves(restored), strict=True):
     np.testing.assert_array_equal(saved, back)
@@ -122,7 +127,7 @@ def test_another_network_is_refused(tmp_path, network, message):
   checkpoints = Checkpoints(tmp_path / "c")
   other = create(**{k: NoNorm if v == "none" else v for k, v in network.items()})
   with pytest.raises(UserError, match=f"another network: .*{message}"):
-    checkpoints.restore_or(other, NO_TOTALS, create_mesh(1))
+    checkpoints.restore_or(other, create_totals(1), create_mesh(1))
   checkpoints.close()
 
 
@@ -136,5 +141,5 @@ def test_damage_is_named(tmp_path, victim):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   checkpoints = Checkpoints(tmp_path / "c")
   with pytest.raises(UserError, match=r"checkpoint '.*/1' (is damaged|cannot be read)"):
-    checkpoints.restore_or(create(), NO_TOTALS, create_mesh(1))
+    checkpoints.restore_or(create(), create_totals(1), create_mesh(1))
   checkpoints.close()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flax_cifar.models.lowering import conv_general_dilated
+from flax_cifar.errors import UserError
+from flax_cifar.models.lowering import VARIABLE, choose_way, conv_general_dilated, pad_reflect
 
 SAME, NONE, UNEVEN = [(1, 1), (1, 1)], [(0, 0), (0, 0)], [(2, 0), (1, 3)]
 
@@ -72,6 +73,10 @@ def test_depthwise_equals_jax_for_other_kernels(sides):
   assert "conv_general_dilated" not in compare(kernel=(*sides, 1, 6), padding=UNEVEN)
 
 
+def test_padding_may_have_a_name():
+  assert "conv_general_dilated" not in compare(padding="SAME", dilation=(2, 1))
+
+
 def test_depthwise_equals_jax_in_bfloat16():
   assert "conv_general_dilated" not in compare(dtype=jnp.bfloat16)
 
@@ -86,7 +91,6 @@ def test_depthwise_equals_jax_in_bfloat16():
     {"kernel": (3, 3, 6, 4), "groups": 1, "strides": (2, 2)},
     {"kernel": (3, 3, 3, 6), "groups": 2},
     {"kernel": (3, 3, 1, 12)},
-    {"padding": "SAME"},
     {"lhs_dilation": (2, 2)},
   ],
   ids=[
@@ -97,9 +101,51 @@ def test_depthwise_equals_jax_in_bfloat16():
     "strided-dense",
     "grouped",
     "multiplier",
-    "padding-by-name",
     "transposed",
   ],
 )
 def test_other_convolutions_are_left_to_jax(changes):
   assert "conv_general_dilated" in compare(**changes)
+
+
+@pytest.mark.parametrize("padding", [1, 2, 4])
+def test_pad_reflect_equals_numpy_and_so_does_its_gradient(padding):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 5, 7, 3)).astype(np.float32)
+  y, backward = jax.vjp(jax.jit(lambda x: pad_reflect(x, padding)), x)
+  np.testing.assert_array_equal(
+    y, np.pad(x, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)), mode="reflect")
+  )
+  direction = rng.normal(size=y.shape)
+  # The gradient of a pixel is the sum over the places that show it; NumPy tells which these are.
+  pixels = np.arange(35).reshape(5, 7)
+  shown = np.pad(pixels, padding, mode="reflect").ravel()
+  expected = np.zeros((2, 35, 3))
+  for batch in range(2):
+    np.add.at(expected[batch], shown, direction[batch].reshape(-1, 3))
+  (gradient,) = backward(direction.astype(np.float32))
+  np.testing.assert_allclose(gradient, expected.reshape(x.shape), rtol=1e-5, atol=1e-5)
+
+
+def test_pad_reflect_of_an_image_smaller_than_its_padding_equals_numpy():
+  x = np.arange(9.0, dtype=np.float32).reshape(1, 3, 3, 1)
+  expected = np.pad(x, ((0, 0), (5, 5), (5, 5), (0, 0)), mode="reflect")
+  np.testing.assert_array_equal(pad_reflect(x, 5), expected)
+
+
+def test_the_variable_names_a_way(monkeypatch):
+  monkeypatch.setenv(VARIABLE, "definition")
+  assert choose_way() == "definition"
+  assert "conv_general_dilated" in compare()
+  monkeypatch.setenv(VARIABLE, "fast")
+  with pytest.raises(UserError, match="FLAX_CIFAR_CONVOLUTION='fast'"):
+    choose_way()
+
+
+def test_onednn_is_refused_where_it_is_missing(monkeypatch):
+  monkeypatch.setattr("flax_cifar.models.onednn.load_library", lambda: None)
+  monkeypatch.setenv(VARIABLE, "onednn")
+  with pytest.raises(UserError, match="onednn"):
+    choose_way()
+  monkeypatch.delenv(VARIABLE)
+  assert choose_way() == "xla"

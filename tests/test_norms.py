@@ -10,7 +10,7 @@ import pytest
 
 from configs import common
 from flax_cifar.errors import UserError
-from flax_cifar.models.norms import NORMS, BatchNorm, GroupNorm, get_norm
+from flax_cifar.models.norms import NORMS, BatchNorm, GroupNorm, compute_moments, get_norm
 from flax_cifar.partition import create_mesh, split_batch
 
 EPSILON = 1e-5
@@ -208,7 +208,8 @@ def test_a_large_offset_does_not_spoil_the_variance_of_group_norm(noise, groups)
 
 def test_a_single_value_per_channel_stays_finite():
   y, changed = train_step(batch_norm(), VARIABLES, X[:1, :1, :1])
-  np.testing.assert_allclose(y[0, 0, 0], BIAS, rtol=1e-6)
+  # What x * slope and mean * slope lose, where slope is scale / sqrt(epsilon), about 300.
+  np.testing.assert_allclose(y[0, 0, 0], BIAS, atol=1e-3)
   np.testing.assert_allclose(changed["batch_stats"]["var"], 0.9 * VAR, rtol=1e-6)
 
 
@@ -247,3 +248,23 @@ def test_parameters_per_channel(name, per_channel):
 
 def test_every_norm_has_arguments_in_the_config():
   assert set(common.get_config().norm) == set(NORMS)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2)])
+def test_moments_and_their_gradients_equal_float64(axes):
+  rng = np.random.default_rng(0)
+  x = rng.normal(3.0, 2.0, size=(4, 5, 6, 3))
+  shape = compute_moments(jnp.asarray(x, jnp.float32), axes)[0].shape
+  weights = rng.normal(size=(2, *shape))
+
+  def weighted(moments):
+    return sum((w * m).sum() for w, m in zip(weights, moments, strict=True))
+
+  gradient = jax.grad(lambda x: weighted(compute_moments(x, axes)))(jnp.asarray(x, jnp.float32))
+  count = x.size / weights[0].size
+  mean = x.mean(axes, keepdims=True)
+  expected = (weights[0] + 2 * weights[1] * (x - mean)) / count
+  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(
+    compute_moments(jnp.asarray(x, jnp.float32), axes)[1], x.var(axes, keepdims=True), rtol=1e-5
+  )

@@ -3,13 +3,19 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from flax_cifar import run_log
 from flax_cifar.run_log import RunLog, median_rate
 
-TRAIN = {"loss_sum": 30.0, "correct": 15.0, "count": 20.0, "seconds": 4.0}
+TRAIN = {
+  "loss_sum": np.array(30.0),
+  "correct": np.array(15.0),
+  "count": np.array(20.0),
+  "seconds": np.array(4.0),
+}
 
 
 def write(log, epoch, validation=None):
@@ -41,6 +47,26 @@ def test_a_line_holds_the_means(tmp_path):
       "images_per_second": 5.0,
     }
   ]
+
+
+def test_seeds_are_averaged_and_listed(tmp_path, capsys):
+  log = open_log(tmp_path, tensorboard=True)
+  train = {name: np.stack([values, 2 * values]) for name, values in TRAIN.items()}
+  train["seconds"] = TRAIN["seconds"]
+  train["correct"] = np.array([15.0, 10.0])
+  rates, validation = np.array([0.1, 0.3]), {"loss": np.ones(2), "accuracy": np.array([0.5, 0.9])}
+  log.write(epoch=1, step=10, learning_rate=rates, train=train, validation=validation)
+  with log.progress(2, done=0, total=8) as report:
+    report(train, 1)
+  log.close()
+  (line,) = lines(tmp_path)
+  assert line["train_accuracy"] == 0.5
+  assert line["train_accuracy_per_seed"] == [0.75, 0.25]
+  assert line["validation_accuracy"] == pytest.approx(0.7)
+  assert line["validation_accuracy_per_seed"] == [0.5, 0.9]
+  assert line["learning_rate_per_seed"] == [0.1, 0.3]
+  assert line["images_per_second"] == 15  # over all seeds
+  assert "70.00%" in capsys.readouterr().out
 
 
 def test_without_validation_nothing_is_claimed(tmp_path):
@@ -86,16 +112,16 @@ def test_tensorboard_gets_every_number(tmp_path):
 def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
   log = open_log(tmp_path)
   with log.progress(1, done=4, total=8) as report:
-    report(TRAIN)
+    report(TRAIN, 1)
   assert capsys.readouterr().out == ""
   monkeypatch.setattr(run_log, "LINE_SECONDS", 0)
   with log.progress(1, done=4, total=8) as report:
-    report(TRAIN)
-    report(TRAIN)
+    report(TRAIN, 1)
+    report(TRAIN, 3)
   log.close()
   first, second = capsys.readouterr().out.splitlines()
   assert first.startswith("epoch 1  step 5/8  loss 1.500 acc 75.0% 5 images/s")
-  assert second.startswith("epoch 1  step 6/8")
+  assert second.startswith("epoch 1  step 8/8")
   assert lines(tmp_path) == []
 
 
@@ -103,7 +129,7 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path):
   log = open_log(tmp_path)
   log.console = Console(file=io.StringIO(), force_terminal=True, width=120)
   with log.progress(2, done=0, total=8) as report:
-    report(TRAIN)
+    report(TRAIN, 1)
   log.close()
   assert "1/8" in log.console.file.getvalue()
   assert "loss 1.500 acc 75.0%" in log.console.file.getvalue()

@@ -1,8 +1,10 @@
 """The whole run on a tiny network: it learns, repeats, resumes, shards, stops on bad numbers."""
 
+import functools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,25 @@ import pytest
 
 from flax_cifar import train
 from flax_cifar.checkpoint import Checkpoints
+from flax_cifar.data.feeds import DeviceFeed, HostFeed
+from flax_cifar.data.splits import load_splits
 from flax_cifar.errors import UserError
 from flax_cifar.interrupt import Interrupted
+from flax_cifar.metrics import create_totals
 from flax_cifar.models import MODELS
+from flax_cifar.partition import create_mesh
 from flax_cifar.schedules import create_plateau
 from flax_cifar.state import create_train_state
 from tests.tiny import IMAGE_SIZE, TinyNet, get_config, write_data
 
 STEPS_PER_EPOCH = 5  # 96 - 16 train images in batches of 16
+# Whatever a state can hold; no epoch improves by half, so the learning rate drops.
+AVERAGE_AND_PLATEAU = {
+  "ema.decay": 0.9,
+  "schedule.name": "plateau",
+  "schedule.plateau.patience": 0,
+  "schedule.plateau.threshold": 0.5,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,16 +67,18 @@ def saved_params(workdir, step):
 
 
 def interrupt_at(monkeypatch, step):
-  """Sends SIGINT while the batch of `step` is fetched."""
-  original = train.iterate
+  """Sends SIGINT before the call that makes `step`."""
+  for feed in (HostFeed, DeviceFeed):
+    original = feed.calls
 
-  def iterate(batches, *, start_step, workers):
-    for i, batch in enumerate(original(batches, start_step=start_step, workers=workers)):
-      if start_step + i == step:
-        os.kill(os.getpid(), signal.SIGINT)
-      yield batch
+    def calls(self, steps, original=original):
+      for length, inputs in original(self, steps):
+        if step in steps[:length]:
+          os.kill(os.getpid(), signal.SIGINT)
+        steps = steps[length:]
+        yield length, inputs
 
-  monkeypatch.setattr(train, "iterate", iterate)
+    monkeypatch.setattr(feed, "calls", calls)
 
 
 def test_a_run_learns_and_leaves_everything(tmp_path, data):
@@ -110,27 +125,163 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, data):
   assert lines(tmp_path / "a") != lines(tmp_path / "c")
 
 
-@pytest.mark.parametrize("step", [0, 3, 4, 7, 14])
-def test_an_interrupted_run_ends_as_the_uninterrupted(tmp_path, data, monkeypatch, step):
-  changes = {"ema.decay": 0.9, "schedule.name": "plateau", "schedule.plateau.patience": 0}
+@pytest.mark.parametrize(
+  ("backend", "steps_per_call", "stops"),
+  [
+    ("device", 1, {0: 1, 4: 5, 7: 8, 14: 15}),
+    ("device", 3, {6: 8}),
+    ("albumentations", 1, {4: 5, 7: 8}),
+  ],
+)
+def test_an_interrupted_run_ends_as_the_uninterrupted(
+  tmp_path, data, monkeypatch, backend, steps_per_call, stops
+):
+  """`stops`: the step before whose call a signal comes, and the one that is saved."""
+  changes = {"augment.backend": backend, "steps_per_call": steps_per_call, **AVERAGE_AND_PLATEAU}
+  whole, last = tmp_path / "whole", 3 * STEPS_PER_EPOCH
+  run(whole, data, **changes)
+  for step, saved in stops.items():
+    cut = tmp_path / f"cut-{step}"
+    with monkeypatch.context() as patch:
+      interrupt_at(patch, step)
+      with pytest.raises(Interrupted, match=f"saved at step {saved};"):
+        run(cut, data, **changes)
+    assert not (cut / "result.json").exists()
+    run(cut, data, **changes)
+    assert lines(whole) == lines(cut)
+    for a, b in zip(saved_params(whole, last), saved_params(cut, last), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def assert_nearly_equal(one, other):
+  """Records or results: floats up to rounding."""
+  assert one.keys() == other.keys()
+  for name, value in one.items():
+    assert value == (pytest.approx(other[name], rel=1e-4) if name != "config" else other[name])
+
+
+def test_a_loop_in_one_call_gives_what_single_steps_give(tmp_path, data):
+  """Five steps in calls of three and two."""
+  for steps_per_call in (1, 3):
+    changes = {"steps_per_call": steps_per_call, **AVERAGE_AND_PLATEAU}
+    run(tmp_path / str(steps_per_call), data, **changes)
+  for one, three in zip(lines(tmp_path / "1"), lines(tmp_path / "3"), strict=True):
+    assert_nearly_equal(one, three)
+  params = [saved_params(tmp_path / name, 3 * STEPS_PER_EPOCH) for name in ("1", "3")]
+  for a, b in zip(*params, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_when_metrics_are_fetched_changes_nothing(tmp_path, data, monkeypatch):
+  """Once an epoch, or as soon as another step has begun."""
+  fetched = []
+  original = train.iterate_steps
+
+  def iterate_steps(calls):
+    fetched.append(len(calls))
+    return original(calls)
+
+  monkeypatch.setattr(train, "iterate_steps", iterate_steps)
+  monkeypatch.setattr(train, "FETCH_SECONDS", 60)
+  run(tmp_path / "seldom", data)
+  assert fetched == [STEPS_PER_EPOCH] * 3
+  fetched.clear()
+  monkeypatch.setattr(train, "FETCH_SECONDS", 0)
+  run(tmp_path / "often", data)
+  assert fetched == [0, 1, 1, 1, 1, 1] * 3
+  assert lines(tmp_path / "seldom") == lines(tmp_path / "often")
+
+
+def test_an_epoch_waits_for_all_steps_but_the_last(monkeypatch):
+  """A signal must not wait until a long queue is done."""
+  waited, made = [], []
+  monkeypatch.setattr(jax, "block_until_ready", lambda calls: waited.extend(calls))
+
+  def steps_fn(state, inputs, length):
+    made.append({"loss_sum": np.ones(length), "count": np.ones(length), "correct": np.ones(length)})
+    assert len(waited) == max(0, len(made) - 2)
+    return state, made[-1]
+
+  reports = []
+  _, totals, done = train.train_epoch(
+    steps_fn,
+    None,
+    create_totals(1),
+    [(3, None), (3, None), (3, None), (1, None)],
+    done=20,
+    guard=SimpleNamespace(signum=None),
+    report=lambda totals, steps: reports.append(steps),
+  )
+  assert waited == made[:-1]
+  assert done == 30
+  assert totals["count"] == sum(reports) == 10
+
+
+def test_the_data_is_no_constant_of_the_compiled_steps(data):
+  """What is captured instead of passed would be copied into every program, and the cache."""
+  config = get_config(write_data(data.removeprefix("npz:"), train=2000, size=IMAGE_SIZE))
+  split = load_splits(protocol="honest", **config.data).train
+  feed = train._create_feed(config, split, mean=(0.5,) * 3, mesh=create_mesh(1))
+  state, step = create_step()
+  steps_fn = train.create_steps_fn(step, feed, num_seeds=1, mesh=create_mesh(1))
+  program = steps_fn.lower(state, feed.first_inputs(), 2).as_text()
+  assert "dense" in program
+  assert len(program) < split.images.nbytes / 2
+
+
+def test_the_step_is_traced_once(tmp_path, data, monkeypatch):
+  traced = []
+  real_step = train.train_step
+
+  def step(state, batch, **kwargs):
+    traced.append(batch["image"].shape)
+    return real_step(state, batch, **kwargs)
+
+  monkeypatch.setattr(train, "train_step", step)
+  run(tmp_path / "run", data)
+  assert traced == [(16, IMAGE_SIZE, IMAGE_SIZE, 3)]
+
+
+def test_seeds_trained_at_once_are_the_runs_of_each_seed(tmp_path, data, capsys):
+  changes = {"seed": 3, **AVERAGE_AND_PLATEAU}
+  both = run(tmp_path / "both", data, **changes, num_seeds=2, **{"log.pictures": True})
+  shown = capsys.readouterr().out
+  singles = [run(tmp_path / str(s), data, **(changes | {"seed": s})) for s in (3, 4)]
+  for number, seed in enumerate((3, 4)):
+    for one, record in zip(lines(tmp_path / str(seed)), lines(tmp_path / "both"), strict=True):
+      own = {name: record.get(f"{name}_per_seed", [record[name]] * 2)[number] for name in one}
+      assert_nearly_equal(one, own)
+  for name in ("test_accuracy", "test_loss"):
+    scores = [single[name] for single in singles]
+    assert both[f"{name}_per_seed"] == pytest.approx(scores, rel=1e-4)
+    assert both[name] == pytest.approx(np.mean(scores), rel=1e-4)
+    assert both[f"{name}_sd"] == pytest.approx(np.std(scores, ddof=1), rel=1e-2)
+  assert both["num_seeds"] == 2
+  assert both["parameters"] == singles[0]["parameters"]
+  assert "tiny, seeds 3 to 4" in shown
+  mean, sd = both["test_accuracy"], both["test_accuracy_sd"]
+  assert f"test accuracy {mean:.2%} ± {sd:.2%} (n=2)" in shown
+  assert (tmp_path / "both" / "misclassified.png").exists()
+
+
+def test_several_seeds_resume_and_use_several_devices(tmp_path, data, monkeypatch):
+  changes = {"num_seeds": 2, "total_epochs": 1, **AVERAGE_AND_PLATEAU}
   run(tmp_path / "whole", data, **changes)
   with monkeypatch.context() as patch:
-    interrupt_at(patch, step)
-    with pytest.raises(Interrupted, match=f"saved at step {step + 1};"):
+    interrupt_at(patch, 2)
+    with pytest.raises(Interrupted, match="saved at step 3;"):
       run(tmp_path / "cut", data, **changes)
-  assert not (tmp_path / "cut" / "result.json").exists()
   run(tmp_path / "cut", data, **changes)
   assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
-  last = 3 * STEPS_PER_EPOCH
-  for a, b in zip(
-    saved_params(tmp_path / "whole", last), saved_params(tmp_path / "cut", last), strict=True
-  ):
-    np.testing.assert_array_equal(a, b)
+  run(tmp_path / "four", data, **changes, num_devices=4)
+  for one, four in zip(lines(tmp_path / "whole"), lines(tmp_path / "four"), strict=True):
+    assert one["train_loss_per_seed"] == pytest.approx(four["train_loss_per_seed"], rel=1e-4)
 
 
-def test_four_devices_give_one_devices_curve(tmp_path, data):
+@pytest.mark.parametrize("backend", ["device", "albumentations"])
+def test_four_devices_give_one_devices_curve(tmp_path, data, backend):
   for devices in (1, 4):
-    run(tmp_path / str(devices), data, num_devices=devices)
+    run(tmp_path / str(devices), data, num_devices=devices, **{"augment.backend": backend})
   for one, four in zip(lines(tmp_path / "1"), lines(tmp_path / "4"), strict=True):
     assert one["train_loss"] == pytest.approx(four["train_loss"], rel=1e-4)
     assert one["validation_loss"] == pytest.approx(four["validation_loss"], rel=1e-4)
@@ -153,7 +304,8 @@ def test_more_epochs_go_on_where_a_finished_run_ended(tmp_path, data):
   assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, monkeypatch):
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, monkeypatch, steps_per_call):
   """The checkpoint of the epoch before stays."""
   real_step = train.train_step
 
@@ -164,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, monkeypatch):
 
   monkeypatch.setattr(train, "train_step", bad_step)
   with pytest.raises(UserError, match="loss became nan at step 8;"):
-    run(tmp_path / "run", data)
+    run(tmp_path / "run", data, steps_per_call=steps_per_call)
   checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
   assert checkpoints.latest_step == STEPS_PER_EPOCH
   checkpoints.close()
@@ -211,7 +363,15 @@ def test_plateau_cuts_the_learning_rate(tmp_path, data):
     ({"model.norm": "bach"}, "model.norm='bach'.*Did you mean 'batch'"),
     ({"schedule.name": "linear"}, "schedule.name='linear'"),
     ({"optimizer.name": "adam"}, "optimizer.name='adam'.*Did you mean 'adamw'"),
-    ({"augment.backend": "gpu"}, "augment.backend='gpu'"),
+    ({"augment.backend": "gpu"}, "augment.backend='gpu'.*device"),
+    ({"augment.backend": "albumentations", "num_seeds": 2}, "num_seeds=2.*albumentations"),
+    ({"augment.backend": "albumentations", "steps_per_call": 2}, "steps_per_call=2.*albumen"),
+    ({"augment.backend": "albumentations", "augment.workers": -1}, "augment.workers=-1"),
+    ({"num_seeds": 0}, "num_seeds=0"),
+    ({"steps_per_call": -1}, "steps_per_call=-1"),
+    ({"mixing.name": "cutmx"}, "mixing.name='cutmx'"),
+    ({"loss.label_smoothing": 1.0}, "loss.label_smoothing=1.0"),
+    ({"compute_dtype": "float16"}, "compute_dtype='float16'"),
     ({"data.name": "npz:/nowhere.npz"}, "/nowhere.npz"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"batch_size": 1000}, "batch_size=1000"),
@@ -230,10 +390,9 @@ def test_bad_choices_are_named_before_anything_is_written(tmp_path, data, change
   assert not (tmp_path / "run").exists()
 
 
-def test_train_step_follows_the_gradient():
-  """One step of plain SGD equals -rate * gradient of the mean loss, taken by differences."""
-  model = TinyNet()
-  optimizer = optax.sgd(0.5)
+def create_step(mixing=None, **changes):
+  """A state and a train step with plain SGD."""
+  model, optimizer = TinyNet(), optax.sgd(0.5)
   plateau = create_plateau(factor=0.5, patience=1, threshold=0.1, cooldown=0, final=0.0)
   state = create_train_state(
     model=model,
@@ -243,14 +402,34 @@ def test_train_step_follows_the_gradient():
     ema_decay=0.0,
     seed=0,
   )
-  state = state.replace(plateau=state.plateau._replace(scale=jnp.float32(0.25)))
+  settings = {"normalize": lambda x: x / 255, "label_smoothing": 0.0, "ema_decay": 0.0} | changes
+  step = functools.partial(
+    train.train_step, model=model, optimizer=optimizer, mixing=mixing, **settings
+  )
+  return state, step
+
+
+def draw_batch():
   rng = np.random.default_rng(0)
-  batch = {
+  return {
     "image": rng.integers(0, 256, (4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8),
     "label": rng.integers(3, size=4),
   }
-  settings = {"normalize": lambda x: x / 255, "label_smoothing": 0.0, "ema_decay": 0.0}
-  new, totals = train.train_step(state, batch, model=model, optimizer=optimizer, **settings)
+
+
+def log_probabilities(variables, images):
+  """Float64 (N, classes) of the tiny network in training."""
+  logits, _ = TinyNet().apply(variables, images, train=True, mutable=["batch_stats"])
+  logits = np.asarray(logits, np.float64)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_train_step_follows_the_gradient():
+  """One step of plain SGD equals -rate * gradient of the mean loss, taken by differences."""
+  state, step = create_step()
+  state = state.replace(plateau=state.plateau._replace(scale=jnp.float32(0.25)))
+  batch = draw_batch()
+  new, totals = step(state, batch)
   assert int(new.step) == 1
   assert float(totals["count"]) == 4
 
@@ -258,15 +437,49 @@ def test_train_step_follows_the_gradient():
     params = jax.tree.map(lambda x: x, state.params)
     params["head"]["conv"]["kernel"] = kernel
     variables = {"params": params, "batch_stats": state.batch_stats}
-    logits, _ = model.apply(variables, batch["image"] / 255, train=True, mutable=["batch_stats"])
-    logits = np.asarray(logits, np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return -log_p[np.arange(4), batch["label"]].mean()
+    return -log_probabilities(variables, batch["image"] / 255)[np.arange(4), batch["label"]].mean()
 
   kernel = np.asarray(state.params["head"]["conv"]["kernel"])
   moved = np.asarray(new.params["head"]["conv"]["kernel"]) - kernel
   for index in ((0, 0, 0, 0), (0, 0, 3, 2)):
-    step = np.zeros_like(kernel)
-    step[index] = 1e-2
-    slope = (loss(kernel + step) - loss(kernel - step)) / 2e-2
+    change = np.zeros_like(kernel)
+    change[index] = 1e-2
+    slope = (loss(kernel + change) - loss(kernel - change)) / 2e-2
     assert moved[index] == pytest.approx(-0.5 * 0.25 * slope, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_under_mixing_is_that_of_the_mixed_targets(smoothing):
+  """Each example is averaged with the next one; accuracy counts against its own label."""
+  keys = []
+
+  def mix(images, targets, key):
+    keys.append(key)
+    images, targets = (0.7 * x + 0.3 * jnp.roll(x, 1, axis=0) for x in (images, targets))
+    return images, targets
+
+  state, step = create_step(mix, label_smoothing=smoothing)
+  batch = draw_batch()
+  _, totals = step(state, batch)
+  images = batch["image"] / 255
+  mixed = 0.7 * images + 0.3 * np.roll(images, 1, axis=0)
+  log_p = log_probabilities({"params": state.params, "batch_stats": state.batch_stats}, mixed)
+  one_hot = (1 - smoothing) * np.eye(3)[batch["label"]] + smoothing / 3
+  targets = 0.7 * one_hot + 0.3 * np.roll(one_hot, 1, axis=0)
+  assert float(totals["loss_sum"]) == pytest.approx(-(targets * log_p).sum(), rel=1e-5)
+  assert float(totals["correct"]) == (log_p.argmax(-1) == batch["label"]).sum()
+  step(state.replace(step=state.step + 1), batch)
+  data = {jax.random.key_data(key).tobytes() for key in (*keys, state.key)}
+  step_key = jax.random.fold_in(state.key, state.step)  # dropout's
+  assert len(data | {jax.random.key_data(step_key).tobytes()}) == 4
+
+
+def test_bfloat16_stays_near_float32(tmp_path, data):
+  for dtype in ("float32", "bfloat16"):
+    run(tmp_path / dtype, data, compute_dtype=dtype)
+  exact, rounded = lines(tmp_path / "float32"), lines(tmp_path / "bfloat16")
+  assert exact != rounded
+  for one, other in zip(exact, rounded, strict=True):
+    assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.1)
+  last = saved_params(tmp_path / "bfloat16", 3 * STEPS_PER_EPOCH)
+  assert {leaf.dtype for leaf in last} == {np.dtype(np.float32)}

@@ -32,7 +32,8 @@ def test_the_same_config_may_go_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "change", [{"total_epochs": 9}, {"log.pictures": True}, {"augment.workers": 2}]
+  "change",
+  [{"total_epochs": 9}, {"log.pictures": True}, {"augment.workers": 2}, {"steps_per_call": 3}],
 )
 def test_what_leaves_the_past_alone_may_change(tmp_path, change):
   start(tmp_path / "run", config())
@@ -43,6 +44,8 @@ def test_what_leaves_the_past_alone_may_change(tmp_path, change):
   ("change", "message"),
   [
     ({"seed": 1}, "seed is 0 there and 1 here"),
+    ({"num_seeds": 2}, "num_seeds is 1 there and 2 here"),
+    ({"augment.backend": "albumentations"}, "augment.backend is 'device' there"),
     ({"model.norm": "group"}, "model.norm is 'batch' there and 'group' here"),
     ({"augment.ops": ()}, r"augment.ops is \['horizontal_flip'\] there and \[\] here"),
   ],

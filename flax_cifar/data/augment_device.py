@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
-from flax_cifar.data.augment_host import resolve_arguments
+from flax_cifar.data.augment_arguments import resolve_arguments
 from flax_cifar.errors import choose
 
 Fill = tuple[float, ...]  # red, green, blue: whole numbers in 0..255

@@ -1,24 +1,38 @@
-"""Order and batches: what example stands where is a pure function of (seed, epoch, step)."""
+"""Order and batches on the host: what stands where is a pure function of (seed, epoch, step)."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.typing import DTypeLike
 
 from flax_cifar.data.dataset import Split
 from flax_cifar.errors import require
 
-Normalize = Callable[[jax.Array], jax.Array]  # uint8 (N, H, W, C) -> float32 (N, H, W, C)
+if TYPE_CHECKING:
+  import grain
+
+Normalize = Callable[[jax.Array], jax.Array]  # uint8 (N, H, W, C) -> float (N, H, W, C)
 Augment = Callable[[np.ndarray, tuple[int, int, int]], np.ndarray]  # (image, stream) -> image
 
 
 def epoch_permutation(*, seed: int, epoch: int, num_examples: int) -> np.ndarray:
   """The order of the examples in `epoch` (from 0): int64 (num_examples,)."""
   return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def count_steps(split: Split, batch_size: int) -> int:
+  """Whole batches in an epoch.
+
+  Raises:
+    UserError: there is none.
+  """
+  expected = f"positive and at most the {len(split)} train images"
+  require(0 < batch_size <= len(split), "batch_size", batch_size, expected)
+  return len(split) // batch_size
 
 
 class TrainBatches:
@@ -36,13 +50,7 @@ class TrainBatches:
     self._total_epochs = total_epochs
     self._seed = seed
     self._augment = augment
-    require(
-      0 < batch_size <= len(split),
-      "batch_size",
-      batch_size,
-      f"positive and at most the {len(split)} train images",
-    )
-    self.steps_per_epoch = len(split) // batch_size
+    self.steps_per_epoch = count_steps(split, batch_size)
 
   def __len__(self) -> int:
     return self._total_epochs * self.steps_per_epoch
@@ -61,12 +69,13 @@ class TrainBatches:
 
 def iterate(
   batches: TrainBatches, *, start_step: int, workers: int, prefetch: int = 4
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
   """Batches from `start_step` on, made ahead by a thread or by `workers` processes.
 
   Close the iterator, or its processes end with a warning.
   """
-  require(workers >= 0, "augment.workers", workers, "0 or more processes")
+  import grain  # here, because a run that augments on the device starts faster without it
+
   dataset = grain.MapDataset.source(batches)[start_step:]
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
   stream: Any = dataset.to_iter_dataset(options)
@@ -90,10 +99,12 @@ def padded_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarr
     }
 
 
-def create_normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalize:
+def create_normalize(
+  mean: tuple[float, ...], std: tuple[float, ...], *, dtype: DTypeLike
+) -> Normalize:
   """(x / 255 - mean) / std per channel; `mean` and `std` in units of [0, 1].
 
-  It runs on the device, so that images travel there as bytes.
+  It runs on the device, so that images travel there as bytes, in float32; the result is `dtype`.
   """
   require(len(mean) == len(std), "augment.std", std, f"as long as augment.mean={mean}")
   require(all(s > 0 for s in std), "augment.std", std, "positive")
@@ -101,6 +112,7 @@ def create_normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> Normali
   shift = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
 
   def normalize(images: jax.Array) -> jax.Array:
-    return images * jnp.asarray(scale, jnp.float32) + jnp.asarray(shift, jnp.float32)
+    normalized = images * jnp.asarray(scale, jnp.float32) + jnp.asarray(shift, jnp.float32)
+    return normalized.astype(dtype)
 
   return normalize

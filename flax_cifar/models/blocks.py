@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flax_cifar.errors import choose
 from flax_cifar.models.dropout import Dropout
-from flax_cifar.models.lowering import conv_general_dilated
+from flax_cifar.models.lowering import conv_general_dilated, pad_reflect
 from flax_cifar.models.norms import Norm
 
 Initializer = nn.initializers.Initializer
@@ -45,12 +45,6 @@ def get_bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
     return nn.initializers.zeros
   bound = fan_in**-0.5
   return partial(jax.random.uniform, minval=-bound, maxval=bound)
-
-
-def pad_reflect(x: jax.Array, padding: int) -> jax.Array:
-  """Pads height and width of NHWC `x` by `padding` pixels mirrored about the edge pixel."""
-  widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-  return jnp.pad(x, widths, mode="reflect")
 
 
 class ConvUnit(nn.Module):
@@ -96,6 +90,7 @@ class ConvUnit(nn.Module):
       kernel_init=self.kernel_init,
       bias_init=get_bias_init(self.kernel_init, math.prod(sides) * x.shape[-1]),
       dtype=self.dtype,
+      conv_general_dilated=conv_general_dilated,
       name="conv",
     )(pad_reflect(x, self.padding) if reflect else x)
     return _finish_unit(x, train, self.norm, self.order, self.dropout_rate)
@@ -116,13 +111,18 @@ class DepthwiseSeparableUnit(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     channels = x.shape[-1]
-    conv = partial(nn.Conv, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype)
+    conv = partial(
+      nn.Conv,
+      use_bias=False,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      conv_general_dilated=conv_general_dilated,
+    )
     x = conv(
       channels,
       (3, 3),
       padding=1,
       feature_group_count=channels,
-      conv_general_dilated=conv_general_dilated,
       name="depthwise",
     )(x)
     x = conv(self.features, (1, 1), name="pointwise")(x)
@@ -133,11 +133,9 @@ def _finish_unit(
   x: jax.Array, train: bool, norm: Norm, order: Order, dropout_rate: float
 ) -> jax.Array:
   """What follows the convolution in every unit; called from inside the unit."""
-  if order == "conv_relu_norm":
-    x = norm(name="norm")(nn.relu(x), train)
-  else:
-    x = nn.relu(norm(name="norm")(x, train))
-  return Dropout(dropout_rate, name="dropout")(x, train)
+  norm_first = order == "conv_norm_relu"
+  x = norm(name="norm")(x if norm_first else nn.relu(x), train)
+  return Dropout(dropout_rate, relu=norm_first, name="dropout")(x, train)
 
 
 class ParallelSum(nn.Module):

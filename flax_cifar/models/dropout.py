@@ -1,5 +1,8 @@
 """Dropout whose mask comes from a hash of the element's index."""
 
+from functools import partial
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,14 +43,44 @@ class Dropout(nn.Module):
   """Sets each element to zero with probability `rate` and scales the others by 1 / (1 - rate).
 
   Source: Srivastava et al. 2014 (JMLR 15).
+
+  Attributes:
+    rate: in [0, 1).
+    relu: whether ReLU comes first; done together, one mask serves both.
   """
 
   rate: float
+  relu: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    if not train or self.rate == 0:
-      return x
-    bits = hash_bits(self.make_rng("dropout"), x.shape)
-    keep = bits >= jnp.uint32(round(self.rate * 2**32))
-    return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+    if train and self.rate > 0:
+      return _drop(x, self.make_rng("dropout"), self.rate, self.relu)
+    return nn.relu(x) if self.relu else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _drop(x: jax.Array, key: jax.Array, rate: float, relu: bool) -> jax.Array:
+  return jnp.where(_get_mask(x, key, rate, relu), x / (1 - rate), jnp.zeros_like(x))
+
+
+def _get_mask(x: jax.Array, key: jax.Array, rate: float, relu: bool) -> jax.Array:
+  keep = hash_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+  return keep & (x > 0) if relu else keep
+
+
+def _drop_forward(x: jax.Array, key: jax.Array, rate: float, relu: bool) -> Any:
+  return _drop(x, key, rate, relu), (x, key)  # to hash again is cheaper than to keep the mask
+
+
+def _drop_backward(rate: float, relu: bool, saved: Any, gradient: jax.Array) -> Any:
+  x, key = saved
+  scaled = gradient / (1 - rate)
+  dropped = jnp.where(_get_mask(x, key, rate, relu), scaled, jnp.zeros_like(scaled))
+  if jax.default_backend() == "cpu":
+    # Or XLA:CPU hashes again in each of the three loops that read it.
+    dropped = jax.lax.optimization_barrier(dropped)
+  return dropped, None
+
+
+_drop.defvjp(_drop_forward, _drop_backward)

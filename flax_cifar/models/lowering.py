@@ -4,12 +4,46 @@
 passed to `nn.Conv` and tested against it.
 """
 
+import itertools
+import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from flax_cifar.errors import choose, require
+from flax_cifar.models import onednn
+
+# How convolutions are computed. The environment variable VARIABLE holds a key of WAYS.
+VARIABLE = "FLAX_CIFAR_CONVOLUTION"
+WAYS = {
+  "auto": "onednn on one CPU device where it is installed, else xla on CPUs, else definition",
+  "onednn": "oneDNN's kernels, from the extra `onednn`",
+  "xla": "XLA's operations, put together for CPUs",
+  "definition": "lax.conv_general_dilated",
+}
+
+
+def choose_way() -> str:
+  """The key of WAYS, other than "auto", that holds in this process.
+
+  Raises:
+    UserError: the variable holds something else, or asks for oneDNN where it is missing.
+  """
+  way = os.environ.get(VARIABLE) or "auto"
+  choose(VARIABLE, way, WAYS)
+  available = jax.default_backend() == "cpu" and onednn.load_library() is not None
+  require(available or way != "onednn", VARIABLE, way, "auto unless `.[onednn]` is installed")
+  if way != "auto":
+    return way
+  if jax.default_backend() != "cpu":
+    return "definition"
+  # XLA cannot split a custom call over devices.
+  return "onednn" if available and jax.local_device_count() == 1 else "xla"
 
 
 def conv_general_dilated(
@@ -23,13 +57,16 @@ def conv_general_dilated(
   feature_group_count: int,
   **others: Any,
 ) -> jax.Array:
-  """`lax.conv_general_dilated` for NHWC and HWIO; depthwise ones on CPU as shifted sums.
-
-  XLA:CPU computes depthwise convolutions channel by channel, ten times slower than that.
-  """
+  """`lax.conv_general_dilated` for NHWC and HWIO, in the way of `choose_way`."""
+  way = choose_way()
+  if isinstance(padding, str):
+    extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
+    padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
+  if way == "onednn" and {*lhs_dilation} == {1} and lhs.dtype in onednn.DATA_TYPES:
+    return onednn.convolve(lhs, rhs, window_strides, padding, rhs_dilation, feature_group_count)
   depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
-  plain = {*window_strides, *lhs_dilation} == {1} and not isinstance(padding, str)
-  if depthwise and plain and jax.default_backend() == "cpu":
+  if way == "xla" and depthwise and {*window_strides, *lhs_dilation} == {1}:
+    # XLA:CPU computes depthwise convolutions channel by channel, ten times slower than this.
     padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
     return _depthwise(padded, rhs[:, :, 0], tuple(rhs_dilation))
   return lax.conv_general_dilated(
@@ -42,6 +79,9 @@ def conv_general_dilated(
     feature_group_count=feature_group_count,
     **others,
   )
+
+
+# ---- Depthwise convolution
 
 
 def _taps(x: jax.Array, kernel_size: tuple[int, ...], dilation: tuple[int, int]) -> list[jax.Array]:
@@ -85,3 +125,73 @@ def _add_each(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+# ---- Reflect padding
+
+
+def pad_reflect(x: jax.Array, padding: int) -> jax.Array:
+  """Pads height and width of NHWC `x` by `padding` pixels mirrored about the edge pixel."""
+  # An image smaller than its padding is mirrored several times over: rare, and left to JAX.
+  if choose_way() == "definition" or padding >= min(x.shape[1:3]):
+    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode="reflect")
+  return _pad_reflect(jnp.asarray(x), padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _pad_reflect(x: jax.Array, padding: int) -> jax.Array:
+  """As one gather of pixels: XLA:CPU joins the mirrored parts three times more slowly."""
+  rows, columns = (_mirror(np.arange(-padding, n + padding), n) for n in x.shape[1:3])
+  return _gather_pixels(x, rows, columns)
+
+
+def _mirror(index: np.ndarray, size: int) -> np.ndarray:
+  """The pixel inside 0..size - 1 that each index shows; size must exceed the overhang."""
+  index = np.abs(index)
+  return np.minimum(index, 2 * (size - 1) - index)
+
+
+def _gather_pixels(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+  """x[:, rows][:, :, columns] of NHWC `x`.
+
+  From all pixels in one line, so that the result need not be transposed.
+  """
+  count, height, width, channels = x.shape
+  index = jnp.asarray(rows[:, None] * width + columns, jnp.int32)
+  index += height * width * jax.lax.broadcasted_iota(jnp.int32, (count, 1, 1), 0)
+  pixels = x.reshape(-1, channels).at[index.reshape(-1)].get(mode="promise_in_bounds")
+  return pixels.reshape(count, len(rows), len(columns), channels)
+
+
+def _pad_reflect_forward(x: jax.Array, padding: int) -> Any:
+  return _pad_reflect(x, padding), None
+
+
+def _pad_reflect_backward(padding: int, saved: None, gradient: jax.Array) -> tuple[jax.Array]:
+  """Adds up, for each pixel, the gradients of all places of the padded image that show it."""
+  del saved
+  rows, columns = (_list_places(n - 2 * padding, padding) for n in gradient.shape[1:3])
+  total = jnp.zeros((), gradient.dtype)
+  for (row, has_row), (column, has_column) in itertools.product(rows, columns):
+    shown = (has_row[:, None] & has_column)[:, :, None]
+    part = _gather_pixels(gradient, row, column)
+    total += part if shown.all() else jnp.where(shown, part, jnp.zeros((), part.dtype))
+  # One loop for all nine; XLA would split it to merge its end into what follows.
+  return (lax.optimization_barrier(total),)
+
+
+def _list_places(size: int, padding: int) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Where along an axis of the padded image pixel i stands: itself, mirrored before, after.
+
+  Each as (index, whether there is such a place; if not the index is 0).
+  """
+  inside = padding + np.arange(size)
+  places = [(inside, np.ones(size, bool))]
+  before, after = 2 * padding - inside, 2 * (padding + size - 1) - inside
+  for index, outside in ((before, before < padding), (after, after >= padding + size)):
+    exists = outside & (index >= 0) & (index < size + 2 * padding)
+    places.append((np.where(exists, index, 0), exists))
+  return places
+
+
+_pad_reflect.defvjp(_pad_reflect_forward, _pad_reflect_backward)

@@ -3,6 +3,7 @@
 All of them compute in float32 and return the type of their input.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +18,32 @@ Norm = Callable[..., nn.Module]  # a class or partial; called as norm(name=...)(
 
 # The name of a parameter that keeps its first value; the optimiser leaves such leaves alone.
 FIXED_SCALE = "fixed_scale"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def compute_moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  """Mean and biased variance of float32 `x` over `axes`, which are kept with length 1.
+
+  In two passes: E[x^2] - E[x]^2 can turn negative in float32. Its gradient is written out, lest
+  x - mean be kept from the forward pass to the backward pass.
+  """
+  mean = x.mean(axes, keepdims=True)
+  return mean, jnp.square(x - mean).mean(axes, keepdims=True)
+
+
+def _moments_forward(x: jax.Array, axes: tuple[int, ...]) -> Any:
+  mean, var = compute_moments(x, axes)
+  return (mean, var), (x, mean)
+
+
+def _moments_backward(axes: tuple[int, ...], saved: Any, gradients: Any) -> tuple[jax.Array]:
+  x, mean = saved
+  to_mean, to_var = gradients
+  count = math.prod(x.shape[axis] for axis in axes)
+  return ((x - mean) * (2 / count * to_var) + to_mean / count,)
+
+
+compute_moments.defvjp(_moments_forward, _moments_backward)
 
 
 class BatchNorm(nn.Module):
@@ -60,15 +87,12 @@ class BatchNorm(nn.Module):
       f"a divisor of the batch size {x.shape[0]}",
     )
     parts = x.reshape(-1, self.num_splits, *x.shape[1:])  # (N/s, s, H, W, C)
-    axes = (0, *range(2, parts.ndim - 1))
-    part_mean = parts.mean(axes, keepdims=True)
-    # Two passes: E[x^2] - E[x]^2 can turn negative in float32.
-    centred = parts - part_mean
-    part_var = jnp.square(centred).mean(axes, keepdims=True)
+    part_mean, part_var = compute_moments(parts, (0, *range(2, parts.ndim - 1)))
     count = parts.size // (self.num_splits * channels)
     self._update(mean, part_mean)
     self._update(var, part_var * (count / max(count - 1, 1)))
-    y = centred * (jax.lax.rsqrt(part_var + self.epsilon) * scale) + bias
+    slope = jax.lax.rsqrt(part_var + self.epsilon) * scale
+    y = parts * slope + (bias - part_mean * slope)
     return y.reshape(x.shape).astype(dtype)
 
   def _create_scale(self, channels: int) -> jax.Array:
@@ -108,14 +132,14 @@ class GroupNorm(nn.Module):
       f"a divisor of the layer's {channels} channels",
     )
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], self.num_groups, -1)
-    axes = (*range(1, groups.ndim - 2), groups.ndim - 1)
-    centred = groups - groups.mean(axes, keepdims=True)
-    var = jnp.square(centred).mean(axes, keepdims=True)
-    y = (centred * jax.lax.rsqrt(var + self.epsilon)).reshape(x.shape)
+    mean, var = compute_moments(groups, (*range(1, groups.ndim - 2), groups.ndim - 1))
+    slope, offset = jax.lax.rsqrt(var + self.epsilon), jnp.zeros(())
     if self.affine:
-      scale = self.param("scale", nn.initializers.ones, (channels,))
-      y = y * scale + self.param("bias", nn.initializers.zeros, (channels,))
-    return y.astype(x.dtype)
+      per_group = groups.shape[-2:]
+      slope *= self.param("scale", nn.initializers.ones, (channels,)).reshape(per_group)
+      offset = self.param("bias", nn.initializers.zeros, (channels,)).reshape(per_group)
+    y = groups * slope + (offset - mean * slope)
+    return y.reshape(x.shape).astype(x.dtype)
 
 
 class NoNorm(nn.Module):

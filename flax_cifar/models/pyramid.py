@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, MaxPool
+from flax_cifar.models.lowering import conv_general_dilated
 from flax_cifar.models.norms import Norm
 
 
@@ -34,7 +35,13 @@ class Pyramid(nn.Module):
       dtype=self.dtype,
     )
     squeeze = partial(
-      nn.Conv, 16, (1, 1), use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype
+      nn.Conv,
+      16,
+      (1, 1),
+      use_bias=False,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      conv_general_dilated=conv_general_dilated,
     )
 
     x = unit(16, name="c1_1")(images, train)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, MaxPool
+from flax_cifar.models.lowering import conv_general_dilated
 from flax_cifar.models.norms import Norm
 
 
@@ -35,7 +36,13 @@ class Skip(nn.Module):
       order="conv_relu_norm",
     )
     squeeze = partial(
-      nn.Conv, 8, (1, 1), use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype
+      nn.Conv,
+      8,
+      (1, 1),
+      use_bias=False,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      conv_general_dilated=conv_general_dilated,
     )
 
     x = unit(24, name="c1")(images, train)

@@ -1,0 +1,180 @@
+"""One training step in a process of its own, so that libraries' threads and settings stay apart.
+
+Command     python -m benchmarks.step_worker MODE NETWORK BATCH
+
+It prints one line of JSON when it is ready, and then, for each line with a number that it reads,
+the seconds that so many steps took. MODE is a key of MODES.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Step = Callable[[], Any]  # runs one step and returns when it is done
+
+# The norm with which each network was published.
+NORMS = {"dilated": "batch", "pyramid": "batch", "skip": "batch", "ghost": "ghost"}
+DROPOUT = {"dilated": 0.05, "pyramid": 0.05, "skip": 0.05, "ghost": 0.1}
+
+
+def main() -> None:
+  mode, network, batch_size = sys.argv[1:]
+  started = time.perf_counter()
+  step = MODES[mode](network, int(batch_size))
+  step()
+  print(json.dumps({"first_step": time.perf_counter() - started}), flush=True)
+  for line in sys.stdin:
+    started = time.perf_counter()
+    for _ in range(int(line)):
+      step()
+    print(time.perf_counter() - started, flush=True)
+
+
+def draw_batch(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Noise as images uint8 (N, 32, 32, 3), and labels int32 (N,)."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (batch_size, 32, 32, 3), np.uint8)
+  return images, rng.integers(0, 10, batch_size).astype(np.int32)
+
+
+#### Flax
+
+
+def create_ours(network: str, batch_size: int, *, convolution: str = "auto") -> Step:
+  """The step of `flax_cifar.train` under the settings of main.py."""
+  from flax_cifar.settings import apply_settings
+
+  os.environ["FLAX_CIFAR_CONVOLUTION"] = convolution
+  apply_settings()
+  return _create_flax_step(network, batch_size)
+
+
+def create_xla(network: str, batch_size: int) -> Step:
+  """As ours where oneDNN is not installed."""
+  return create_ours(network, batch_size, convolution="xla")
+
+
+def create_naive(network: str, batch_size: int) -> Step:
+  """What Flax gives out of the box: lax convolutions, Flax's dropout, no settings."""
+  os.environ["FLAX_CIFAR_CONVOLUTION"] = "definition"
+  import flax.linen as nn
+
+  from flax_cifar.models import blocks
+
+  class Dropout(nn.Module):
+    rate: float
+    relu: bool
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+      return nn.Dropout(self.rate, deterministic=not train)(nn.relu(x) if self.relu else x)
+
+  blocks.Dropout = Dropout
+  return _create_flax_step(network, batch_size)
+
+
+def _create_flax_step(network: str, batch_size: int) -> Step:
+  import functools
+
+  import jax
+  import jax.numpy as jnp
+
+  from configs import common
+  from flax_cifar.data.pipeline import create_normalize
+  from flax_cifar.models import create_model
+  from flax_cifar.optimizers import create_optimizer
+  from flax_cifar.schedules import create_plateau, create_schedule
+  from flax_cifar.state import create_train_state
+  from flax_cifar.train import train_step
+
+  config = common.get_config()
+  config.model.update(name=network, norm=NORMS[network], dropout_rate=DROPOUT[network])
+  model = create_model(**config.model, num_classes=10, norm_arguments=config.norm, dtype="float32")
+  schedule = create_schedule(steps_per_epoch=100, total_epochs=10, **config.schedule)
+  plateau = create_plateau(**config.schedule.plateau)
+  optimizer = create_optimizer(schedule, **config.optimizer)
+  state = create_train_state(
+    model=model, optimizer=optimizer, plateau=plateau, image_shape=(32, 32, 3), ema_decay=0, seed=0
+  )
+  step_fn = jax.jit(
+    functools.partial(
+      train_step,
+      model=model,
+      optimizer=optimizer,
+      normalize=create_normalize((0.5,) * 3, (0.25,) * 3, dtype=jnp.float32),
+      mixing=None,
+      label_smoothing=0.0,
+      ema_decay=0.0,
+    ),
+    donate_argnums=0,
+  )
+  images, labels = draw_batch(batch_size)
+  batch = {"image": images, "label": labels}
+
+  def step() -> None:
+    nonlocal state
+    state, metrics = step_fn(state, batch)
+    jax.block_until_ready(metrics)
+
+  return step
+
+
+def create_matmul(network: str, batch_size: int) -> Step:
+  """2048 x 2048 matrices, float32, in XLA: the rate that convolutions are held against."""
+  del network, batch_size
+  import jax
+  import jax.numpy as jnp
+
+  matrix = jnp.ones((2048, 2048))
+  multiply = jax.jit(jnp.dot)
+  return lambda: multiply(matrix, matrix).block_until_ready()
+
+
+#### PyTorch
+
+
+def create_torch(
+  network: str, batch_size: int, *, channels_last: bool = False, bfloat16: bool = False
+) -> Step:
+  """Eager PyTorch with the optimiser of its source."""
+  import torch
+  import torch.nn.functional as F
+
+  from benchmarks.torch_networks import TORCH_NETWORKS
+
+  torch.set_num_threads(os.cpu_count() or 1)
+  layout = torch.channels_last if channels_last else torch.contiguous_format
+  model = TORCH_NETWORKS[network]().to(memory_format=layout)
+  optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+  numpy_images, numpy_labels = draw_batch(batch_size)
+  images = torch.from_numpy(numpy_images).permute(0, 3, 1, 2)
+  labels = torch.from_numpy(numpy_labels).long()
+
+  def step() -> None:
+    x = ((images / 255 - 0.5) / 0.25).contiguous(memory_format=layout)
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+      loss = F.cross_entropy(model(x), labels)
+    loss.backward()
+    optimizer.step()
+
+  return step
+
+
+MODES: dict[str, Callable[[str, int], Step]] = {
+  "ours": create_ours,
+  "ours, XLA alone": create_xla,
+  "naive Flax": create_naive,
+  "PyTorch": create_torch,
+  "PyTorch channels_last": lambda n, b: create_torch(n, b, channels_last=True),
+  "PyTorch channels_last bf16": lambda n, b: create_torch(n, b, channels_last=True, bfloat16=True),
+  "matmul": create_matmul,
+}
+
+if __name__ == "__main__":
+  main()

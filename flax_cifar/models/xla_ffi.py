@@ -1,0 +1,135 @@
+"""Python functions as XLA custom calls on the CPU.
+
+XLA calls a C function with a struct, the call frame of xla/ffi/api/c_api.h. Here `ctypes` makes
+that function and reads the struct, so that nothing need be compiled. A call holds Python's lock
+until the function lets go of it, as calls through `ctypes` do.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from typing import Any
+
+import jax
+import numpy as np
+
+# (the integers given to `call`, the address of each operand and of the result) -> None
+Function = Callable[[tuple[int, ...], list[int]], None]
+
+_METADATA, _EXECUTE, _INTERNAL = 1, 3, 13
+_HEAD = (("struct_size", c_size_t), ("extension", c_void_p))
+
+
+class _Buffer(ctypes.Structure):
+  _fields_ = (*_HEAD, ("dtype", c_int), ("data", c_void_p), ("rank", c_int64), ("dims", c_void_p))
+
+
+class _Buffers(ctypes.Structure):
+  _fields_ = (*_HEAD, ("size", c_int64), ("types", c_void_p), ("items", POINTER(POINTER(_Buffer))))
+
+
+class _Array(ctypes.Structure):
+  _fields_ = (("dtype", c_int), ("size", c_size_t), ("data", POINTER(c_int64)))
+
+
+class _Attributes(ctypes.Structure):
+  _fields_ = (
+    *_HEAD,
+    ("size", c_int64),
+    ("types", c_void_p),
+    ("names", c_void_p),
+    ("items", POINTER(POINTER(_Array))),
+  )
+
+
+class _Version(ctypes.Structure):
+  _fields_ = (*_HEAD, ("major", c_int), ("minor", c_int))
+
+
+class _Api(ctypes.Structure):
+  _fields_ = (*_HEAD, ("version", _Version), ("internal", c_void_p), ("create_error", c_void_p))
+
+
+class _Metadata(ctypes.Structure):
+  _fields_ = (("struct_size", c_size_t), ("version", _Version), ("traits", c_uint32))
+
+
+class _MetadataExtension(ctypes.Structure):
+  _fields_ = (
+    ("struct_size", c_size_t),
+    ("type", c_int),
+    ("next", c_void_p),
+    ("metadata", POINTER(_Metadata)),
+  )
+
+
+class _CallFrame(ctypes.Structure):
+  _fields_ = (
+    *_HEAD,
+    ("api", POINTER(_Api)),
+    ("context", c_void_p),
+    ("stage", c_int),
+    ("operands", _Buffers),
+    ("results", _Buffers),
+    ("attributes", _Attributes),
+  )
+
+
+class _Error(ctypes.Structure):
+  _fields_ = (*_HEAD, ("message", c_char_p), ("code", c_int))
+
+
+_Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_CallFrame))
+_registered: list[Any] = []  # handlers must outlive the programs that call them
+
+
+def register(target: str, function: Function) -> None:
+  """Lets XLA programs of this process call `function` by the name `target`."""
+
+  def handle(pointer: Any) -> int | None:
+    """Returns null, or an error object of XLA's."""
+    frame = pointer.contents
+    if frame.extension:
+      _answer_metadata(frame)
+      return None
+    if frame.stage != _EXECUTE:
+      return None
+    try:
+      function(*_read(frame))
+    except Exception as error:  # none may cross into C
+      return _create_error(frame, f"{target}: {error}")
+    return None
+
+  handler = _Handler(handle)
+  _registered.append(handler)
+  capsule = jax.ffi.pycapsule(ctypes.cast(handler, c_void_p))
+  jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+
+
+def _read(frame: _CallFrame) -> tuple[tuple[int, ...], list[int]]:
+  key = frame.attributes.items[0].contents
+  buffers = [*frame.operands.items[: frame.operands.size], frame.results.items[0]]
+  return tuple(key.data[: key.size]), [buffer.contents.data for buffer in buffers]
+
+
+def _answer_metadata(frame: _CallFrame) -> None:
+  """XLA asks once, at registration, for which version of its interface a handler was made."""
+  extension = ctypes.cast(frame.extension, POINTER(_MetadataExtension)).contents
+  if extension.type == _METADATA:
+    ours, theirs = extension.metadata.contents.version, frame.api.contents.version
+    ours.major, ours.minor = theirs.major, theirs.minor
+
+
+def _create_error(frame: _CallFrame, message: str) -> int:
+  error = _Error(ctypes.sizeof(_Error), None, message.encode(), _INTERNAL)
+  create = ctypes.CFUNCTYPE(c_void_p, c_void_p)(frame.api.contents.create_error)
+  return create(ctypes.addressof(error))
+
+
+def call(
+  target: str, shape: Sequence[int], dtype: Any, key: Sequence[int], *operands: jax.Array
+) -> jax.Array:
+  """An array of `shape` and `dtype` that the function registered as `target` fills."""
+  result = jax.ShapeDtypeStruct(tuple(shape), dtype)
+  caller = jax.ffi.ffi_call(target, result, vmap_method="sequential")
+  return caller(*operands, key=np.asarray(key, np.int64))

@@ -1,0 +1,104 @@
+"""What a run says of itself: the banner, result.json and the last lines on the screen."""
+
+import datetime
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from flax_cifar.data.dataset import Split
+from flax_cifar.data.splits import PROTOCOLS, Splits
+from flax_cifar.environment import get_commit, get_versions
+from flax_cifar.losses import create_targets, cross_entropy
+from flax_cifar.metrics import add_totals, compute_means, compute_totals, create_totals
+from flax_cifar.run_log import Record, RunLog, median_rate
+from flax_cifar.seeds import describe_seeds
+
+
+def describe_run(
+  config: ConfigDict, splits: Splits, parameters: int, hardware: str, workdir: pathlib.Path
+) -> dict[str, str]:
+  """The banner: what runs, on what."""
+  sizes = (
+    f"{len(split):,} {name}"
+    for name, split in (
+      ("train", splits.train),
+      ("validation", splits.validation),
+      ("test", splits.test),
+    )
+  )
+  rate = f"learning rate {config.optimizer.learning_rate:g} ({config.schedule.name})"
+  last = config.seed + config.num_seeds - 1
+  seeds = f"seed {last}" if config.num_seeds == 1 else f"seeds {config.seed} to {last}"
+  ops = ", ".join(config.augment.ops) or "none"
+  return {
+    "config": f"{config.name}, {seeds}",
+    "protocol": f"{config.protocol}: {PROTOCOLS[config.protocol]}",
+    "network": f"{config.model.name}, {config.model.norm} norm, {parameters:,} parameters",
+    "training": f"{config.total_epochs} epochs, batch {config.batch_size}, "
+    f"{config.optimizer.name}, {rate}",
+    "augment": f"{ops} ({config.augment.backend}), mixing {config.mixing.name}",
+    "data": f"{config.data.name}: {', '.join(sizes)} images",
+    "device": hardware,
+    "workdir": str(workdir),
+  }
+
+
+def score(test: Split, logits: np.ndarray) -> dict[str, Any]:
+  """Accuracy in [0, 1] and loss in nats of logits (N, classes) on the test split.
+
+  Of logits (seeds, N, classes): the mean, the sample standard deviation `..._sd`, and a list.
+  """
+  labels, outputs = jnp.asarray(test.labels), jnp.asarray(logits)
+  targets = create_targets(labels, logits.shape[-1], label_smoothing=0.0)
+  totals = compute_totals(cross_entropy(outputs, targets), outputs, labels, jnp.ones(len(test)))
+  fields: dict[str, Any] = {}
+  for name, values in compute_means(add_totals(create_totals(1), totals)).items():
+    fields |= describe_seeds(f"test_{name}", values)
+    if values.ndim:
+      fields[f"test_{name}_sd"] = float(np.std(values, ddof=1))
+  return fields
+
+
+def summarise(config: ConfigDict, records: list[Record]) -> dict[str, Any]:
+  """What else result.json holds: the protocol, the training, and what it takes to repeat it."""
+  validated = [record for record in records if "validation_accuracy" in record]
+  best = max(validated, key=lambda record: record["validation_accuracy"], default=None)
+  return {
+    "protocol": config.protocol,
+    "test_weights": "moving average, last epoch" if config.ema.decay else "last epoch",
+    "best_validation": best and {"epoch": best["epoch"], "accuracy": best["validation_accuracy"]},
+    "epochs": records[-1]["epoch"],
+    "train_seconds": sum(record["seconds"] for record in records),
+    "images_per_second": median_rate(records),
+    "seed": config.seed,
+    "num_seeds": config.num_seeds,
+    "config": json.loads(config.to_json()),
+    "versions": get_versions(),
+    "commit": get_commit(),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+  }
+
+
+def say_result(log: RunLog, result: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Shows test and best validation accuracy and what the run has written."""
+  accuracy, loss = format_score(result, "accuracy", ".2%"), format_score(result, "loss", ".4f")
+  log.say(f"test accuracy {accuracy}, loss {loss}")
+  if result["best_validation"]:
+    best = result["best_validation"]
+    peeked = " (on the test split)" if result["protocol"] == "published" else ""
+    log.say(f"best validation accuracy {best['accuracy']:.2%}{peeked}, epoch {best['epoch']}")
+  log.say(f"result    {workdir / 'result.json'}")
+  for picture in sorted(workdir.glob("*.png")):
+    log.say(f"picture   {picture}")
+
+
+def format_score(result: dict[str, Any], name: str, spec: str) -> str:
+  """The test's `name` in the format `spec`; of several seeds as `mean ± sd (n=k)`."""
+  text = format(result[f"test_{name}"], spec)
+  if result["num_seeds"] > 1:
+    text += f" ± {format(result[f'test_{name}_sd'], spec)} (n={result['num_seeds']})"
+  return text

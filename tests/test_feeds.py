@@ -1,0 +1,161 @@
+"""What the train steps are fed with: order, batches and calls, on the host and on the device."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from flax_cifar.data.augment_device import create_device_augment
+from flax_cifar.data.dataset import Split
+from flax_cifar.data.feeds import DeviceFeed, HostFeed, choose_steps_per_call, draw_order
+from flax_cifar.data.pipeline import TrainBatches
+from flax_cifar.errors import UserError
+from flax_cifar.partition import create_mesh
+from flax_cifar.seeds import create_keys
+
+COUNT, BATCH = 22, 4  # five steps
+FLIP = create_device_augment(ops=("horizontal_flip",), mean=(0, 0, 0), horizontal_flip={"p": 0.5})
+
+
+def make_split():
+  """Noise, but the label is the example's number."""
+  images = np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4, 3), np.uint8)
+  return Split(images, np.arange(COUNT, dtype=np.int32))
+
+
+def create(*, seed=0, num_seeds=1, augment=None, steps_per_call=1, devices=1):
+  return DeviceFeed(
+    make_split(),
+    batch_size=BATCH,
+    keys=create_keys(seed, num_seeds),
+    augment=augment,
+    steps_per_call=steps_per_call,
+    mesh=create_mesh(devices),
+  )
+
+
+def get_orders(feed, epochs=3):
+  starts = (feed.steps_per_epoch * epoch for epoch in range(epochs))
+  return [np.asarray(next(feed.calls(range(s, s + 1)))[1]["order"]) for s in starts]
+
+
+def test_an_epoch_shows_no_example_twice():
+  feed = create()
+  assert feed.steps_per_epoch == 5
+  for order in get_orders(feed):
+    assert order.shape == (5, BATCH)
+    assert len(set(order.ravel())) == 5 * BATCH
+    assert order.min() >= 0
+    assert order.max() < COUNT
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+  orders = [order.tobytes() for seed in (0, 1) for order in get_orders(create(seed=seed))]
+  assert len(set(orders)) == 6
+  assert orders[3:] == [order.tobytes() for order in get_orders(create(seed=1, devices=4))]
+  drawn = draw_order(jax.random.key(1), 2, num_examples=COUNT, batch_size=BATCH)
+  assert drawn.dtype == np.int32
+  assert orders[5] == np.asarray(drawn).tobytes()
+
+
+def test_every_position_gets_every_example():
+  """Uniform: 400 epochs of 22 examples; chi-square (21) stays below 60 at 1e-5."""
+  draw = jax.jit(
+    jax.vmap(lambda epoch: draw_order(jax.random.key(3), epoch, num_examples=COUNT, batch_size=1))
+  )
+  orders = np.asarray(draw(np.arange(400)))[:, :, 0]
+  for position in range(COUNT):
+    counts = np.bincount(orders[:, position], minlength=COUNT)
+    assert ((counts - 400 / COUNT) ** 2 / (400 / COUNT)).sum() < 60
+
+
+@pytest.mark.parametrize(
+  ("steps_per_call", "steps", "lengths"),
+  [
+    (1, range(5, 10), [1, 1, 1, 1, 1]),
+    (3, range(5, 10), [3, 2]),
+    (3, range(6, 10), [3, 1]),
+    (3, range(8, 10), [2]),
+    (sys.maxsize, range(0, 5), [5]),
+    (sys.maxsize, range(4, 5), [1]),
+    (1, range(5, 5), []),
+  ],
+)
+def test_calls_cover_the_steps(steps_per_call, steps, lengths):
+  calls = list(create(steps_per_call=steps_per_call).calls(steps))
+  assert [length for length, _ in calls] == lengths
+  assert len({id(inputs["order"]) for _, inputs in calls}) <= 1  # drawn once per epoch
+
+
+@pytest.mark.parametrize(("platform", "whole"), [("cpu", False), ("gpu", True), ("tpu", True)])
+def test_an_epoch_is_one_call_except_on_a_cpu(platform, whole):
+  asked = choose_steps_per_call(platform)
+  assert create(steps_per_call=asked).steps_per_call == (5 if whole else 1)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_batches_follow_the_order_and_keep_their_labels(devices):
+  """The augmentation is that of the example's number, whatever the batch."""
+  feed, split, key = create(augment=FLIP, devices=devices), make_split(), jax.random.key(9)
+  get_batch = jax.jit(feed.get_batch)
+  for step in (0, 3, 9):
+    epoch, position = divmod(step, 5)
+    _, inputs = next(feed.calls(range(step, step + 1)))
+    batch = get_batch(key, step, inputs)
+    index = get_orders(feed)[epoch][position]
+    everything = np.asarray(FLIP(split.images, key, np.int32(epoch), np.arange(COUNT)))
+    np.testing.assert_array_equal(batch["label"], index)
+    np.testing.assert_array_equal(batch["image"], everything[index])
+    shards = {shard.data.shape[0] for shard in batch["image"].addressable_shards}
+    assert shards == {BATCH // devices}
+  assert (everything != split.images).any()
+
+
+def test_each_seed_has_its_own_order():
+  both = get_orders(create(seed=4, num_seeds=2))
+  for number in range(2):
+    for order, own in zip(both, get_orders(create(seed=4 + number)), strict=True):
+      np.testing.assert_array_equal(order[number], own)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_the_sample_is_the_first_seeds_first_batch(num_seeds):
+  one, feed = create(augment=FLIP), create(augment=FLIP, num_seeds=num_seeds)
+  sample = feed.get_sample(feed.first_inputs())
+  batch = one.get_batch(jax.random.key(0), np.int32(0), one.first_inputs())
+  for name in ("image", "label"):
+    np.testing.assert_array_equal(sample[name], batch[name])
+
+
+def test_the_host_feed_goes_on_where_it_was():
+  batches = TrainBatches(make_split(), batch_size=BATCH, total_epochs=2, seed=0, augment=None)
+  feed = HostFeed(batches, workers=0, mesh=create_mesh(1))
+  calls = [*feed.calls(range(3, 5)), *feed.calls(range(5, 10))]
+  feed.close()
+  assert [length for length, _ in calls] == [1] * 7
+  for step, (_, inputs) in enumerate(calls, 3):
+    np.testing.assert_array_equal(inputs["label"], batches[step]["label"])
+    np.testing.assert_array_equal(inputs["image"], batches[step]["image"])
+  np.testing.assert_array_equal(feed.get_sample(feed.first_inputs())["label"], batches[0]["label"])
+
+
+def test_more_than_there_is_in_a_batch_is_an_error():
+  with pytest.raises(UserError, match=r"batch_size=23 .* at most the 22 train images"):
+    DeviceFeed(
+      make_split(),
+      batch_size=23,
+      keys=create_keys(0, 1),
+      augment=None,
+      steps_per_call=1,
+      mesh=create_mesh(1),
+    )
+
+
+def test_a_run_on_the_device_starts_without_the_hosts_libraries():
+  """Their import takes most of a second."""
+  code = "import sys, flax_cifar.train; print([m for m in sys.argv[1:] if m in sys.modules])"
+  command = [sys.executable, "-c", code, "albumentations", "cv2", "grain"]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]"

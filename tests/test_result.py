@@ -1,0 +1,31 @@
+"""Scores of one seed and of several."""
+
+import numpy as np
+import pytest
+
+from flax_cifar.data.dataset import Split
+from flax_cifar.result import format_score, score
+
+LABELS = np.array([0, 1, 2, 1], np.int32)
+SPLIT = Split(np.zeros((4, 2, 2, 3), np.uint8), LABELS)
+
+
+def make_logits(*wrong):
+  """Certain of the label, or of another class where it is `wrong`."""
+  predicted = (LABELS + np.isin(np.arange(4), wrong)) % 3
+  return 50 * np.eye(3, dtype=np.float32)[predicted]
+
+
+def test_one_seed_has_no_deviation():
+  result = score(SPLIT, make_logits(2))
+  assert result == {"test_loss": 12.5, "test_accuracy": 0.75}
+  assert format_score(result | {"num_seeds": 1}, "accuracy", ".2%") == "75.00%"
+
+
+def test_several_seeds_have_mean_and_sample_deviation():
+  result = score(SPLIT, np.stack([make_logits(), make_logits(1), make_logits(0, 3)]))
+  assert result["test_accuracy_per_seed"] == [1.0, 0.75, 0.5]
+  assert result["test_accuracy"] == 0.75
+  assert result["test_accuracy_sd"] == pytest.approx(0.25)
+  assert result["test_loss"] == pytest.approx(12.5)
+  assert format_score(result | {"num_seeds": 3}, "accuracy", ".2%") == "75.00% ± 25.00% (n=3)"
