@@ -1,5 +1,8 @@
 """Our convolution against the one of JAX, in value and gradients."""
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,13 @@ import pytest
 from jax import lax
 
 from flax_cifar.errors import UserError
-from flax_cifar.models.lowering import VARIABLE, choose_way, conv_general_dilated, pad_reflect
+from flax_cifar.models.lowering import (
+  VARIABLE,
+  choose_way,
+  conv_general_dilated,
+  max_pool,
+  pad_reflect,
+)
 
 SAME, NONE, UNEVEN = [(1, 1), (1, 1)], [(0, 0), (0, 0)], [(2, 0), (1, 3)]
 
@@ -81,21 +90,34 @@ def test_depthwise_equals_jax_in_bfloat16():
   assert "conv_general_dilated" not in compare(dtype=jnp.bfloat16)
 
 
+DENSE = {"kernel": (3, 3, 6, 5), "groups": 1}
+
+
+@pytest.mark.parametrize(
+  "padding", [SAME, NONE, UNEVEN, "SAME"], ids=["same", "none", "uneven", "name"]
+)
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize("sides", [(3, 3), (1, 1), (3, 1), (2, 3)])
+def test_dense_equals_jax(sides, dilation, padding):
+  trace = compare(**{**DENSE, "kernel": (*sides, 6, 5)}, dilation=dilation, padding=padding)
+  assert "custom_vjp" in trace
+
+
+def test_dense_equals_jax_in_bfloat16():
+  compare(**DENSE, dtype=jnp.bfloat16)
+
+
 @pytest.mark.parametrize(
   "changes",
   [
-    {"kernel": (3, 3, 6, 5), "groups": 1},
-    {"kernel": (3, 3, 6, 5), "groups": 1, "dilation": (2, 2), "padding": UNEVEN},
     {"strides": (2, 2)},
     {"strides": (1, 2)},
-    {"kernel": (3, 3, 6, 4), "groups": 1, "strides": (2, 2)},
+    {**DENSE, "strides": (2, 2)},
     {"kernel": (3, 3, 3, 6), "groups": 2},
     {"kernel": (3, 3, 1, 12)},
     {"lhs_dilation": (2, 2)},
   ],
   ids=[
-    "dense",
-    "dilated",
     "strided-depthwise",
     "strided-one-way",
     "strided-dense",
@@ -105,7 +127,23 @@ def test_depthwise_equals_jax_in_bfloat16():
   ],
 )
 def test_other_convolutions_are_left_to_jax(changes):
-  assert "conv_general_dilated" in compare(**changes)
+  trace = compare(**changes)
+  assert "conv_general_dilated" in trace
+  assert "custom_vjp" not in trace
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("shape", [(2, 6, 6, 3), (2, 7, 5, 3), (1, 3, 8, 1)])
+def test_max_pool_and_its_gradient_equal_flax(shape, window):
+  rng, sides = np.random.default_rng(0), (window, window)
+  pool = partial(nn.max_pool, window_shape=sides, strides=sides)
+  for x in (rng.normal(size=shape), rng.integers(0, 2, shape)):  # the second has ties
+    x = x.astype(np.float32)
+    y, backward = jax.vjp(jax.jit(lambda x: max_pool(x, window)), x)
+    expected, expected_backward = jax.vjp(pool, x)
+    np.testing.assert_array_equal(y, expected)
+    direction = rng.normal(size=y.shape).astype(np.float32)
+    np.testing.assert_array_equal(backward(direction)[0], expected_backward(direction)[0])
 
 
 @pytest.mark.parametrize("padding", [1, 2, 4])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flax_cifar.errors import choose
 from flax_cifar.models.dropout import Dropout
-from flax_cifar.models.lowering import conv_general_dilated, pad_reflect
+from flax_cifar.models.lowering import conv_general_dilated, max_pool, pad_reflect
 from flax_cifar.models.norms import Norm
 
 Initializer = nn.initializers.Initializer
@@ -155,8 +155,7 @@ class MaxPool(nn.Module):
   window: int
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    sides = (self.window, self.window)
-    return nn.max_pool(x, sides, strides=sides)
+    return max_pool(x, self.window)
 
 
 class GlobalAveragePool(nn.Module):

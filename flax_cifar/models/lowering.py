@@ -7,9 +7,10 @@ passed to `nn.Conv` and tested against it.
 import itertools
 import os
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,11 +65,12 @@ def conv_general_dilated(
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
   if way == "onednn" and {*lhs_dilation} == {1} and lhs.dtype in onednn.DATA_TYPES:
     return onednn.convolve(lhs, rhs, window_strides, padding, rhs_dilation, feature_group_count)
-  depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
-  if way == "xla" and depthwise and {*window_strides, *lhs_dilation} == {1}:
-    # XLA:CPU computes depthwise convolutions channel by channel, ten times slower than this.
-    padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-    return _depthwise(padded, rhs[:, :, 0], tuple(rhs_dilation))
+  if way == "xla" and {*window_strides, *lhs_dilation} == {1}:
+    if feature_group_count == 1:
+      return _dense(lhs, rhs, tuple(map(tuple, padding)), tuple(rhs_dilation))
+    if feature_group_count == lhs.shape[-1] == rhs.shape[-1]:
+      padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
+      return _depthwise(padded, rhs[:, :, 0], tuple(rhs_dilation))
   return lax.conv_general_dilated(
     lhs,
     rhs,
@@ -81,7 +83,7 @@ def conv_general_dilated(
   )
 
 
-# ---- Depthwise convolution
+# ---- Dense convolution
 
 
 def _taps(x: jax.Array, kernel_size: tuple[int, ...], dilation: tuple[int, int]) -> list[jax.Array]:
@@ -95,7 +97,53 @@ def _taps(x: jax.Array, kernel_size: tuple[int, ...], dilation: tuple[int, int])
   ]
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dense(
+  x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...], dilation: tuple[int, int]
+) -> jax.Array:
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    (1, 1),
+    padding,
+    rhs_dilation=dilation,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+def _dense_forward(
+  x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...], dilation: tuple[int, int]
+) -> Any:
+  return _dense(x, kernel, padding, dilation), (x, kernel)
+
+
+def _dense_backward(
+  padding: tuple[tuple[int, int], ...], dilation: tuple[int, int], saved: Any, gradient: jax.Array
+) -> Any:
+  """The kernel's gradient is one matrix product per tap.
+
+  XLA would make it a convolution with a window as large as the image, which is half as fast on a
+  CPU. The gradient stands on the left, because its transposition is the cheaper one.
+  """
+  x, kernel = saved
+  (x_gradient,) = jax.vjp(lambda x: _dense.fun(x, kernel, padding, dilation), x)[1](gradient)
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  positions = ((0, 1, 2), (0, 1, 2))
+  products = [
+    lax.dot_general(gradient, tap, (positions, ((), ())))
+    for tap in _taps(padded, kernel.shape[:2], dilation)
+  ]
+  return x_gradient, jnp.stack(products).transpose(0, 2, 1).reshape(kernel.shape)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+# ---- Depthwise convolution
+
+
 def _shifted_sum(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+  """XLA:CPU computes depthwise convolutions channel by channel, ten times slower than this."""
   weights = kernel.reshape(-1, kernel.shape[-1])
   taps = _taps(x, kernel.shape[:2], dilation)
   return sum(
@@ -195,3 +243,51 @@ def _list_places(size: int, padding: int) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 _pad_reflect.defvjp(_pad_reflect_forward, _pad_reflect_backward)
+
+
+# ---- Max pool
+
+
+def max_pool(x: jax.Array, window: int) -> jax.Array:
+  """Maximum over windows of `window` x `window` pixels, side by side; what is left over is cut.
+
+  Where several pixels of a window are the maximum, the first one gets the gradient.
+  """
+  if choose_way() == "definition":
+    return nn.max_pool(x, (window, window), strides=(window, window))
+  return _max_pool(jnp.asarray(x), window)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: jax.Array, window: int) -> jax.Array:
+  return reduce(jnp.maximum, _corners(x, window))
+
+
+def _corners(x: jax.Array, window: int) -> list[jax.Array]:
+  """Row by row, the pixels that stand at the same place of each window."""
+  _, height, width, _ = x.shape
+  x = x[:, : height - height % window, : width - width % window]
+  return [x[:, i::window, j::window] for i in range(window) for j in range(window)]
+
+
+def _max_pool_forward(x: jax.Array, window: int) -> Any:
+  y = _max_pool(x, window)
+  return y, (x, y)
+
+
+def _max_pool_backward(window: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array]:
+  """XLA would search for the pixel to give the gradient to, and scatter, which is slow on a CPU."""
+  x, y = saved
+  free, parts = jnp.ones(y.shape, bool), []
+  for corner in _corners(x, window):
+    first = free & (corner == y)
+    parts.append(jnp.where(first, gradient, jnp.zeros((), gradient.dtype)))
+    free &= ~first
+  count, height, width, channels = y.shape
+  grid = jnp.stack(parts).reshape(window, window, count, height, width, channels)
+  whole = grid.transpose(2, 3, 0, 4, 1, 5).reshape(count, height * window, width * window, channels)
+  left_over = [(0, n - m) for n, m in zip(x.shape, whole.shape, strict=True)]
+  return (jnp.pad(whole, left_over),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
