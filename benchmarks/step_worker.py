@@ -78,10 +78,8 @@ def create_naive(network: str, batch_size: int) -> Step:
   return _create_flax_step(network, batch_size)
 
 
-def _create_flax_step(network: str, batch_size: int) -> Step:
-  import functools
-
-  import jax
+def create_parts(network: str) -> tuple[Any, dict[str, Any]]:
+  """A state and the arguments of train_step, for the network as it was published."""
   import jax.numpy as jnp
 
   from configs import common
@@ -90,29 +88,39 @@ def _create_flax_step(network: str, batch_size: int) -> Step:
   from flax_cifar.optimizers import create_optimizer
   from flax_cifar.schedules import create_plateau, create_schedule
   from flax_cifar.state import create_train_state
-  from flax_cifar.train import train_step
 
   config = common.get_config()
   config.model.update(name=network, norm=NORMS[network], dropout_rate=DROPOUT[network])
   model = create_model(**config.model, num_classes=10, norm_arguments=config.norm, dtype="float32")
   schedule = create_schedule(steps_per_epoch=100, total_epochs=10, **config.schedule)
-  plateau = create_plateau(**config.schedule.plateau)
   optimizer = create_optimizer(schedule, **config.optimizer)
   state = create_train_state(
-    model=model, optimizer=optimizer, plateau=plateau, image_shape=(32, 32, 3), ema_decay=0, seed=0
+    model=model,
+    optimizer=optimizer,
+    plateau=create_plateau(**config.schedule.plateau),
+    image_shape=(32, 32, 3),
+    ema_decay=0,
+    seed=0,
   )
-  step_fn = jax.jit(
-    functools.partial(
-      train_step,
-      model=model,
-      optimizer=optimizer,
-      normalize=create_normalize((0.5,) * 3, (0.25,) * 3, dtype=jnp.float32),
-      mixing=None,
-      label_smoothing=0.0,
-      ema_decay=0.0,
-    ),
-    donate_argnums=0,
-  )
+  return state, {
+    "model": model,
+    "optimizer": optimizer,
+    "normalize": create_normalize((0.5,) * 3, (0.25,) * 3, dtype=jnp.float32),
+    "mixing": None,
+    "label_smoothing": 0.0,
+    "ema_decay": 0.0,
+  }
+
+
+def _create_flax_step(network: str, batch_size: int) -> Step:
+  import functools
+
+  import jax
+
+  from flax_cifar.train import train_step
+
+  state, parts = create_parts(network)
+  step_fn = jax.jit(functools.partial(train_step, **parts), donate_argnums=0)
   images, labels = draw_batch(batch_size)
   batch = {"image": images, "label": labels}
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -14,8 +15,10 @@ from flax_cifar.data.splits import PROTOCOLS, Splits
 from flax_cifar.environment import get_commit, get_versions
 from flax_cifar.losses import create_targets, cross_entropy
 from flax_cifar.metrics import add_totals, compute_means, compute_totals, create_totals
+from flax_cifar.models.lowering import describe_way
 from flax_cifar.run_log import Record, RunLog, median_rate
 from flax_cifar.seeds import describe_seeds
+from flax_cifar.settings import describe_settings
 
 
 def describe_run(
@@ -43,6 +46,8 @@ def describe_run(
     "augment": f"{ops} ({config.augment.backend}), mixing {config.mixing.name}",
     "data": f"{config.data.name}: {', '.join(sizes)} images",
     "device": hardware,
+    "convolution": describe_way(),
+    "settings": describe_settings(os.environ),
     "workdir": str(workdir),
   }
 
