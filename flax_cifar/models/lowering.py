@@ -159,8 +159,8 @@ def _kernel_gradient(
     )
     return total + jnp.stack([multiply(gradient, tap) for tap in taps]), None
 
-  parts = tuple(a.reshape(-1, size, *a.shape[1:]) for a in (x, gradient))
-  total, _ = lax.scan(add_part, jnp.zeros((height * width, outs, ins)), parts)
+  x, gradient = (a.reshape(-1, size, *a.shape[1:]) for a in (x, gradient))
+  total, _ = lax.scan(add_part, jnp.zeros((height * width, outs, ins)), (x, gradient))
   return total.transpose(0, 2, 1).reshape(shape).astype(x.dtype)
 
 
