@@ -52,7 +52,7 @@ def describe_way() -> str:
   way = choose_way()
   hint = ""
   if jax.default_backend() == "cpu" and onednn.load_library() is None:
-    hint = "; two to three times as fast with oneDNN: pip install -e .[onednn]"
+    hint = "; oneDNN would be faster: pip install -e .[onednn]"
   return f"{way}: {WAYS[way]} ({VARIABLE}){hint}"
 
 
