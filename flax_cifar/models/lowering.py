@@ -108,8 +108,7 @@ def _taps(x: jax.Array, kernel_size: tuple[int, ...], dilation: tuple[int, int])
   ]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense(
+def _convolve(
   x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...], dilation: tuple[int, int]
 ) -> jax.Array:
   return lax.conv_general_dilated(
@@ -122,17 +121,20 @@ def _dense(
   )
 
 
+_dense = jax.custom_vjp(_convolve, nondiff_argnums=(2, 3))
+
+
 def _dense_forward(
   x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...], dilation: tuple[int, int]
 ) -> Any:
-  return _dense(x, kernel, padding, dilation), (x, kernel)
+  return _convolve(x, kernel, padding, dilation), (x, kernel)
 
 
 def _dense_backward(
   padding: tuple[tuple[int, int], ...], dilation: tuple[int, int], saved: Any, gradient: jax.Array
 ) -> Any:
   x, kernel = saved
-  (x_gradient,) = jax.vjp(lambda x: _dense.fun(x, kernel, padding, dilation), x)[1](gradient)
+  (x_gradient,) = jax.vjp(lambda x: _convolve(x, kernel, padding, dilation), x)[1](gradient)
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   return x_gradient, _kernel_gradient(padded, gradient, kernel.shape, dilation)
 
