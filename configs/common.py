@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
         "limit": 0,  # use only this many images of each split; 0 means all
       },
       "model": {
-        "name": "dilated",  # dilated | pyramid | ghost | skip
+        # dilated | pyramid | keras_base | keras_fcn | five_convs | ghost | skip | skip_dilated
+        "name": "dilated",
         "norm": "batch",  # batch | layer | group | ghost | none
         "dropout_rate": 0.05,
         "init": "torch",  # torch (what the sources used) | flax (LeCun normal) | he (for norm none)
@@ -124,37 +125,93 @@ def get_config() -> ConfigDict:
 # Keys that can be set after the colon of --config=FILE:key=value; all others have --config.KEY=.
 SHORT_KEYS = {"norm": "model.norm", "seed": "seed", "epochs": "total_epochs"}
 
+Recipe = Callable[[ConfigDict], None]  # changes a config in place
 
-def apply_arg(
-  config: ConfigDict, arg: str, variants: Mapping[str, Callable[[ConfigDict], None]]
-) -> ConfigDict:
-  """Applies what follows the colon in `--config=FILE:arg`, in order, and returns the config.
+
+def apply_arg(config: ConfigDict, arg: str, recipes: Mapping[str, Recipe]) -> ConfigDict:
+  """Applies a recipe and what follows the colon in `--config=FILE:arg`, and returns the config.
+
+  The norm is set before the recipe, which may depend on it; all else after it, in order.
 
   Args:
-    config: changed in place; its name gets the parts added.
-    arg: comma-separated; each part is a key of `variants` or `key=value` with a key of SHORT_KEYS.
-    variants: name -> function that makes the change.
+    config: names the network; changed in place, its name gets the parts added.
+    arg: comma-separated; each part is a key of `recipes`, "smoke", or `key=value` with a key of
+      SHORT_KEYS.
+    recipes: name -> recipe; the first one holds where `arg` names none.
 
   Raises:
-    ValueError: an unknown part; the message quotes it and lists the choices.
+    ValueError: an unknown part or a second recipe; the message quotes it and lists the choices.
   """
-  for part in filter(None, arg.split(",")):
-    key, _, value = part.partition("=")
-    if part in variants:
-      variants[part](config)
-    elif value and key in SHORT_KEYS:
-      convert = int if value.isdigit() else str
-      config.update_from_flattened_dict({SHORT_KEYS[key]: convert(value)})
-    else:
-      choices = [*variants, *(f"{key}=VALUE" for key in SHORT_KEYS)]
-      raise ValueError(f"config variant {part!r} is unknown; choose from {', '.join(choices)}.")
+  parts = [part for part in arg.split(",") if part]
+  named = [part for part in parts if part in recipes]
+  if len(named) > 1:
+    raise ValueError(f"{named[0]!r} and {named[1]!r} are both recipes; choose one.")
+  for part in parts:
+    if part.startswith("norm="):
+      _set(config, part, recipes)
+  recipe = named[0] if named else next(iter(recipes))
+  recipes[recipe](config)
+  for part in parts:
+    if part == "smoke":
+      _shorten(config)
+    elif part not in recipes:
+      _set(config, part, recipes)
     config.name += f"-{part.replace('=', '-')}"
   return config
 
 
-def smoke(config: ConfigDict) -> None:
+def _set(config: ConfigDict, part: str, recipes: Mapping[str, Recipe]) -> None:
+  key, _, value = part.partition("=")
+  if not value or key not in SHORT_KEYS:
+    choices = [*recipes, "smoke", *(f"{key}=VALUE" for key in SHORT_KEYS)]
+    raise ValueError(f"config variant {part!r} is unknown; choose from {', '.join(choices)}.")
+  convert = int if value.isdigit() else str
+  config.update_from_flattened_dict({SHORT_KEYS[key]: convert(value)})
+
+
+def _shorten(config: ConfigDict) -> None:
   """Two short epochs on a slice of the data, end to end."""
   config.total_epochs = 2
   config.data.limit = 512
   config.data.validation_size = min(config.data.validation_size, 1000)
   config.batch_size = 64
+
+
+def use_our_recipe(config: ConfigDict) -> None:
+  """What our own results share; the configs say what differs, and how it was chosen.
+
+  Alternating flip and reflected crop, SGD with Nesterov momentum and weight decay under a triangular schedule,
+  label smoothing, a moving average of the weights, no dropout. Sources: Page 2018 ("How to train
+  your ResNet"), Jordan 2024 (arXiv:2404.00498) for the flip.
+  """
+  config.batch_size = 128
+  config.model.dropout_rate = 0.0
+  config.loss.label_smoothing = 0.05
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.weight_decay = 5e-4
+  config.optimizer.sgd.nesterov = True
+  config.schedule.name = "one_cycle"
+  config.ema.decay = 0.998
+  config.augment.ops = ("random_crop", "alternating_flip")
+  config.augment.random_crop.border = "reflect"
+
+
+def use_study_recipe(config: ConfigDict) -> None:
+  """The published recipe of B1 and B2, the study of normalisations (ERA V1, session 8)."""
+  config.protocol = "published"
+  config.total_epochs = 21
+  config.optimizer.learning_rate = 0.01
+  config.schedule.name = "step"
+  config.schedule.step.update({"factor": 0.1, "every": 6.0})
+  config.augment.ops = ("rotate",)
+  config.augment.rotate.update({"limit": 6.0, "border": "fill", "fill": "black", "p": 1.0})
+
+
+def use_keras_recipe(config: ConfigDict) -> None:
+  """Our reading of the recipe of C1 and C2 (EVA, session 6)."""
+  config.protocol = "published"
+  config.optimizer.learning_rate = 0.1
+  config.schedule.name = "step"
+  config.schedule.step.update({"factor": 0.5, "every": 10.0})
+  config.augment.ops = ("horizontal_flip", "shift_scale_rotate")
+  config.augment.shift_scale_rotate.update({"shift": 0.1, "scale": 0.0, "rotate": 0.0, "p": 1.0})

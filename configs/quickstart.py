@@ -14,11 +14,15 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
   config = common.get_config()
   config.name = "quickstart"
-  config.total_epochs = 3
-  config.batch_size = 32  # many short steps: the norms without batch statistics need them
   config.data.name = "shapes"
   config.data.validation_size = 1000
   config.model.name = "pyramid"
+  return common.apply_arg(config, arg, {"ours": _ours})
+
+
+def _ours(config: ConfigDict) -> None:
+  config.total_epochs = 3
+  config.batch_size = 32  # many short steps: the norms without batch statistics need them
   config.model.init = "he"  # so that it trains without a norm too
   config.model.dropout_rate = 0.0
   config.optimizer.learning_rate = 0.03
@@ -26,4 +30,3 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optimizer.sgd.nesterov = True
   config.schedule.name = "one_cycle"
   config.augment.ops = ("horizontal_flip", "shift_scale_rotate")
-  return common.apply_arg(config, arg, {"smoke": common.smoke})

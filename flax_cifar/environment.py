@@ -1,10 +1,12 @@
-"""What a result must name to be believed: versions, hardware, commit."""
+"""What a result must name to be believed: versions, hardware, command, commit."""
 
 import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 
 import jax
 
@@ -18,9 +20,16 @@ def get_versions() -> dict[str, str]:
 
 
 def get_hardware(num_devices: int) -> str:
-  """One line: the `num_devices` devices in use, the host's processor and its cores."""
+  """One line: the `num_devices` devices in use, the host's processor and the cores we may use."""
   kind = jax.local_devices()[0].device_kind
-  return f"{num_devices} x {kind} ({_processor()}, {os.cpu_count()} cores)"
+  cores = _count_cores()
+  return f"{num_devices} x {kind} ({_processor()}, {cores} core{'s' * (cores != 1)})"
+
+
+def _count_cores() -> int:
+  if hasattr(os, "sched_getaffinity"):  # not on macOS
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _processor() -> str:
@@ -30,6 +39,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
   names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.machine()
+
+
+def get_command() -> str:
+  """The command line of this process, as it was typed after the name of the interpreter."""
+  return shlex.join(["python", *sys.argv])
 
 
 def get_commit() -> str:

@@ -13,7 +13,7 @@ from flax_cifar.models.blocks import GlobalAveragePool, MaxPool
 from flax_cifar.models.norms import BatchNorm, GroupNorm
 
 READ, WROTE = "layer reads ", "layer wrote "  # marks in the trace, a layer's number follows
-LEAVES = (nn.Conv, BatchNorm, GroupNorm, MaxPool, GlobalAveragePool)
+LEAVES = (nn.Conv, nn.Dense, BatchNorm, GroupNorm, MaxPool, GlobalAveragePool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _union(fields: list[Field | None]) -> Field | None:
 
 
 def _layer_field(module: nn.Module, field: Field | None) -> Field | None:
-  if isinstance(module, GlobalAveragePool) or field is None:
+  if isinstance(module, GlobalAveragePool | nn.Dense) or field is None:
     return None
   if isinstance(module, MaxPool):
     return field.after_window((module.window,) * 2, (module.window,) * 2)
@@ -131,6 +131,8 @@ def _create_row(module: nn.Module, x: jax.Array, y: jax.Array) -> Row:
   if isinstance(module, nn.Conv):
     taps = math.prod(_pair(module.kernel_size)) * (x.shape[-1] // module.feature_group_count)
     multiply_adds = math.prod(y.shape[1:]) * taps
+  elif isinstance(module, nn.Dense):
+    multiply_adds = x.shape[-1] * y.shape[-1]
   return Row(
     name="/".join(module.path),
     kind=_describe(module),
@@ -142,6 +144,8 @@ def _create_row(module: nn.Module, x: jax.Array, y: jax.Array) -> Row:
 
 
 def _describe(module: nn.Module) -> str:
+  if isinstance(module, nn.Dense):
+    return "dense"
   if not isinstance(module, nn.Conv):
     return type(module).__name__
   height, width = _pair(module.kernel_size)
@@ -149,13 +153,15 @@ def _describe(module: nn.Module) -> str:
   text = f"conv {height}x{width}"
   if dilation != (1, 1):
     text += f" dilation {dilation[0]}"
+  if _pair(module.strides) != (1, 1):
+    text += f" stride {_pair(module.strides)[0]}"
   if module.feature_group_count > 1:
     text += f" groups {module.feature_group_count}"
   return text
 
 
 def receptive_field(rows: list[Row]) -> tuple[int, int]:
-  """(height, width) in pixels of the last layer before the global pool."""
+  """(height, width) in pixels of the last layer before the global pool or dense layers."""
   return [row.field.size for row in rows if row.field][-1]
 
 

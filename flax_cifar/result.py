@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from flax_cifar.data.dataset import Split
 from flax_cifar.data.splits import PROTOCOLS, Splits
-from flax_cifar.environment import get_commit, get_versions
+from flax_cifar.environment import get_command, get_commit, get_versions
 from flax_cifar.losses import create_targets, cross_entropy
 from flax_cifar.metrics import add_totals, compute_means, compute_totals, create_totals
 from flax_cifar.models.lowering import describe_way
@@ -83,6 +83,7 @@ def summarise(config: ConfigDict, records: list[Record]) -> dict[str, Any]:
     "num_seeds": config.num_seeds,
     "config": json.loads(config.to_json()),
     "versions": get_versions(),
+    "command": get_command(),
     "commit": get_commit(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }

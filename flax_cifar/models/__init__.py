@@ -9,16 +9,24 @@ import jax.numpy as jnp
 from flax_cifar.errors import choose, require
 from flax_cifar.models.blocks import DType, get_init
 from flax_cifar.models.dilated import Dilated
+from flax_cifar.models.five_convs import FiveConvs
 from flax_cifar.models.ghost import Ghost
+from flax_cifar.models.keras_base import KerasBase
+from flax_cifar.models.keras_fcn import KerasFCN
 from flax_cifar.models.norms import get_norm
 from flax_cifar.models.pyramid import Pyramid
 from flax_cifar.models.skip import Skip
+from flax_cifar.models.skip_dilated import SkipDilated
 
 MODELS: dict[str, type[nn.Module]] = {
   "dilated": Dilated,
   "pyramid": Pyramid,
+  "keras_base": KerasBase,
+  "keras_fcn": KerasFCN,
+  "five_convs": FiveConvs,
   "ghost": Ghost,
   "skip": Skip,
+  "skip_dilated": SkipDilated,
 }
 DTYPES: dict[str, DType] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -8,7 +8,7 @@ statistics of the norms and the logits.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -47,19 +47,15 @@ def get_bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
   return partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
-class ConvUnit(nn.Module):
-  """conv -> norm -> ReLU -> dropout, or conv -> ReLU -> norm -> dropout.
+class Unit(nn.Module):
+  """What every unit shares: a convolution, which subclasses define, then norm, ReLU and dropout.
 
   Attributes:
     features: output channels.
     norm: a Norm.
-    kernel_init: initialiser of the convolution; get_bias_init has that of the bias.
+    kernel_init: initialiser of the kernels; get_bias_init has that of the bias.
     dropout_rate: probability of setting an activation to zero.
     dtype: what the convolution computes in and the unit returns.
-    kernel_size: sides of the kernel in taps, (height, width) or both.
-    padding: pixels added on every side, whatever the kernel's sides.
-    pad_mode: what they hold, "zeros" or the "reflect"ed image.
-    dilation: distance of the kernel's taps in pixels.
     order: of conv, norm and ReLU.
     use_bias: whether the convolution adds a bias.
   """
@@ -69,73 +65,141 @@ class ConvUnit(nn.Module):
   kernel_init: Initializer
   dropout_rate: float
   dtype: DType
-  kernel_size: int | tuple[int, int] = 3
-  padding: int = 1
-  pad_mode: Literal["zeros", "reflect"] = "zeros"
-  dilation: int = 1
   order: Order = "conv_norm_relu"
   use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    x = self.convolve(x)
+    norm_first = self.order == "conv_norm_relu"
+    x = self.norm(name="norm")(x if norm_first else nn.relu(x), train)
+    return Dropout(self.dropout_rate, relu=norm_first, name="dropout")(x, train)
+
+  def convolve(self, x: jax.Array) -> jax.Array:
+    """(N, H, W, C) -> (N, H', W', features)."""
+    raise NotImplementedError
+
+  def create_conv(
+    self, features: int, sides: tuple[int, int], fan_in: int, **options: Any
+  ) -> nn.Conv:
+    """A convolution with the unit's initialisers and dtype; `fan_in` is what an output reads."""
+    return nn.Conv(
+      features,
+      sides,
+      kernel_init=self.kernel_init,
+      bias_init=get_bias_init(self.kernel_init, fan_in),
+      dtype=self.dtype,
+      conv_general_dilated=conv_general_dilated,
+      **options,
+    )
+
+
+class ConvUnit(Unit):
+  """One convolution, which may be dilated, strided, grouped or padded by reflection.
+
+  Attributes:
+    kernel_size: sides of the kernel in taps, (height, width) or both.
+    padding: pixels added on every side, whatever the kernel's sides.
+    pad_mode: what they hold, "zeros" or the "reflect"ed image.
+    dilation: distance of the kernel's taps in pixels.
+    stride: distance of the outputs in pixels.
+    groups: of channels that do not see each other; as many as channels is depthwise.
+  """
+
+  kernel_size: int | tuple[int, int] = 3
+  padding: int = 1
+  pad_mode: Literal["zeros", "reflect"] = "zeros"
+  dilation: int = 1
+  stride: int = 1
+  groups: int = 1
+
+  def convolve(self, x: jax.Array) -> jax.Array:
     reflect = self.pad_mode == "reflect"
     size = self.kernel_size
     sides = (size, size) if isinstance(size, int) else size
-    x = nn.Conv(
+    return self.create_conv(
       self.features,
       sides,
+      fan_in=math.prod(sides) * x.shape[-1] // self.groups,
       padding=0 if reflect else self.padding,
       kernel_dilation=self.dilation,
+      strides=self.stride,
+      feature_group_count=self.groups,
       use_bias=self.use_bias,
-      kernel_init=self.kernel_init,
-      bias_init=get_bias_init(self.kernel_init, math.prod(sides) * x.shape[-1]),
-      dtype=self.dtype,
-      conv_general_dilated=conv_general_dilated,
       name="conv",
     )(pad_reflect(x, self.padding) if reflect else x)
-    return _finish_unit(x, train, self.norm, self.order, self.dropout_rate)
 
 
-class DepthwiseSeparableUnit(nn.Module):
-  """Depthwise 3x3 (one filter a channel) -> pointwise 1x1 -> norm -> ReLU -> dropout.
+class DepthwiseSeparableUnit(Unit):
+  """Depthwise 3x3 (one filter a channel), then pointwise 1x1; a bias after the second only.
 
-  Attributes as in ConvUnit. Source: Chollet 2017 (arXiv:1610.02357).
+  Source: Chollet 2017 (arXiv:1610.02357).
   """
 
-  features: int
-  norm: Norm
-  kernel_init: Initializer
-  dropout_rate: float
-  dtype: DType
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def convolve(self, x: jax.Array) -> jax.Array:
     channels = x.shape[-1]
-    conv = partial(
-      nn.Conv,
-      use_bias=False,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
-      conv_general_dilated=conv_general_dilated,
-    )
-    x = conv(
+    x = self.create_conv(
       channels,
       (3, 3),
+      fan_in=9,
       padding=1,
       feature_group_count=channels,
+      use_bias=False,
       name="depthwise",
     )(x)
-    x = conv(self.features, (1, 1), name="pointwise")(x)
-    return _finish_unit(x, train, self.norm, "conv_norm_relu", self.dropout_rate)
+    return self.create_conv(
+      self.features, (1, 1), fan_in=channels, use_bias=self.use_bias, name="pointwise"
+    )(x)
 
 
-def _finish_unit(
-  x: jax.Array, train: bool, norm: Norm, order: Order, dropout_rate: float
-) -> jax.Array:
-  """What follows the convolution in every unit; called from inside the unit."""
-  norm_first = order == "conv_norm_relu"
-  x = norm(name="norm")(x if norm_first else nn.relu(x), train)
-  return Dropout(dropout_rate, relu=norm_first, name="dropout")(x, train)
+class SpatiallySeparableUnit(Unit):
+  """3x1, then 1x3, with nothing between them; a bias after the second only.
+
+  Source: Szegedy et al. 2016 (arXiv:1512.00567).
+  """
+
+  def convolve(self, x: jax.Array) -> jax.Array:
+    x = self.create_conv(
+      self.features, (3, 1), fan_in=3 * x.shape[-1], use_bias=False, name="vertical"
+    )(x)
+    return self.create_conv(
+      self.features, (1, 3), fan_in=3 * self.features, use_bias=self.use_bias, name="horizontal"
+    )(x)
+
+
+class GroupedUnit(Unit):
+  """A grouped convolution whose groups differ in kernel size and dilation.
+
+  Group i reads the i-th part of the channels. The outputs are interleaved, so that each group of
+  the next layer reads from all groups of this one. Sources: Tan and Le 2019 (arXiv:1907.09595) for
+  the kernels, Zhang et al. 2018 (arXiv:1707.01083) for the interleaving.
+
+  Attributes:
+    kernel_sizes: sides of each group's square kernels in taps.
+    dilations: of each group, in pixels; the map keeps its size.
+  """
+
+  kernel_sizes: tuple[int, ...] = (3, 3)
+  dilations: tuple[int, ...] = (1, 1)
+
+  def convolve(self, x: jax.Array) -> jax.Array:
+    groups, channels = len(self.kernel_sizes), x.shape[-1]
+    if channels % groups or self.features % groups:
+      raise ValueError(f"{groups} groups cannot share {channels} -> {self.features} channels")
+    outputs = []
+    for number, (size, dilation) in enumerate(
+      zip(self.kernel_sizes, self.dilations, strict=True), start=1
+    ):
+      conv = self.create_conv(
+        self.features // groups,
+        (size, size),
+        fan_in=size**2 * channels // groups,
+        kernel_dilation=dilation,
+        use_bias=self.use_bias,
+        name=f"group{number}",
+      )
+      outputs.append(conv(jnp.split(x, groups, axis=-1)[number - 1]))
+    return jnp.stack(outputs, axis=-1).reshape(*outputs[0].shape[:-1], self.features)
 
 
 class ParallelSum(nn.Module):
@@ -156,6 +220,28 @@ class MaxPool(nn.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return max_pool(x, self.window)
+
+
+class Transition(nn.Module):
+  """A bare 1x1 convolution to `features` channels, then a max pool by 2 unless `pool` is False."""
+
+  features: int
+  kernel_init: Initializer
+  dtype: DType
+  pool: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Conv(
+      self.features,
+      (1, 1),
+      use_bias=False,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      conv_general_dilated=conv_general_dilated,
+      name="conv",
+    )(x)
+    return MaxPool(2, name="pool")(x) if self.pool else x
 
 
 class GlobalAveragePool(nn.Module):

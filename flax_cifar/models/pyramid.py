@@ -8,8 +8,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 
-from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, MaxPool
-from flax_cifar.models.lowering import conv_general_dilated
+from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, Transition
 from flax_cifar.models.norms import Norm
 
 
@@ -34,23 +33,15 @@ class Pyramid(nn.Module):
       dropout_rate=self.dropout_rate,
       dtype=self.dtype,
     )
-    squeeze = partial(
-      nn.Conv,
-      16,
-      (1, 1),
-      use_bias=False,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
-      conv_general_dilated=conv_general_dilated,
-    )
+    transition = partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype)
 
     x = unit(16, name="c1_1")(images, train)
     x = unit(32, name="c1_2")(x, train)
-    x = MaxPool(2, name="pool1")(squeeze(name="squeeze1")(x))
+    x = transition(16, name="transition1")(x)
     x = unit(16, name="c2_1")(x, train)
     x = unit(32, name="c2_2")(x, train)
     x = unit(32, padding=0, name="c2_3")(x, train)
-    x = MaxPool(2, name="pool2")(squeeze(name="squeeze2")(x))
+    x = transition(16, name="transition2")(x)
     x = unit(16, name="c3_1")(x, train)
     x = unit(32, padding=0, name="c3_2")(x, train)
     x = unit(64, padding=0, name="c3_3")(x, train)

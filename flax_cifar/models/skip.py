@@ -8,8 +8,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 
-from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, MaxPool
-from flax_cifar.models.lowering import conv_general_dilated
+from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, Transition
 from flax_cifar.models.norms import Norm
 
 
@@ -35,23 +34,15 @@ class Skip(nn.Module):
       dtype=self.dtype,
       order="conv_relu_norm",
     )
-    squeeze = partial(
-      nn.Conv,
-      8,
-      (1, 1),
-      use_bias=False,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
-      conv_general_dilated=conv_general_dilated,
-    )
+    transition = partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype)
 
     x = unit(24, name="c1")(images, train)
     x = x + unit(24, name="c2")(x, train)
-    x = MaxPool(2, name="pool1")(squeeze(name="c3")(x))
+    x = transition(8, name="transition1")(x)
     x = unit(32, name="c4")(x, train)
     x = x + unit(32, name="c5")(x, train)
     x = unit(32, name="c6")(x, train)
-    x = MaxPool(2, name="pool2")(squeeze(name="c7")(x))
+    x = transition(8, name="transition2")(x)
     x = unit(32, name="c8")(x, train)
     x = unit(32, name="c9")(x, train)
     x = unit(32, name="c10")(x, train)

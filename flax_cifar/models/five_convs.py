@@ -1,0 +1,56 @@
+"""Network C2, `five_convs`: a block of each of five kinds of convolution; 436,480 parameters.
+
+Source: EVA, session 6B. It names the kinds and their order; blocks of two units and the widths are
+ours.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from flax_cifar.models.blocks import (
+  ConvHead,
+  ConvUnit,
+  DepthwiseSeparableUnit,
+  DType,
+  GroupedUnit,
+  Initializer,
+  SpatiallySeparableUnit,
+  Transition,
+)
+from flax_cifar.models.norms import Norm
+
+BLOCKS = {
+  "normal": (ConvUnit, 32),
+  "spatial": (SpatiallySeparableUnit, 64),
+  "depthwise": (DepthwiseSeparableUnit, 96),
+  "kernel_groups": (partial(GroupedUnit, kernel_sizes=(3, 5)), 128),
+  "dilation_groups": (partial(GroupedUnit, dilations=(1, 2)), 128),
+}
+TRANSITIONS = {"normal": 32, "depthwise": 64}  # channels of the one that follows the block
+
+
+class FiveConvs(nn.Module):
+  """Normal 3x3, spatially separable, depthwise separable, grouped by size and by dilation; head.
+
+  Transitions follow the first and the third block.
+  """
+
+  num_classes: int
+  norm: Norm
+  dropout_rate: float
+  kernel_init: Initializer
+  dtype: DType
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    shared = {"kernel_init": self.kernel_init, "dtype": self.dtype}
+    unit_only = {"norm": self.norm, "dropout_rate": self.dropout_rate}
+    x = images
+    for name, (unit, features) in BLOCKS.items():
+      for number in (1, 2):
+        x = unit(features, **shared, **unit_only, name=f"{name}_{number}")(x, train)
+      if name in TRANSITIONS:
+        x = Transition(TRANSITIONS[name], **shared, name=f"{name}_transition")(x)
+    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)

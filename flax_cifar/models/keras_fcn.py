@@ -1,0 +1,44 @@
+"""Network C1, `keras_fcn`: `keras_base` without its dense layers; 250,080 parameters.
+
+Source: EVA, session 6A, after its improvements. It gives no layer table: blocks of growing width,
+transitions, batch norm and a global average pool are its words, the widths are ours.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, Transition
+from flax_cifar.models.norms import Norm
+
+
+class KerasFCN(nn.Module):
+  """Three blocks of two units with transitions between them, then the head."""
+
+  num_classes: int
+  norm: Norm
+  dropout_rate: float
+  kernel_init: Initializer
+  dtype: DType
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    unit = partial(
+      ConvUnit,
+      norm=self.norm,
+      kernel_init=self.kernel_init,
+      dropout_rate=self.dropout_rate,
+      dtype=self.dtype,
+    )
+    transition = partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype)
+
+    x = unit(32, name="c1_1")(images, train)
+    x = unit(32, name="c1_2")(x, train)
+    x = transition(24, name="transition1")(x)
+    x = unit(64, name="c2_1")(x, train)
+    x = unit(64, name="c2_2")(x, train)
+    x = transition(32, name="transition2")(x)
+    x = unit(128, name="c3_1")(x, train)
+    x = unit(128, name="c3_2")(x, train)
+    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)

@@ -1,0 +1,45 @@
+"""Network E4, `skip_dilated`: strides, a dilated and a depthwise unit, three identity paths.
+
+167,424 parameters with batch norm. Source: ERA V1, session 9.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, Transition
+from flax_cifar.models.norms import Norm
+
+
+class SkipDilated(nn.Module):
+  """Three blocks that end in a strided unit instead of a pool; receptive field 47 pixels."""
+
+  num_classes: int
+  norm: Norm
+  dropout_rate: float
+  kernel_init: Initializer
+  dtype: DType
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    unit = partial(
+      ConvUnit,
+      norm=self.norm,
+      kernel_init=self.kernel_init,
+      dropout_rate=self.dropout_rate,
+      dtype=self.dtype,
+      order="conv_relu_norm",
+    )
+    squeeze = partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype, pool=False)
+
+    x = unit(32, name="c1")(images, train)
+    x = x + unit(32, name="c2")(x, train)
+    x = squeeze(16, name="transition1")(unit(64, stride=2, name="c3")(x, train))
+    x = unit(32, dilation=2, padding=2, name="c4")(x, train)
+    x = x + unit(32, groups=32, name="c5")(x, train)
+    x = squeeze(32, name="transition2")(unit(64, stride=2, name="c6")(x, train))
+    x = unit(64, name="c7")(x, train)
+    x = x + unit(64, name="c8")(x, train)
+    x = unit(96, stride=2, name="c9")(x, train)
+    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)
