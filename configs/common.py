@@ -180,9 +180,9 @@ def _shorten(config: ConfigDict) -> None:
 def use_our_recipe(config: ConfigDict) -> None:
   """What our own results share; the configs say what differs, and how it was chosen.
 
-  Alternating flip and reflected crop, SGD with Nesterov momentum and weight decay under a triangular schedule,
-  label smoothing, a moving average of the weights, no dropout. Sources: Page 2018 ("How to train
-  your ResNet"), Jordan 2024 (arXiv:2404.00498) for the flip.
+  Alternating flip and reflected crop, SGD with Nesterov momentum and weight decay under a
+  triangular schedule, label smoothing, a moving average of the weights, no dropout. Sources: Page
+  2018 ("How to train your ResNet"); Jordan 2024 (arXiv:2404.00498) for the flip.
   """
   config.batch_size = 128
   config.model.dropout_rate = 0.0

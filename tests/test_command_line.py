@@ -33,7 +33,7 @@ def call(*arguments, **environment):
   [
     ((), "--config is missing"),
     (("--config=configs/nope.py",), "configs/nope.py"),
-    ((f"{QUICK}:smoky",), "'smoky' is unknown; choose from smoke"),
+    ((f"{QUICK}:smoky",), "'smoky' is unknown; choose from ours, smoke"),
     ((QUICK, "--config.optimzer.name=sgd"), "'optimzer' Did you mean \"optimizer\""),
     ((QUICK, "--config.optimizer.learning_rat=1"), 'Did you mean "learning_rate"'),
     ((QUICK, "--config.batch_size=many"), "--config.batch_size=many"),

@@ -64,54 +64,143 @@ def test_variants_combine_and_show_in_the_name():
   assert config.name == "s9-published-norm-group-seed-3-epochs-7"
 
 
-def test_s9_is_the_published_recipe():
-  config = load("s9")
-  assert (config.optimizer.learning_rate, config.optimizer.sgd.momentum) == (0.01, 0.9)
-  assert config.optimizer.weight_decay == 0
-  assert (config.batch_size, config.total_epochs, config.model.dropout_rate) == (128, 51, 0.05)
-  plateau = config.schedule.plateau
-  assert (plateau.factor, plateau.patience, plateau.threshold) == (0.05, 5, 0.1)
-  shift = config.augment.shift_scale_rotate
-  assert (shift.shift, shift.scale, shift.rotate, shift.p) == (0.09, 0.09, 6.0, 0.5)
-  hole = config.augment.coarse_dropout
-  assert (hole.holes, hole.height, hole.width, hole.fill, hole.p) == (1, 16, 16, "mean", 0.5)
-  assert config.protocol == "honest"
+def test_the_recipe_sees_the_norm_and_what_follows_the_colon_wins_over_it():
+  def recipe(config):
+    config.optimizer.learning_rate = 0.5 if config.model.norm == "group" else 0.25
+    config.total_epochs = 9
+
+  for arg, expected in (("epochs=4,norm=group", (0.5, 4)), ("", (0.25, 9))):
+    config = common.apply_arg(common.get_config(), arg, {"ours": recipe})
+    assert (config.optimizer.learning_rate, config.total_epochs) == expected
 
 
-def test_ghost_is_the_published_recipe():
-  config = load("ghost", "published")
-  assert (config.optimizer.learning_rate, config.optimizer.sgd.momentum) == (0.016, 0.9)
-  assert config.optimizer.weight_decay == 0
-  assert (config.batch_size, config.total_epochs, config.model.dropout_rate) == (256, 25, 0.1)
-  assert (config.norm.ghost.num_splits, config.norm.ghost.train_scale) == (2, False)
-  step = config.schedule.step
-  assert (config.schedule.name, step.factor, step.every) == ("step", 0.92, 2.0)
-  assert config.augment.ops == ("random_crop", "horizontal_flip", "rotate")
-  assert (config.augment.random_crop.padding, config.augment.rotate.limit) == (4, 8.0)
-  assert config.augment.std == (0.2023, 0.1994, 0.2010)
+@pytest.mark.parametrize("name", NAMES)
+def test_only_replays_peek_and_ours_is_within_the_epochs_of_the_source(name):
+  ours = load(name)
+  assert ours.protocol == "honest"
+  assert ours.data.validation_size > 0
+  if name == "quickstart":
+    return
+  replay = load(name, "published")
+  assert replay.protocol == "published"
+  assert ours.total_epochs <= replay.total_epochs
+  assert ours.model.name == replay.model.name
+  assert ours.model.norm == replay.model.norm
+  assert ours.norm == replay.norm
+
+
+# What section 3 of the sources' summary states, as `config file:variant` -> keys and values.
+RECIPES = {
+  "s9:published": {
+    "batch_size": 128,
+    "total_epochs": 51,
+    "optimizer.learning_rate": 0.01,
+    "schedule.name": "plateau",
+    "schedule.plateau.factor": 0.05,
+    "schedule.plateau.patience": 5,
+    "schedule.plateau.threshold": 0.1,
+    "model.dropout_rate": 0.05,
+    "augment.ops": ("horizontal_flip", "shift_scale_rotate", "coarse_dropout"),
+    "augment.horizontal_flip.p": 0.5,
+    "augment.shift_scale_rotate.shift": 0.09,
+    "augment.shift_scale_rotate.scale": 0.09,
+    "augment.shift_scale_rotate.rotate": 6.0,
+    "augment.shift_scale_rotate.p": 0.5,
+    "augment.coarse_dropout.holes": 1,
+    "augment.coarse_dropout.height": 16,
+    "augment.coarse_dropout.width": 16,
+    "augment.coarse_dropout.p": 0.5,
+    "augment.coarse_dropout.fill": "black",
+  },
+  "ghost:published": {
+    "batch_size": 256,
+    "total_epochs": 25,
+    "optimizer.learning_rate": 0.016,
+    "schedule.name": "step",
+    "schedule.step.factor": 0.92,
+    "schedule.step.every": 2.0,
+    "model.norm": "ghost",
+    "model.dropout_rate": 0.1,
+    "norm.ghost.num_splits": 2,
+    "norm.ghost.train_scale": False,
+    "augment.ops": ("random_crop", "horizontal_flip", "rotate"),
+    "augment.random_crop.padding": 4,
+    "augment.rotate.limit": 8.0,
+    "augment.rotate.p": 1.0,
+    "augment.std": (0.2023, 0.1994, 0.2010),
+  },
+  "skip:published": {
+    "batch_size": 32,
+    "total_epochs": 20,
+    "optimizer.learning_rate": 0.01,
+    "schedule.name": "plateau",
+    "schedule.plateau.factor": 0.8,
+    "schedule.plateau.patience": 0,
+    "model.dropout_rate": 0.05,
+    "norm.group.num_groups": 4,
+    "norm.layer.affine": False,
+    "augment.ops": ("color_jitter", "rotate"),
+    "augment.color_jitter.brightness": 0.1,
+    "augment.color_jitter.contrast": 0.1,
+    "augment.color_jitter.saturation": 0.1,
+    "augment.color_jitter.hue": 0.1,
+    "augment.color_jitter.p": 1.0,
+    "augment.rotate.limit": 7.0,
+    "augment.rotate.p": 1.0,
+    "augment.mean": (0.5, 0.5, 0.5),  # to (-1, 1)
+    "augment.std": (0.5, 0.5, 0.5),
+  },
+  "skip_dilated:published": {"total_epochs": 37, "model.dropout_rate": 0.05},
+  "keras_base:published": {"model.norm": "none", "model.dropout_rate": 0.25},
+  "keras_fcn:published": {"total_epochs": 100, "model.norm": "batch"},
+  "five_convs:published": {"total_epochs": 50, "model.norm": "batch"},
+}
+STUDY = {
+  "batch_size": 128,
+  "total_epochs": 21,
+  "optimizer.learning_rate": 0.01,
+  "schedule.name": "step",
+  "schedule.step.factor": 0.1,
+  "schedule.step.every": 6.0,
+  "model.dropout_rate": 0.05,
+  "norm.group.num_groups": 2,
+  "augment.ops": ("rotate",),
+  "augment.rotate.limit": 6.0,
+  "augment.rotate.p": 1.0,
+}
+RECIPES |= {"s9:study": STUDY, "pyramid:published": STUDY}
+
+
+def test_every_replay_is_checked():
+  replays = {f"{name}:published" for name in NAMES} - {"quickstart:published"}
+  assert set(RECIPES) == replays | {"s9:study"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_replays_are_as_published(name):
+  config = load(*name.split(":"))
   assert config.protocol == "published"
-  assert (load("ghost").protocol, load("ghost").augment.std) == ("honest", ())
-
-
-def test_skip_is_the_published_recipe():
-  config = load("skip", "published")
-  assert (config.optimizer.learning_rate, config.optimizer.sgd.momentum) == (0.01, 0.9)
-  assert config.optimizer.weight_decay == 0
-  assert (config.batch_size, config.total_epochs, config.model.dropout_rate) == (32, 20, 0.05)
-  assert (config.norm.group.num_groups, config.norm.layer.affine) == (4, False)
-  plateau = config.schedule.plateau
-  assert (config.schedule.name, plateau.factor, plateau.patience) == ("plateau", 0.8, 0)
-  jitter = config.augment.color_jitter
-  assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (0.1,) * 4
-  assert (jitter.p, config.augment.rotate.limit, config.augment.rotate.p) == (1.0, 7.0, 1.0)
-  assert config.augment.mean == config.augment.std == (0.5, 0.5, 0.5)
-  assert (config.protocol, load("skip").protocol) == ("published", "honest")
+  assert config.model.init in ("torch", "flax")
+  values = config.to_dict()
+  for key, expected in RECIPES[name].items():
+    value = values
+    for part in key.split("."):
+      value = value[part]
+    assert value == expected, key
+  if config.optimizer.name == "sgd":
+    assert config.optimizer.sgd.to_dict() == {"momentum": 0.9, "nesterov": False}
+  assert config.optimizer.weight_decay == config.ema.decay == config.loss.label_smoothing == 0
 
 
 @pytest.mark.parametrize("arg", ["smoky", "nrm=group", "norm="])
 def test_unknown_variants_list_the_choices(arg):
   with pytest.raises(ValueError, match=f"'{arg}' is unknown; choose from .*smoke.*norm=VALUE"):
     load("s9", arg)
+
+
+def test_two_recipes_are_refused():
+  with pytest.raises(ValueError, match="'published' and 'study' are both recipes"):
+    load("s9", "published,study")
 
 
 def test_seed_must_be_a_number():
