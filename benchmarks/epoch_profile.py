@@ -2,7 +2,7 @@
 
 Command     python -m benchmarks.epoch_profile [--network dilated] [--steps N] [--json FILE]
 
-Runs the loop of flax_cifar.train over noise on the device, with the augmentation of configs/s9.py,
+Runs the loop of flax_cifar.train over noise on the device, with the augmentation of configs/s9.py:published,
 under JAX's profiler, after one step to compile.
 """
 
@@ -70,7 +70,7 @@ def create_epoch(network: str, batch_size: int) -> Any:
 
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (5000, 32, 32, 3), np.uint8)
-  mesh, config = create_mesh(1), s9.get_config()
+  mesh, config = create_mesh(1), s9.get_config("published")
   feed = create_feed(
     Split(images, rng.integers(0, 10, 5000).astype(np.int32)),
     backend="device",

@@ -24,7 +24,7 @@ def save_images(
 ) -> None:
   """Writes uint8 images (N, H, W, 3) as a grid with a title each."""
   rows = max(1, -(-len(images) // columns))
-  figure = _create_figure(1.7 * columns, 1.9 * rows)
+  figure = create_figure(1.7 * columns, 1.9 * rows)
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for axis in axes:
     axis.set_axis_off()
@@ -59,7 +59,7 @@ def save_misclassified(
 
 def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   """Writes loss and accuracy per epoch, for train and validation."""
-  figure = _create_figure(9, 3.5)
+  figure = create_figure(9, 3.5)
   loss, accuracy = figure.subplots(1, 2)
   for split in ("train", "validation"):
     shown = [record for record in records if f"{split}_loss" in record]
@@ -67,29 +67,30 @@ def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
     loss.plot(epochs, [record[f"{split}_loss"] for record in shown], label=split)
     percent = [100 * record[f"{split}_accuracy"] for record in shown]
     accuracy.plot(epochs, percent, label=split)
-  _finish(loss, "loss (nats)")
-  _finish(accuracy, "accuracy (%)")
+  finish_axis(loss, "loss (nats)")
+  finish_axis(accuracy, "accuracy (%)")
   figure.savefig(path, dpi=DPI)
 
 
 def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   """Writes the learning rate at the end of each epoch."""
-  figure = _create_figure(4.5, 3.5)
+  figure = create_figure(4.5, 3.5)
   axis = figure.subplots()
   epochs = [record["epoch"] for record in records]
   axis.plot(epochs, [record["learning_rate"] for record in records])
-  _finish(axis, "learning rate")
+  finish_axis(axis, "learning rate")
   figure.savefig(path, dpi=DPI)
 
 
-def _create_figure(width: float, height: float) -> "Figure":
-  """Size in inches."""
+def create_figure(width: float, height: float) -> "Figure":
+  """An empty figure of this size in inches."""
   from matplotlib.figure import Figure
 
   return Figure(figsize=(width, height), layout="constrained")
 
 
-def _finish(axis: "Axes", label: str) -> None:
+def finish_axis(axis: "Axes", label: str) -> None:
+  """Labels an axis over epochs, with a legend if it has something to name."""
   from matplotlib.ticker import MaxNLocator
 
   axis.set_xlabel("epoch")

@@ -4,7 +4,9 @@ Source: EVA, session 6B. It names the kinds and their order; blocks of two units
 ours.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,10 +20,11 @@ from flax_cifar.models.blocks import (
   Initializer,
   SpatiallySeparableUnit,
   Transition,
+  Unit,
 )
 from flax_cifar.models.norms import Norm
 
-BLOCKS = {
+BLOCKS: dict[str, tuple[Callable[..., Unit], int]] = {
   "normal": (ConvUnit, 32),
   "spatial": (SpatiallySeparableUnit, 64),
   "depthwise": (DepthwiseSeparableUnit, 96),
@@ -45,12 +48,12 @@ class FiveConvs(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    shared = {"kernel_init": self.kernel_init, "dtype": self.dtype}
-    unit_only = {"norm": self.norm, "dropout_rate": self.dropout_rate}
+    shared: dict[str, Any] = {"kernel_init": self.kernel_init, "dtype": self.dtype}
     x = images
-    for name, (unit, features) in BLOCKS.items():
+    for name, (kind, features) in BLOCKS.items():
+      unit = partial(kind, norm=self.norm, dropout_rate=self.dropout_rate, **shared)
       for number in (1, 2):
-        x = unit(features, **shared, **unit_only, name=f"{name}_{number}")(x, train)
+        x = unit(features=features, name=f"{name}_{number}")(x, train)
       if name in TRANSITIONS:
         x = Transition(TRANSITIONS[name], **shared, name=f"{name}_transition")(x)
     return ConvHead(self.num_classes, self.kernel_init, name="head")(x)

@@ -1,0 +1,345 @@
+"""Collects finished runs in docs/results/ and sets them beside the published systems.
+
+Command     python -m benchmarks.results add RUN_FOLDER ... [--force]   copies finished runs
+            python -m benchmarks.results                                writes docs/results.md
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.published import ROWS, Row
+from flax_cifar.command_line import leave
+from flax_cifar.errors import UserError, list_differences
+from flax_cifar.tools.sweep import describe, format_percent, get_scores, read_records
+from flax_cifar.workdir import FREE_KEYS, flatten, read_result
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+NOT_RUN = "not run"
+REPETITION_KEYS = ("name", "seed", "num_seeds", *FREE_KEYS)  # in which repetitions may differ
+# A slash that starts a path: not that of a/b, ./a or https://a.
+ABSOLUTE_PATH = re.compile(r"(?<![\w./-])/\w|\b[A-Za-z]:\\")
+INTRODUCTION = """\
+# Results
+
+Written by `python -m benchmarks.results` from `docs/results/`, which has a file per run with its
+config and every epoch, and from `benchmarks/published.py`. Accuracies are percentages: the mean
+± the sample standard deviation over n seeds. A single run says n = 1 and has no deviation.
+
+- **Published** is what the source reports: a single run, mostly the best epoch on the test split.
+- **Replay** is our run of the source's recipe and protocol: it trains on all 50,000 images and
+  validates on the test split. We choose nothing by it, and yet report its **best epoch on test**,
+  as the source did, beside the last epoch. Where the source's learning rate follows the test loss
+  (A and E1 to E4), that of the replay does too. No claim of ours rests on it.
+- **Ours** is our recipe. Validation images come from train. The test split is read once, after the
+  last epoch, with the moving average of the weights and without test-time augmentation.
+- **Target** is what ours is to reach; where we have set none, to beat the source.
+"""
+
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A file of docs/results/: one run, of one seed or of several at once."""
+
+  name: str  # of the config, without its seed
+  seeds: range
+  content: Mapping[str, Any]  # of result.json, and "metrics": the records of metrics.jsonl
+
+  @property
+  def records(self) -> Records:
+    return self.content["metrics"]
+
+  @property
+  def scores(self) -> dict[str, list[float]]:
+    return get_scores(self.content, self.records)
+
+
+def main() -> None:
+  options = parse_options()
+  try:
+    if options.command == "add":
+      paths = add(options.folders, DOCS, force=options.force)
+    else:
+      paths = [write_page(DOCS)]
+  except UserError as error:
+    leave(f"error: {error}", 2)
+  for path in paths:
+    print(f"written   {path}")
+
+
+def parse_options() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  commands = parser.add_subparsers(dest="command")
+  adder = commands.add_parser("add", help="copy finished runs to docs/results/")
+  adder.add_argument("folders", nargs="+", type=pathlib.Path, metavar="RUN_FOLDER")
+  adder.add_argument("--force", action="store_true", help="replace files; take any commit")
+  return parser.parse_args()
+
+
+#### Add
+
+
+def add(folders: Iterable[pathlib.Path], docs: pathlib.Path, *, force: bool) -> list[pathlib.Path]:
+  """Copies finished runs, all or none, and returns the files.
+
+  Raises:
+    UserError: a folder holds no finished run, its code was not committed, it names a path of this
+      machine, its name hides what it changed, or its file is there already.
+  """
+  texts: dict[pathlib.Path, str] = {}
+  for folder in folders:
+    run = read_run(folder)
+    path = docs / "results" / f"{run.name}-seed-{run.seeds[0]}.json"
+    check_content(folder, run.content, force=force)
+    check_name(folder, run.content, force=force)
+    if path in texts or (path.exists() and not force):
+      raise UserError(
+        f"{path.name} is there already, so {str(folder)!r} would replace it; --force?"
+      )
+    texts[path] = encode(run.content)
+  for path, text in texts.items():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  return list(texts)
+
+
+def read_run(folder: pathlib.Path) -> Run:
+  """Reads the workdir of a finished run.
+
+  Raises:
+    UserError: it holds none; or one that goes on, beyond its result.
+  """
+  result = read_result(folder)
+  if result is None:
+    raise UserError(f"{str(folder)!r} holds no finished run: it has no result.json.")
+  try:
+    records = read_records(folder)
+  except (OSError, ValueError) as error:
+    raise UserError(f"metrics.jsonl of {str(folder)!r} is damaged: {error}") from error
+  epochs = [record["epoch"] for record in records]
+  if epochs != list(range(1, result["epochs"] + 1)):
+    raise UserError(f"{str(folder)!r} holds no finished run: its result and its epochs differ.")
+  command = _drop_workdir(result.get("command", ""))
+  return create_run(result | {"command": command, "metrics": records})
+
+
+def _drop_workdir(command: str) -> str:
+  """The command without --workdir, which tells where and not what."""
+  return shlex.join(word for word in shlex.split(command) if not word.startswith("--workdir="))
+
+
+def create_run(content: Mapping[str, Any]) -> Run:
+  name = re.sub(r"-seed-\d+", "", content["config"]["name"])
+  first = content["seed"]
+  return Run(name, range(first, first + content["num_seeds"]), content)
+
+
+def check_content(folder: pathlib.Path, content: Mapping[str, Any], *, force: bool) -> None:
+  """Raises a UserError where the content cannot be repeated, or names a path of this machine."""
+  commit = content["commit"]
+  if not force and (commit.endswith("+") or commit == "unknown"):
+    raise UserError(
+      f"{str(folder)!r} is of code that was not committed ({commit!r}); run it again, or --force."
+    )
+  for key, value in iterate_strings(content):
+    if ABSOLUTE_PATH.search(value):
+      raise UserError(f"{key} of {str(folder)!r} has an absolute path: {value!r}.")
+
+
+def check_name(folder: pathlib.Path, content: Mapping[str, Any], *, force: bool) -> None:
+  """Raises a UserError where the command changes the recipe and keeps the name of its config."""
+  words = shlex.split(content["command"])
+  flags = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+  keys = [flag.split("=")[0] for flag in flags]
+  changes = [key for key in keys if not _is_below(key, REPETITION_KEYS)]
+  if changes and "name" not in keys and not force:
+    raise UserError(
+      f"{str(folder)!r} is no plain run of {content['config']['name']!r}: its command changes "
+      f"{', '.join(changes)}; run it with --config.name=OTHER too, or --force."
+    )
+
+
+def _is_below(key: str, parents: Sequence[str]) -> bool:
+  return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def iterate_strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+  """(dotted key, text) of every text in nested lists and dictionaries."""
+  if isinstance(value, str):
+    yield key, value
+  elif isinstance(value, Mapping | list):
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for name, item in items:
+      yield from iterate_strings(item, f"{key}.{name}".lstrip("."))
+
+
+def encode(content: Mapping[str, Any]) -> str:
+  """JSON whose differences read well: indented, with a line for each epoch."""
+  rest = json.dumps({key: value for key, value in content.items() if key != "metrics"}, indent=2)
+  metrics = ",\n".join(f"    {json.dumps(record)}" for record in content["metrics"])
+  return f'{rest.removesuffix("}").rstrip()},\n  "metrics": [\n{metrics}\n  ]\n}}\n'
+
+
+#### The page
+
+
+def write_page(docs: pathlib.Path) -> pathlib.Path:
+  """Writes results.md from the files of results/."""
+  path = docs / "results.md"
+  path.write_text(format_page(load_runs(docs)))
+  return path
+
+
+def format_page(runs: Sequence[Run]) -> str:
+  return "\n".join([INTRODUCTION, format_comparison(runs), "## Runs\n", format_runs(runs)])
+
+
+def load_runs(docs: pathlib.Path) -> list[Run]:
+  """The runs of results/, sorted by name and seed.
+
+  Raises:
+    UserError: two of the same name have a seed in common, or differ in more than the seed.
+  """
+  paths = (docs / "results").glob("*.json")
+  runs = [create_run(json.loads(path.read_text())) for path in paths]
+  runs.sort(key=lambda run: (run.name, run.seeds[0]))
+  for one, other in itertools.pairwise(runs):
+    if one.name == other.name:
+      _check_pair(one, other)
+  return runs
+
+
+def _check_pair(one: Run, other: Run) -> None:
+  if set(one.seeds) & set(other.seeds):
+    raise UserError(f"results/ has seed {other.seeds[0]} of {one.name} twice; delete one file.")
+  changes = list_differences(_get_recipe(one), _get_recipe(other))
+  if changes:
+    seeds = f"{one.seeds[0]} and {other.seeds[0]}"
+    raise UserError(f"seeds {seeds} of {one.name} are no repetition: {'; '.join(changes[:5])}.")
+
+
+def _get_recipe(run: Run) -> dict[str, Any]:
+  """The config without what repetitions may differ in."""
+  flat = flatten(run.content["config"])
+  return {key: value for key, value in flat.items() if not _is_below(key, REPETITION_KEYS)}
+
+
+def format_comparison(runs: Sequence[Run]) -> str:
+  """The table of published systems."""
+  header = ["id", "network", "parameters", "published", "replay", "ours", "target"]
+  return format_table(header, [compare(row, runs) for row in ROWS])
+
+
+def compare(row: Row, runs: Sequence[Run]) -> list[str]:
+  """The cells of a published system."""
+  runs = [run for run in runs if run.content["config"]["model"]["name"] == row.network]
+  replay = select(runs, row.replay, "published")
+  ours = select(runs, row.ours, "honest")
+  parameters = row.parameters or (ours[0].content["parameters"] if ours else None)
+  epochs = f", {row.epochs} epochs" if row.epochs else ""
+  return [
+    row.id,
+    f"`{row.network}`, {row.what}",
+    f"{parameters:,}" if parameters else "–",
+    f"{row.reported}{epochs}",
+    format_replay(replay),
+    format_ours(ours),
+    judge(row, ours),
+  ]
+
+
+def select(runs: Sequence[Run], name: str | None, protocol: str) -> list[Run]:
+  """The runs of the config `name`; those of another protocol do not count."""
+  return [run for run in runs if (run.name, run.content["protocol"]) == (name, protocol)]
+
+
+def collect(runs: Sequence[Run], name: str) -> dict[str, Any] | None:
+  """`describe` of the score `name` over all seeds of `runs`."""
+  return describe([value for run in runs for value in run.scores.get(name, [])])
+
+
+def format_replay(runs: Sequence[Run]) -> str:
+  """Best epoch on test, which is where such a run validates, and the last one."""
+  if not runs:
+    return NOT_RUN
+  best = format_percent(collect(runs, "best_validation_accuracy"))
+  epochs = ", ".join(str(epoch) for run in runs for epoch in find_best_epochs(run.records))
+  last = format_percent(collect(runs, "test_accuracy"))
+  return f"best on test {best} @ epoch {epochs}; last epoch {last}"
+
+
+def find_best_epochs(records: Records) -> list[int]:
+  """The epoch of the best validation accuracy of each seed; the first of equals."""
+  name = "validation_accuracy"
+  curves = zip(*(record.get(f"{name}_per_seed", [record[name]]) for record in records), strict=True)
+  return [records[curve.index(max(curve))]["epoch"] for curve in curves]
+
+
+def format_ours(runs: Sequence[Run]) -> str:
+  if not runs:
+    return NOT_RUN
+  return f"{format_percent(collect(runs, 'test_accuracy'))}, {runs[0].content['epochs']} epochs"
+
+
+def judge(row: Row, runs: Sequence[Run]) -> str:
+  """The target and whether `runs`, those of our recipe, reach it on average."""
+  goal = row.reported_accuracy if row.target is None else row.target
+  if goal is None:
+    return "none"
+  text = f"{'over ' if row.target is None else ''}{goal:.2f}"
+  text += f" in {row.target_epochs} epochs" if row.target_epochs else ""
+  test = collect(runs, "test_accuracy")
+  if test is None:
+    return f"{text}: {NOT_RUN}"
+  percent = round(100 * test["mean"], 6)  # 0.885 is 88.5, whatever the last bit says
+  reached = percent > goal if row.target is None else percent >= goal
+  in_time = row.target_epochs is None or runs[0].content["epochs"] <= row.target_epochs
+  return f"{text}: {'reached' if reached and in_time else 'missed'}"
+
+
+def format_runs(runs: Sequence[Run]) -> str:
+  """The table of runs."""
+  if not runs:
+    return "None yet.\n"
+  header = ["name", "seed", "command", "epochs", "test", "validation, last epoch"]
+  header += ["train, last epoch", "minutes of training", "hardware", "date", "commit", "JAX"]
+  return format_table(header, [describe_run(run) for run in runs])
+
+
+def describe_run(run: Run) -> list[str]:
+  """The cells of a run."""
+  content, seeds = run.content, run.seeds
+  commit = content["commit"][:7] + "+" * content["commit"].endswith("+")
+  validation = format_percent(collect([run], "validation_accuracy"))
+  return [
+    run.name,
+    f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
+    f"`{content['command']}`" if content.get("command") else "",
+    str(content["epochs"]),
+    format_percent(collect([run], "test_accuracy")),
+    f"{validation}{' on test' if content['protocol'] == 'published' else ''}",
+    format_percent(collect([run], "train_accuracy")),
+    f"{content['train_seconds'] / 60:.1f}",
+    content["hardware"],
+    content["date"][:10],
+    commit,
+    content["versions"]["jax"],
+  ]
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table in Markdown."""
+  lines = [header, ["---"] * len(header), *rows]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+  main()
