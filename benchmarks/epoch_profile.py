@@ -2,8 +2,8 @@
 
 Command     python -m benchmarks.epoch_profile [--network dilated] [--steps N] [--json FILE]
 
-Runs the loop of flax_cifar.train over noise on the device, with the augmentation of configs/s9.py:published,
-under JAX's profiler, after one step to compile.
+Runs the loop of flax_cifar.train over noise on the device, with the augmentation of
+configs/s9.py:published, under JAX's profiler, after one step to compile.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Four of the networks in plain PyTorch, as their sources would write them, to compare speed with.
+"""The networks in plain PyTorch, as their sources would write them, to compare speed with.
 
 Each takes float images (N, 3, 32, 32) and returns logits (N, 10). Modules stand in the order in
-which they run, so that the i-th convolution or norm here is the i-th of the Flax network.
+which they run, so that the i-th convolution, dense layer or norm here is the i-th of the Flax
+network. What a dense layer reads is flattened as PyTorch does it, channels first.
 """
 
 from collections.abc import Callable
@@ -65,8 +66,25 @@ class Residual(nn.Module):
     return x + self.inner(x)
 
 
+class GroupedConv(nn.Module):
+  """A convolution for each equal part of the channels; the outputs take turns."""
+
+  def __init__(self, convs: list[nn.Conv2d]) -> None:
+    super().__init__()
+    self.convs = nn.ModuleList(convs)
+
+  def forward(self, x: Tensor) -> Tensor:
+    parts = x.chunk(len(self.convs), dim=1)
+    outputs = [conv(part) for conv, part in zip(self.convs, parts, strict=True)]
+    return torch.stack(outputs, dim=2).flatten(1, 2)
+
+
 def create_head(channels: int, pool: nn.Module, *, bias: bool = False) -> nn.Sequential:
   return nn.Sequential(pool, nn.Conv2d(channels, 10, 1, bias=bias), nn.Flatten())
+
+
+def create_transition(c_in: int, c_out: int) -> nn.Module:
+  return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.MaxPool2d(2))
 
 
 def create_dilated(dropout: float = 0.05) -> nn.Module:
@@ -109,17 +127,14 @@ def create_pyramid(dropout: float = 0.05) -> nn.Module:
     conv = nn.Conv2d(c_in, c_out, 3, padding=padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(), nn.Dropout(dropout))
 
-  def squeeze() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(32, 16, 1, bias=False), nn.MaxPool2d(2))
-
   return nn.Sequential(
     unit(3, 16),
     unit(16, 32),
-    squeeze(),
+    create_transition(32, 16),
     unit(16, 16),
     unit(16, 32),
     unit(32, 32, padding=0),
-    squeeze(),
+    create_transition(32, 16),
     unit(16, 16),
     unit(16, 32, padding=0),
     unit(32, 64, padding=0),
@@ -163,17 +178,14 @@ def create_skip(dropout: float = 0.05) -> nn.Module:
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.ReLU(), nn.BatchNorm2d(c_out), nn.Dropout(dropout))
 
-  def squeeze(c_in: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(c_in, 8, 1, bias=False), nn.MaxPool2d(2))
-
   return nn.Sequential(
     unit(3, 24),
     Residual(unit(24, 24)),
-    squeeze(24),
+    create_transition(24, 8),
     unit(8, 32),
     Residual(unit(32, 32)),
     unit(32, 32),
-    squeeze(32),
+    create_transition(32, 8),
     unit(8, 32),
     unit(32, 32),
     unit(32, 32),
@@ -181,9 +193,141 @@ def create_skip(dropout: float = 0.05) -> nn.Module:
   )
 
 
+def create_skip_dilated(dropout: float = 0.05) -> nn.Module:
+  """E4: as `skip`, with strides, a dilated and a depthwise convolution, three identity paths."""
+
+  def unit(
+    c_in: int,
+    c_out: int,
+    *,
+    stride: int = 1,
+    padding: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+  ) -> nn.Module:
+    conv = nn.Conv2d(c_in, c_out, 3, stride, padding, dilation, groups, bias=False)
+    return nn.Sequential(conv, nn.ReLU(), nn.BatchNorm2d(c_out), nn.Dropout(dropout))
+
+  return nn.Sequential(
+    unit(3, 32),
+    Residual(unit(32, 32)),
+    unit(32, 64, stride=2),
+    nn.Conv2d(64, 16, 1, bias=False),
+    unit(16, 32, padding=2, dilation=2),
+    Residual(unit(32, 32, groups=32)),
+    unit(32, 64, stride=2),
+    nn.Conv2d(64, 32, 1, bias=False),
+    unit(32, 64),
+    Residual(unit(64, 64)),
+    unit(64, 96, stride=2),
+    create_head(96, nn.AvgPool2d(4)),
+  )
+
+
+def create_keras_base(dropout: float = 0.25) -> nn.Module:
+  """C0: three pairs of convolutions and three dense layers, with biases and without norms."""
+
+  def block(c_in: int, c_out: int) -> list[nn.Module]:
+    return [
+      nn.Conv2d(c_in, c_out, 3, padding=1),
+      nn.ReLU(),
+      nn.Conv2d(c_out, c_out, 3),
+      nn.ReLU(),
+      nn.MaxPool2d(2),
+      nn.Dropout(dropout),
+    ]
+
+  def dense(c_in: int, c_out: int) -> list[nn.Module]:
+    return [nn.Linear(c_in, c_out), nn.ReLU(), nn.Dropout(2 * dropout)]
+
+  return nn.Sequential(
+    *block(3, 48),
+    *block(48, 96),
+    *block(96, 192),
+    nn.Flatten(),
+    *dense(192 * 2 * 2, 512),
+    *dense(512, 256),
+    nn.Linear(256, 10),
+  )
+
+
+def create_keras_fcn(dropout: float = 0.05) -> nn.Module:
+  """C1: three pairs of conv, batch norm, ReLU, dropout with transitions between them."""
+
+  def block(c_in: int, c_out: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for channels in (c_in, c_out):
+      layers += [
+        nn.Conv2d(channels, c_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+      ]
+    return layers
+
+  return nn.Sequential(
+    *block(3, 32),
+    create_transition(32, 24),
+    *block(24, 64),
+    create_transition(64, 32),
+    *block(32, 128),
+    create_head(128, nn.AdaptiveAvgPool2d(1)),
+  )
+
+
+def create_five_convs(dropout: float = 0.05) -> nn.Module:
+  """C2: pairs of normal, spatially separable, depthwise separable and grouped convolutions."""
+
+  def finish(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), nn.ReLU(), nn.Dropout(dropout)]
+
+  def normal(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), *finish(c_out))
+
+  def spatial(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(
+      nn.Conv2d(c_in, c_out, (3, 1), padding=(1, 0), bias=False),
+      nn.Conv2d(c_out, c_out, (1, 3), padding=(0, 1), bias=False),
+      *finish(c_out),
+    )
+
+  def depthwise(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(
+      nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False),
+      nn.Conv2d(c_in, c_out, 1, bias=False),
+      *finish(c_out),
+    )
+
+  def two_groups(c_in: int, c_out: int, kernel: int = 3, dilation: int = 1) -> nn.Module:
+    halves = c_in // 2, c_out // 2
+    first = nn.Conv2d(*halves, 3, padding=1, bias=False)
+    second = nn.Conv2d(*halves, kernel, padding="same", dilation=dilation, bias=False)
+    return nn.Sequential(GroupedConv([first, second]), *finish(c_out))
+
+  return nn.Sequential(
+    normal(3, 32),
+    normal(32, 32),
+    create_transition(32, 32),
+    spatial(32, 64),
+    spatial(64, 64),
+    depthwise(64, 96),
+    depthwise(96, 96),
+    create_transition(96, 64),
+    two_groups(64, 128, kernel=5),
+    two_groups(128, 128, kernel=5),
+    two_groups(128, 128, dilation=2),
+    two_groups(128, 128, dilation=2),
+    create_head(128, nn.AdaptiveAvgPool2d(1)),
+  )
+
+
 TORCH_NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "dilated": create_dilated,
+  "pyramid": create_pyramid,
+  "keras_base": create_keras_base,
+  "keras_fcn": create_keras_fcn,
+  "five_convs": create_five_convs,
   "ghost": create_ghost,
   "skip": create_skip,
-  "pyramid": create_pyramid,
+  "skip_dilated": create_skip_dilated,
 }

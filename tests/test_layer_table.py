@@ -12,8 +12,10 @@ from configs import common
 from flax_cifar.layer_table import Field, format_layer_table, get_layer_table, receptive_field
 from flax_cifar.models import create_model
 from flax_cifar.models.blocks import GlobalAveragePool, MaxPool
+from flax_cifar.models.norms import BatchNorm
 
-FIELDS = {"dilated": 99, "pyramid": 44}
+FIELDS = {"dilated": 99, "pyramid": 44, "skip_dilated": 47, "keras_base": 36}
+TOTALS = {"dilated": 192_672, "pyramid": 48_656, "skip_dilated": 167_424, "keras_base": 1_172_410}
 
 # Multiply-adds of a bias-free convolution: its parameters at every position of its output.
 C = 288 + 1024 + 9216  # a separable unit beside a dilated one
@@ -29,14 +31,24 @@ MULTIPLY_ADDS = {
   + 5**2 * 4608
   + 3**2 * 18432
   + 640,
+  "skip_dilated": 32**2 * (864 + 9216)
+  + 16**2 * (18_432 + 1024 + 4608 + 288)
+  + 8**2 * (18_432 + 2048 + 18_432 + 36_864)
+  + 4**2 * 55_296
+  + 960,
+  "keras_base": 9 * (32**2 * 3 * 48 + 30**2 * 48**2)
+  + 9 * (15**2 * 48 * 96 + 13**2 * 96**2)
+  + 9 * (6**2 * 96 * 192 + 4**2 * 192**2)
+  + (768 * 512 + 512 * 256 + 256 * 10),
 }
 
 
-def create(name, norm="batch"):
+def create(name, norm=None):
+  """With the norm that it was published with, if none is given."""
   return create_model(
     name=name,
     num_classes=10,
-    norm=norm,
+    norm=norm or ("none" if name == "keras_base" else "batch"),
     norm_arguments=common.get_config().norm,
     dropout_rate=0.0,
     init="torch",
@@ -56,16 +68,22 @@ def test_published_receptive_fields_come_from_the_table(name, norm):
 
 
 @pytest.mark.parametrize(
-  ("name", "last", "size"), [("dilated", "c4_3", 107), ("pyramid", "c3_3", 64)]
+  ("name", "last", "size"),
+  [
+    ("dilated", "c4_3", 107),
+    ("pyramid", "c3_3", 64),
+    ("skip_dilated", "c9", 64),
+  ],
 )
 def test_the_gradient_of_one_position_reaches_as_far_as_the_receptive_field(name, last, size):
   rng = np.random.default_rng(0)
-  images = rng.uniform(0.5, 1, (4 if name == "pyramid" else 1, size, size, 3)).astype(np.float32)
+  count = 4 if name == "pyramid" else 1  # its max-pools choose at random
+  images = rng.uniform(0.5, 1, (count, size, size, 3)).astype(np.float32)
   model = create(name, norm="none")
   shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
-  # Positive weights: no ReLU is off and no two paths cancel. Max-pools choose at random.
+  # Positive weights: no ReLU is off and no two paths cancel.
   variables = jax.tree.map(
-    lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32) / np.prod(leaf.shape[:3]),
+    lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32) / np.prod(leaf.shape[:-1]),
     shapes,
   )
 
@@ -146,12 +164,98 @@ def test_shapes_parameters_and_multiply_adds_of_a_made_up_network():
   ]
 
 
-def test_operations_are_described_by_kernel_dilation_and_groups():
+def test_operations_are_described_by_kernel_dilation_stride_and_groups():
   kinds = {name: row.kind for name, row in get_rows(Skips()).items()}
-  assert kinds["c"] == "conv 3x3"
+  assert kinds["c"] == "conv 3x3 stride 2"
   assert kinds["d"] == "conv 3x3 dilation 2 groups 3"
   assert kinds["e"] == "conv 3x1"
   assert (kinds["pool"], kinds["mean"]) == ("MaxPool", "GlobalAveragePool")
+
+
+class Chain(nn.Module):
+  """One convolution after another; each is (kernel size, dilation, stride)."""
+
+  layers: tuple[tuple[int, int, int], ...]
+
+  @nn.compact
+  def __call__(self, x, train):
+    for size, dilation, stride in self.layers:
+      x = nn.Conv(2, (size, size), kernel_dilation=dilation, strides=stride)(x)
+    return x
+
+
+@pytest.mark.parametrize(
+  "layers",
+  [
+    ((3, 1, 2),),
+    ((3, 1, 2), (3, 1, 1)),
+    ((1, 1, 2), (1, 1, 3), (3, 1, 1)),
+    ((3, 1, 2), (3, 1, 2), (3, 1, 2), (3, 1, 1)),
+    ((5, 1, 3), (3, 2, 2), (3, 4, 1), (1, 1, 2), (5, 3, 1)),
+  ],
+)
+def test_fields_after_strides_are_those_of_the_closed_form(layers):
+  """One, and for each layer (size - 1) x dilation x the product of the strides before it."""
+  table = get_layer_table(Chain(layers), (64, 48, 3))
+  assert len(table) == len(layers)
+  for number, (row, (size, dilation, stride)) in enumerate(zip(table, layers, strict=True)):
+    strides = [layer[2] for layer in layers[:number]]
+    before = [(k - 1) * d * np.prod(strides[:i]) for i, (k, d, _) in enumerate(layers[:number])]
+    field = 1 + sum(before) + (size - 1) * dilation * np.prod(strides)
+    jump = np.prod(strides) * stride
+    assert row.field == Field((field,) * 2, (jump,) * 2)
+    words = [f"conv {size}x{size}"]
+    words += [f"dilation {dilation}"] * (dilation > 1) + [f"stride {stride}"] * (stride > 1)
+    assert row.kind == " ".join(words)
+    assert row.output_shape == (*(int(np.ceil(side / jump)) for side in (64, 48)), 2)
+  assert receptive_field(table) == (field, field)
+
+
+class OneConv(nn.Module):
+  """With everything that a description names."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.Conv(6, (3, 1), strides=2, kernel_dilation=3, feature_group_count=3)(x)
+
+
+def test_a_grouped_strided_and_dilated_convolution_is_described_in_full():
+  (row,) = get_layer_table(OneConv(), (8, 8, 3))
+  assert row.kind == "conv 3x1 dilation 3 stride 2 groups 3"
+  assert (row.output_shape, row.parameters) == ((4, 4, 6), 3 * 6 + 6)
+  assert row.multiply_adds == 4 * 4 * 3 * 6
+
+
+class DenseHead(nn.Module):
+  """A convolution, then dense layers with and without a bias, and a norm between them."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(4, (3, 3), strides=2, name="a")(x)
+    x = nn.relu(x).reshape(len(x), -1)
+    x = nn.Dense(7, name="b")(x)
+    x = BatchNorm(0.9, 1e-5, name="c")(nn.relu(x), train)
+    return nn.Dense(5, use_bias=False, name="d")(x)
+
+
+def test_rows_of_dense_layers():
+  rows = get_layer_table(DenseHead(), (6, 4, 3))
+  actual = [(row.name, row.kind, row.output_shape, row.parameters) for row in rows]
+  assert actual == [
+    ("a", "conv 3x3 stride 2", (3, 2, 4), 27 * 4 + 4),
+    ("b", "dense", (7,), 3 * 2 * 4 * 7 + 7),
+    ("c", "BatchNorm", (7,), 14),
+    ("d", "dense", (5,), 7 * 5),
+  ]
+  assert [row.multiply_adds for row in rows] == [3 * 2 * 27 * 4, 3 * 2 * 4 * 7, 0, 7 * 5]
+  assert [row.field for row in rows] == [Field((3, 3), (2, 2)), None, None, None]
+  assert receptive_field(rows) == (3, 3)
+
+
+def test_dense_layers_are_printed_as_seeing_the_whole_image():
+  text = format_layer_table(get_layer_table(DenseHead(), (6, 4, 3)))
+  (line,) = [line for line in text.splitlines() if line.startswith("b ")]
+  assert line.split() == ["b", "dense", "7", "175", "168", "all"]
 
 
 class Branches(nn.Module):
@@ -183,8 +287,8 @@ def test_the_printed_table_has_a_line_per_row_and_the_totals(name):
     assert "x".join(map(str, row.output_shape)) in line
     assert f" {row.parameters:,} " in line
     assert f" {row.multiply_adds:,} " in line
-  parameters = {"dilated": "192,672", "pyramid": "48,656"}[name]
-  assert total.split() == ["total", parameters, f"{MULTIPLY_ADDS[name]:,}", str(FIELDS[name])]
+  totals = [f"{TOTALS[name]:,}", f"{MULTIPLY_ADDS[name]:,}", str(FIELDS[name])]
+  assert total.split() == ["total", *totals]
 
 
 def test_fields_that_are_not_square_are_printed_as_height_x_width():

@@ -17,7 +17,7 @@ from flax_cifar.layer_table import get_layer_table, receptive_field
 from flax_cifar.models import MODELS, create_model
 from flax_cifar.models.dropout import Dropout
 from flax_cifar.models.ghost import keep_whole_windows
-from tests.test_blocks import convolve, norm_and_relu, normalise
+from tests.test_blocks import convolve, normalise
 
 F32 = jnp.dtype(jnp.float32)
 NORMS_WITH_PARAMETERS = ("batch", "layer", "group", "ghost")
@@ -26,14 +26,36 @@ NORMS_WITH_PARAMETERS = ("batch", "layer", "group", "ghost")
 def unit(operation, side, channels, parameters):
   """The rows of conv and norm: (operation, output shape, parameters)."""
   shape = (*side, channels) if isinstance(side, tuple) else (side, side, channels)
-  norms = {16: 32, 24: 48, 32: 64, 64: 128, 128: 256}
-  return [(operation, shape, parameters), ("norm", shape, norms[channels])]
+  return [(operation, shape, parameters), ("norm", shape, 2 * channels)]
 
 
-def separable(side):
+def pool(side, channels):
+  return ("MaxPool", (side, side, channels), 0)
+
+
+def separable(side, channels=32, features=32):
+  """Depthwise separable."""
   return [
-    ("conv 3x3 groups 32", (side, side, 32), 288),
-    *unit("conv 1x1", side, 32, 1024),
+    (f"conv 3x3 groups {channels}", (side, side, channels), 9 * channels),
+    *unit("conv 1x1", side, features, channels * features),
+  ]
+
+
+def spatial(side, channels, features):
+  """Spatially separable."""
+  return [
+    ("conv 3x1", (side, side, features), 3 * channels * features),
+    *unit("conv 1x3", side, features, 3 * features * features),
+  ]
+
+
+def two_groups(second, taps, side, channels, features):
+  """A 3x3 group of convolutions and a second one that has `taps` weights a channel."""
+  half = (side, side, features // 2)
+  return [
+    ("conv 3x3", half, 9 * (channels // 2) * (features // 2)),
+    (second, half, taps * (channels // 2) * (features // 2)),
+    ("norm", (side, side, features), 2 * features),
   ]
 
 
@@ -49,6 +71,7 @@ def block(side, last_channels, last_parameters):
   ]
 
 
+# In execution order. The widths of `keras_fcn` and `five_convs` are ours.
 PUBLISHED = {
   "dilated": [
     *unit("conv 3x3", 32, 32, 864),
@@ -66,12 +89,12 @@ PUBLISHED = {
     *unit("conv 3x3", 32, 16, 432),
     *unit("conv 3x3", 32, 32, 4608),
     ("conv 1x1", (32, 32, 16), 512),
-    ("MaxPool", (16, 16, 16), 0),
+    pool(16, 16),
     *unit("conv 3x3", 16, 16, 2304),
     *unit("conv 3x3", 16, 32, 4608),
     *unit("conv 3x3", 14, 32, 9216),
     ("conv 1x1", (14, 14, 16), 512),
-    ("MaxPool", (7, 7, 16), 0),
+    pool(7, 16),
     *unit("conv 3x3", 7, 16, 2304),
     *unit("conv 3x3", 5, 32, 4608),
     *unit("conv 3x3", 3, 64, 18432),
@@ -81,15 +104,15 @@ PUBLISHED = {
   "ghost": [
     *unit("conv 3x3", 32, 32, 896),
     *unit("conv 3x3", 32, 32, 9248),
-    ("MaxPool", (16, 16, 32), 0),
+    pool(16, 32),
     *unit("conv 1x1", 18, 16, 528),
     *unit("conv 3x1", (18, 20), 64, 3136),
     *unit("conv 1x3", 20, 64, 12_352),
-    ("MaxPool", (10, 10, 64), 0),
+    pool(10, 64),
     *unit("conv 1x1", 12, 32, 2080),
     *unit("conv 3x3 dilation 2", 12, 128, 36_992),
     *unit("conv 3x3 dilation 2", 10, 128, 147_584),
-    ("MaxPool", (5, 5, 128), 0),
+    pool(5, 128),
     ("conv 3x3", (5, 5, 256), 295_168),
     ("conv 3x3", (5, 5, 64), 147_520),
     ("GlobalAveragePool", (1, 1, 64), 0),
@@ -99,32 +122,140 @@ PUBLISHED = {
     *unit("conv 3x3", 32, 24, 648),
     *unit("conv 3x3", 32, 24, 5184),
     ("conv 1x1", (32, 32, 8), 192),
-    ("MaxPool", (16, 16, 8), 0),
+    pool(16, 8),
     *unit("conv 3x3", 16, 32, 2304),
     *unit("conv 3x3", 16, 32, 9216),
     *unit("conv 3x3", 16, 32, 9216),
     ("conv 1x1", (16, 16, 8), 256),
-    ("MaxPool", (8, 8, 8), 0),
+    pool(8, 8),
     *unit("conv 3x3", 8, 32, 2304),
     *unit("conv 3x3", 8, 32, 9216),
     *unit("conv 3x3", 8, 32, 9216),
     ("GlobalAveragePool", (1, 1, 32), 0),
     ("conv 1x1", (1, 1, 10), 320),
   ],
+  "skip_dilated": [
+    *unit("conv 3x3", 32, 32, 864),
+    *unit("conv 3x3", 32, 32, 9216),
+    *unit("conv 3x3 stride 2", 16, 64, 18_432),
+    ("conv 1x1", (16, 16, 16), 1024),
+    *unit("conv 3x3 dilation 2", 16, 32, 4608),
+    *unit("conv 3x3 groups 32", 16, 32, 288),
+    *unit("conv 3x3 stride 2", 8, 64, 18_432),
+    ("conv 1x1", (8, 8, 32), 2048),
+    *unit("conv 3x3", 8, 64, 18_432),
+    *unit("conv 3x3", 8, 64, 36_864),
+    *unit("conv 3x3 stride 2", 4, 96, 55_296),
+    ("GlobalAveragePool", (1, 1, 96), 0),
+    ("conv 1x1", (1, 1, 10), 960),
+  ],
+  "keras_base": [
+    *unit("conv 3x3", 32, 48, 9 * 3 * 48 + 48),
+    *unit("conv 3x3", 30, 48, 9 * 48 * 48 + 48),
+    pool(15, 48),
+    *unit("conv 3x3", 15, 96, 9 * 48 * 96 + 96),
+    *unit("conv 3x3", 13, 96, 9 * 96 * 96 + 96),
+    pool(6, 96),
+    *unit("conv 3x3", 6, 192, 9 * 96 * 192 + 192),
+    *unit("conv 3x3", 4, 192, 9 * 192 * 192 + 192),
+    pool(2, 192),
+    ("dense", (512,), 768 * 512 + 512),
+    ("dense", (256,), 512 * 256 + 256),
+    ("dense", (10,), 256 * 10 + 10),
+  ],
+  "keras_fcn": [
+    *unit("conv 3x3", 32, 32, 9 * 3 * 32),
+    *unit("conv 3x3", 32, 32, 9 * 32 * 32),
+    ("conv 1x1", (32, 32, 24), 32 * 24),
+    pool(16, 24),
+    *unit("conv 3x3", 16, 64, 9 * 24 * 64),
+    *unit("conv 3x3", 16, 64, 9 * 64 * 64),
+    ("conv 1x1", (16, 16, 32), 64 * 32),
+    pool(8, 32),
+    *unit("conv 3x3", 8, 128, 9 * 32 * 128),
+    *unit("conv 3x3", 8, 128, 9 * 128 * 128),
+    ("GlobalAveragePool", (1, 1, 128), 0),
+    ("conv 1x1", (1, 1, 10), 128 * 10),
+  ],
+  "five_convs": [
+    *unit("conv 3x3", 32, 32, 9 * 3 * 32),
+    *unit("conv 3x3", 32, 32, 9 * 32 * 32),
+    ("conv 1x1", (32, 32, 32), 32 * 32),
+    pool(16, 32),
+    *spatial(16, 32, 64),
+    *spatial(16, 64, 64),
+    *separable(16, 64, 96),
+    *separable(16, 96, 96),
+    ("conv 1x1", (16, 16, 64), 96 * 64),
+    pool(8, 64),
+    *two_groups("conv 5x5", 25, 8, 64, 128),
+    *two_groups("conv 5x5", 25, 8, 128, 128),
+    *two_groups("conv 3x3 dilation 2", 9, 8, 128, 128),
+    *two_groups("conv 3x3 dilation 2", 9, 8, 128, 128),
+    ("GlobalAveragePool", (1, 1, 128), 0),
+    ("conv 1x1", (1, 1, 10), 128 * 10),
+  ],
 }
-TOTALS = {"dilated": 192_672, "pyramid": 48_656, "ghost": 657_146, "skip": 48_552}
-NORM_PARAMETERS = {"dilated": 21 * 64 + 2 * 128, "pyramid": 480, "ghost": 992, "skip": 480}
-UNITS = {"dilated": 1 + 2 * 11, "pyramid": 8, "ghost": 8, "skip": 8}  # with a norm
+# The norm of the source; the totals are with it, the rows above with a norm in every network.
+NORMS = dict.fromkeys(PUBLISHED, "batch") | {"ghost": "ghost", "keras_base": "none"}
+CASES = [*NORMS.items(), ("keras_base", "batch")]
+TOTALS = {
+  "dilated": 192_672,
+  "pyramid": 48_656,
+  "keras_base": 1_172_410,
+  "keras_fcn": 250_080,
+  "five_convs": 436_480,
+  "ghost": 657_146,
+  "skip": 48_552,
+  "skip_dilated": 167_424,
+}
+NORM_PARAMETERS = {
+  "dilated": 21 * 64 + 2 * 128,
+  "pyramid": 480,
+  "keras_base": 4 * (48 + 96 + 192),
+  "keras_fcn": 4 * (32 + 64 + 128),
+  "five_convs": 4 * (32 + 64 + 96 + 128 + 128),
+  "ghost": 992,
+  "skip": 480,
+  "skip_dilated": 960,
+}
+UNITS = {  # with a norm
+  "dilated": 1 + 2 * 11,
+  "pyramid": 8,
+  "keras_base": 6,
+  "keras_fcn": 6,
+  "five_convs": 10,
+  "ghost": 8,
+  "skip": 8,
+  "skip_dilated": 9,
+}
 RATE = 0.125
 DROPOUT = {name: [RATE] * units for name, units in UNITS.items()}
 DROPOUT["ghost"] = [0, *[RATE] * 7, 0, 0]  # the first unit and those without norm have none
+DROPOUT["keras_base"] = [0, 0, RATE] * 3 + [2 * RATE] * 2  # after the pools and the dense layers
+# One, and for each layer what its kernel adds, times the distance of the pixels that it sees.
 FIELDS = {
   "dilated": 99,
   "pyramid": 44,
+  "keras_base": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 1) + 4 * (2 + 2 + 1),
+  "keras_fcn": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 1) + 4 * (2 + 2),
+  "five_convs": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 2 + 2 + 1) + 4 * (4 + 4 + 4 + 4),
   # 3x3 3x3 pool, 1x1 3x1 1x3 pool, 1x1 and two dilated, pool, 3x3 3x3: jumps 1, 2, 4 and 8.
   "ghost": 1 + (2 + 2 + 1) + 2 * (2 + 1) + 4 * (4 + 4 + 1) + 8 * (2 + 2),
   "skip": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 2 + 1) + 4 * (2 + 2 + 2),
+  "skip_dilated": 1 + (2 + 2 + 2) + 2 * (4 + 2 + 2) + 4 * (2 + 2 + 2),
 }
+
+
+def get_rows(name, norm):
+  """The published rows as they are with `norm`."""
+  return [row for row in PUBLISHED[name] if norm != "none" or row[0] != "norm"]
+
+
+def get_total(name, norm):
+  """The published total, changed by the parameters of the norms if they come or go."""
+  change = (norm != "none") - (NORMS[name] != "none")
+  return TOTALS[name] + change * NORM_PARAMETERS[name]
 
 
 def create(
@@ -150,7 +281,7 @@ def count_parameters(model):
   return sum(leaf.size for leaf in jax.tree.leaves(get_variable_shapes(model)["params"]))
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rows_are_the_published_ones_in_execution_order(name, norm):
   rows = get_layer_table(create(name, norm=norm), (32, 32, 3))
@@ -158,28 +289,20 @@ def test_rows_are_the_published_ones_in_execution_order(name, norm):
     ("norm" if row.kind.endswith("Norm") else row.kind, row.output_shape, row.parameters)
     for row in rows
   ]
-  assert actual == PUBLISHED[name]
+  assert actual == get_rows(name, norm)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_rows_add_up_to_the_published_total(name):
-  assert sum(parameters for _, _, parameters in PUBLISHED[name]) == TOTALS[name]
+  assert sum(parameters for _, _, parameters in get_rows(name, NORMS[name])) == TOTALS[name]
+  norms = [parameters for kind, _, parameters in PUBLISHED[name] if kind == "norm"]
+  assert (len(norms), sum(norms)) == (UNITS[name], NORM_PARAMETERS[name])
 
 
-@pytest.mark.parametrize("norm", NORMS_WITH_PARAMETERS)
+@pytest.mark.parametrize("norm", [*NORMS_WITH_PARAMETERS, "none"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_parameters_add_up_to_the_published_total_with_every_norm(name, norm):
-  assert count_parameters(create(name, norm=norm)) == TOTALS[name]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_without_norm_the_parameters_of_the_norms_are_missing(name):
-  model = create(name, norm="none")
-  assert count_parameters(model) == TOTALS[name] - NORM_PARAMETERS[name]
-  rows = get_layer_table(model, (32, 32, 3))
-  assert [(row.output_shape, row.parameters) for row in rows] == [
-    (shape, parameters) for kind, shape, parameters in PUBLISHED[name] if kind != "norm"
-  ]
+  assert count_parameters(create(name, norm=norm)) == get_total(name, norm)
 
 
 def test_ghosts_scales_are_fixed_and_counted():
@@ -204,9 +327,9 @@ def test_the_receptive_field_is_that_of_the_formula(name):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_logits_are_float32_and_one_per_class(name, train):
-  model = create(name, num_classes=7)
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_logits_are_float32_and_one_per_class(name, norm, train):
+  model = create(name, norm=norm, num_classes=7)
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   apply = partial(
     model.apply, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
@@ -215,9 +338,9 @@ def test_logits_are_float32_and_one_per_class(name, train):
   assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_units_have_dropout_and_every_norm_updates_its_statistics_in_training(name):
-  model, calls = create(name, dropout_rate=RATE), []
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_dropout_is_where_published_and_norms_update_their_statistics_in_training(name, norm):
+  model, calls = create(name, norm=norm, dropout_rate=RATE), []
 
   def record(next_fun, args, kwargs, context):
     if isinstance(context.module, Dropout) and context.method_name == "__call__":
@@ -231,8 +354,9 @@ def test_the_published_units_have_dropout_and_every_norm_updates_its_statistics_
   with nn.intercept_methods(record):
     _, changed = jax.eval_shape(apply, variables, jnp.zeros((2, 32, 32, 3)))
   assert calls == [(rate, True) for rate in DROPOUT[name]]
-  assert jax.tree.structure(changed["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
-  assert len(jax.tree.leaves(changed)) == 2 * UNITS[name]
+  statistics = {key: value for key, value in variables.items() if key == "batch_stats"}
+  assert jax.tree.structure(changed) == jax.tree.structure(statistics)
+  assert len(jax.tree.leaves(changed)) == (0 if norm == "none" else 2 * UNITS[name])
 
 
 def draw_variables(model):
@@ -242,7 +366,7 @@ def draw_variables(model):
   def draw(path, leaf):
     name, shape = path[-1].key, leaf.shape
     if name == "kernel":
-      value = rng.normal(0, np.prod(shape[:3]) ** -0.5, shape)
+      value = rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape)
     elif name in ("scale", "var"):
       value = rng.uniform(0.5, 1.5, shape)
     else:
@@ -268,21 +392,38 @@ class Reference:
     conv = self.get("params", path)
     return convolve(x, conv["kernel"], **options) + conv.get("bias", 0)
 
-  def finish(self, x, path):
+  def normalise(self, x, path):
+    """The norm of the unit at `path`, if it has one."""
+    if "norm" not in self.get("params", path):
+      return x
     norm = f"{path}/norm"
-    return norm_and_relu(x, self.get("params", norm), self.get("batch_stats", norm))
+    return normalise(x, self.get("params", norm), self.get("batch_stats", norm))
+
+  def finish(self, x, path):
+    return np.maximum(self.normalise(x, path), 0)
 
   def unit(self, x, path, **options):
     return self.finish(self.conv(x, f"{path}/conv", **options), path)
 
   def relu_first(self, x, path, *, padding=1, **options):
     x = np.maximum(self.conv(x, f"{path}/conv", padding=padding, **options), 0)
-    norm = f"{path}/norm"
-    return normalise(x, self.get("params", norm), self.get("batch_stats", norm))
+    return self.normalise(x, path)
 
   def separable(self, x, path):
     x = self.conv(x, f"{path}/depthwise", padding=1)
     return self.finish(self.conv(x, f"{path}/pointwise"), path)
+
+  def spatial(self, x, path):
+    x = self.conv(x, f"{path}/vertical", padding=(1, 0))
+    return self.finish(self.conv(x, f"{path}/horizontal", padding=(0, 1)), path)
+
+  def two_groups(self, x, path, **options):
+    """A 3x3 group and one with `options`; their outputs take turns."""
+    first, second = np.split(x, 2, axis=-1)
+    outputs = np.empty((*x.shape[:3], 128))
+    outputs[..., 0::2] = self.conv(first, f"{path}/group1", padding=1)
+    outputs[..., 1::2] = self.conv(second, f"{path}/group2", padding=2, **options)
+    return self.finish(outputs, path)
 
   def reflected(self, x, path, dilation, padding):
     return self.unit(x, path, dilation=dilation, padding=padding, mode="reflect")
@@ -305,15 +446,15 @@ def run_dilated(variables, x):
 
 def halve(x):
   n, h, w, c = x.shape
-  return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+  return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
 def run_pyramid(variables, x):
   net = Reference(variables)
   x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
-  x = halve(net.conv(x, "squeeze1"))
+  x = halve(net.conv(x, "transition1/conv"))
   x = net.unit(net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1), "c2_3")
-  x = halve(net.conv(x, "squeeze2"))
+  x = halve(net.conv(x, "transition2/conv"))
   x = net.unit(net.unit(net.unit(x, "c3_1", padding=1), "c3_2"), "c3_3")
   return net.head(x)
 
@@ -333,24 +474,75 @@ def run_skip(variables, x):
   net = Reference(variables)
   x = net.relu_first(x, "c1")
   x = x + net.relu_first(x, "c2")
-  x = net.relu_first(halve(net.conv(x, "c3")), "c4")
+  x = net.relu_first(halve(net.conv(x, "transition1/conv")), "c4")
   x = x + net.relu_first(x, "c5")
-  x = halve(net.conv(net.relu_first(x, "c6"), "c7"))
+  x = halve(net.conv(net.relu_first(x, "c6"), "transition2/conv"))
   x = net.relu_first(net.relu_first(net.relu_first(x, "c8"), "c9"), "c10")
   return net.head(x)
+
+
+def run_skip_dilated(variables, x):
+  net = Reference(variables)
+  x = net.relu_first(x, "c1")
+  x = x + net.relu_first(x, "c2")
+  x = net.conv(net.relu_first(x, "c3", stride=2), "transition1/conv")
+  x = net.relu_first(x, "c4", dilation=2, padding=2)
+  x = x + net.relu_first(x, "c5")
+  x = net.conv(net.relu_first(x, "c6", stride=2), "transition2/conv")
+  x = net.relu_first(x, "c7")
+  x = x + net.relu_first(x, "c8")
+  return net.head(net.relu_first(x, "c9", stride=2))
+
+
+def run_keras_base(variables, x):
+  net = Reference(variables)
+  x = halve(net.unit(net.unit(x, "c1_1", padding=1), "c1_2"))
+  x = halve(net.unit(net.unit(x, "c2_1", padding=1), "c2_2"))
+  x = halve(net.unit(net.unit(x, "c3_1", padding=1), "c3_2"))
+  x = x.reshape(len(x), 768)
+  for name in ("dense1", "dense2"):
+    dense = net.get("params", name)
+    x = np.maximum(x @ dense["kernel"].astype(np.float64) + dense["bias"], 0)
+  head = net.get("params", "head")
+  return x @ head["kernel"].astype(np.float64) + head["bias"]
+
+
+def run_keras_fcn(variables, x):
+  net = Reference(variables)
+  x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
+  x = halve(net.conv(x, "transition1/conv"))
+  x = net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1)
+  x = halve(net.conv(x, "transition2/conv"))
+  return net.head(net.unit(net.unit(x, "c3_1", padding=1), "c3_2", padding=1))
+
+
+def run_five_convs(variables, x):
+  net = Reference(variables)
+  x = net.unit(net.unit(x, "normal_1", padding=1), "normal_2", padding=1)
+  x = halve(net.conv(x, "normal_transition/conv"))
+  x = net.spatial(net.spatial(x, "spatial_1"), "spatial_2")
+  x = net.separable(net.separable(x, "depthwise_1"), "depthwise_2")
+  x = halve(net.conv(x, "depthwise_transition/conv"))
+  x = net.two_groups(net.two_groups(x, "kernel_groups_1"), "kernel_groups_2")
+  x = net.two_groups(x, "dilation_groups_1", dilation=2)
+  return net.head(net.two_groups(x, "dilation_groups_2", dilation=2))
 
 
 REFERENCES = {
   "dilated": run_dilated,
   "pyramid": run_pyramid,
+  "keras_base": run_keras_base,
+  "keras_fcn": run_keras_fcn,
+  "five_convs": run_five_convs,
   "ghost": run_ghost,
   "skip": run_skip,
+  "skip_dilated": run_skip_dilated,
 }
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-def test_logits_equal_the_published_network_written_in_numpy(name):
-  model = create(name)
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_logits_equal_the_published_network_written_in_numpy(name, norm):
+  model = create(name, norm=norm)
   variables = draw_variables(model)
   images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
   logits = jax.jit(partial(model.apply, train=False))(variables, images)
@@ -377,18 +569,18 @@ def test_ghost_names_images_too_small_for_its_average_pool():
     jax.eval_shape(partial(create("ghost").init, train=False), jax.random.key(0), images)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_in_bfloat16_parameters_statistics_and_logits_are_float32_and_the_logits_close(name):
-  variables = draw_variables(create(name))
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_in_bfloat16_parameters_statistics_and_logits_are_float32_and_the_logits_close(name, norm):
+  variables = draw_variables(create(name, norm=norm))
   images = np.random.default_rng(1).normal(size=(4, 32, 32, 3)).astype(np.float32)
   logits, stats = {}, {}
   for dtype in ("float32", "bfloat16"):
-    model = create(name, dtype=dtype, dropout_rate=0.0)
+    model = create(name, norm=norm, dtype=dtype, dropout_rate=0.0)
     assert {leaf.dtype for leaf in jax.tree.leaves(get_variable_shapes(model))} == {F32}
     apply = partial(model.apply, train=True, mutable=["batch_stats"])
     logits[dtype], stats[dtype] = jax.jit(apply)(variables, images)
     assert logits[dtype].dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(stats[dtype])} == {F32}
+    assert {leaf.dtype for leaf in jax.tree.leaves(stats[dtype])} <= {F32}
   assert (logits["bfloat16"] != logits["float32"]).any()
   scale = np.std(logits["float32"])
   np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.1 * scale)
@@ -401,7 +593,10 @@ def test_an_unknown_dtype_is_an_error_that_lists_the_choices():
 
 
 def test_an_unknown_network_is_an_error_that_lists_the_choices():
-  message = r"model\.name='piramid' is unknown; .*dilated, pyramid, ghost, skip.*'pyramid'"
+  message = (
+    r"model\.name='piramid' is unknown; .*dilated, pyramid, keras_base, keras_fcn, five_convs, "
+    r"ghost, skip, skip_dilated.*'pyramid'"
+  )
   with pytest.raises(UserError, match=message):
     create("piramid")
 
@@ -412,14 +607,28 @@ def test_an_impossible_dropout_rate_is_named(rate):
     create("pyramid", dropout_rate=rate)
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.75])
+def test_keras_base_takes_dropout_rates_below_a_half_only(rate):
+  """After the dense layers it is twice as high."""
+  with pytest.raises(UserError, match=rf"model\.dropout_rate={rate} .*below 0\.5.*dense"):
+    get_variable_shapes(create("keras_base", norm="none", dropout_rate=rate))
+
+
 def test_every_network_is_tested_here():
-  for tested in (PUBLISHED, TOTALS, NORM_PARAMETERS, UNITS, FIELDS, REFERENCES):
+  tables = (PUBLISHED, NORMS, TOTALS, NORM_PARAMETERS, UNITS, DROPOUT, FIELDS, REFERENCES)
+  for tested in tables:
     assert set(MODELS) == set(tested)
 
 
 @pytest.mark.parametrize(
-  "config",
+  "name",
   [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "common"],
 )
-def test_every_config_names_a_network_that_is_tested_here(config):
-  assert importlib.import_module(f"configs.{config}").get_config().model.name in PUBLISHED
+def test_every_config_names_a_network_and_a_norm_that_are_tested_here(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  assert config.model.name in PUBLISHED
+  assert config.model.norm in (*NORMS_WITH_PARAMETERS, "none")
+  model = create_model(
+    **config.model, num_classes=10, norm_arguments=config.norm, dtype=config.compute_dtype
+  )
+  assert count_parameters(model) == get_total(config.model.name, config.model.norm)
