@@ -53,12 +53,14 @@ def get_config() -> ConfigDict:
       },
       "loss": {"label_smoothing": 0.0},
       "optimizer": {
-        "name": "sgd",  # sgd | adamw
+        "name": "sgd",  # sgd | adamw | muon
         "learning_rate": 0.01,  # the peak, which the schedule multiplies
-        "weight_decay": 0.0,  # sgd: added to the gradient (as torch has it); adamw: decoupled
+        "weight_decay": 0.0,  # sgd: added to the gradient (as torch has it); others: decoupled
         "decay_all": True,  # False: biases and norm parameters are not decayed
         "sgd": {"momentum": 0.9, "nesterov": False},
         "adamw": {"b1": 0.9, "b2": 0.999, "epsilon": 1e-8},
+        # Of dense kernels, whose updates have this root mean square; adam takes all else.
+        "muon": {"momentum": 0.95, "rms": 0.2},
       },
       "ema": {"decay": 0.0},  # per step, of parameters and batch statistics; 0 switches it off
       # Arguments of each schedule; the one named by schedule.name is used.

@@ -40,7 +40,7 @@ def create_optimizer(
     name: a key of OPTIMIZERS.
     learning_rate: the peak.
     weight_decay: `sgd` adds weight_decay * p to the gradient before momentum, as torch does;
-      `adamw` decouples it from the gradient.
+      `adamw` and `muon` decouple it from the gradient.
     decay_all: False leaves biases and norm parameters undecayed.
     **arguments: the arguments of each optimiser.
 
@@ -74,7 +74,44 @@ def _adamw(
   return optax.adamw(rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask)
 
 
+def _muon(
+  rate: Schedule, weight_decay: float, mask: Mask, *, momentum: float, rms: float
+) -> optax.GradientTransformation:
+  """Orthogonal updates for dense kernels, Adam for all else, at the same learning rate.
+
+  Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Liu et al. 2025
+  (arXiv:2502.16982) for updates whose root mean square is that of Adam's, `rms`.
+  """
+  require(0 <= momentum < 1, "optimizer.muon.momentum", momentum, "at least 0 and below 1")
+  require(rms > 0, "optimizer.muon.rms", rms, "positive")
+  return optax.contrib.muon(
+    rate,
+    beta=momentum,
+    weight_decay=weight_decay,
+    adam_weight_decay=weight_decay if mask is None else 0.0,
+    consistent_rms=rms,
+    muon_weight_dimension_numbers=get_matrices,
+  )
+
+
+def get_matrices(params: Any) -> Any:
+  """Which axes of a kernel (height, width, in, out) Muon takes as the rows of a matrix.
+
+  None for what is no matrix: depthwise kernels, biases and the parameters of norms.
+  """
+  whole = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+  dense = optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
+
+  def get(leaf: jax.Array) -> Any:
+    if leaf.ndim == 2:
+      return dense
+    return whole if leaf.ndim == 4 and leaf.shape[2] > 1 else None
+
+  return jax.tree.map(get, params)
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "sgd": _sgd,
   "adamw": _adamw,
+  "muon": _muon,
 }
