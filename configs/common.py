@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
         "decay_all": True,  # False: biases and norm parameters are not decayed
         "sgd": {"momentum": 0.9, "nesterov": False},
         "adamw": {"b1": 0.9, "b2": 0.999, "epsilon": 1e-8},
-        # Of dense kernels, whose updates have this root mean square; adam takes all else.
+        # Of dense kernels, whose updates have this root mean square; NAdam takes all else.
         "muon": {"momentum": 0.95, "rms": 0.2},
       },
       "ema": {"decay": 0.0},  # per step, of parameters and batch statistics; 0 switches it off

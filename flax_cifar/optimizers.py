@@ -77,7 +77,7 @@ def _adamw(
 def _muon(
   rate: Schedule, weight_decay: float, mask: Mask, *, momentum: float, rms: float
 ) -> optax.GradientTransformation:
-  """Orthogonal updates for dense kernels, Adam for all else, at the same learning rate.
+  """Orthogonal updates for dense kernels, NAdam for all else, at the same learning rate.
 
   Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Liu et al. 2025
   (arXiv:2502.16982) for updates whose root mean square is that of Adam's, `rms`.
@@ -88,6 +88,7 @@ def _muon(
     rate,
     beta=momentum,
     weight_decay=weight_decay,
+    # All matrices are kernels, so the mask is for Adam; it also gets the depthwise kernels.
     adam_weight_decay=weight_decay if mask is None else 0.0,
     consistent_rms=rms,
     muon_weight_dimension_numbers=get_matrices,

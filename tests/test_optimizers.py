@@ -62,6 +62,52 @@ def test_adamw_is_the_papers():
   np.testing.assert_allclose(params["kernel"], adamw(5, decay=DECAY), rtol=1e-5)
 
 
+def step_muon(params, gradients, **changes):
+  """The first update of muon, with a learning rate of RATE and no decay unless `changes` say."""
+  config = get_config().optimizer.to_dict() | {"name": "muon", "learning_rate": RATE}
+  optimizer = create_optimizer(lambda step: 1.0, **(config | changes))
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  return updates
+
+
+def draw(*shape):
+  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 8), (1, 1, 16, 6), (12, 20)])
+def test_muon_steps_along_the_singular_vectors_of_the_gradient_by_like_amounts(shape):
+  gradient = draw(*shape)
+  update = np.asarray(step_muon({"kernel": draw(*shape)}, {"kernel": gradient})["kernel"])
+  assert update.shape == shape
+  matrix, step = gradient.reshape(-1, shape[-1]), update.reshape(-1, shape[-1])
+  u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+  sizes = -u.T @ step @ vt.T / (RATE * 0.2 * np.sqrt(max(matrix.shape)))
+  # Newton and Schulz's five steps leave singular values between 0.7 and 1.2.
+  diagonal = np.diag(sizes)
+  assert (diagonal > 0.65).all()
+  assert (diagonal < 1.25).all()
+  np.testing.assert_allclose(sizes, np.diag(diagonal), atol=2e-2)
+
+
+def test_muon_leaves_depthwise_kernels_and_vectors_to_nadam():
+  params = {"depthwise": draw(3, 3, 1, 5), "bias": draw(5)}
+  updates = step_muon(params, params)
+  # With Nesterov momentum (Dozat 2016), whose first step is longer than Adam's.
+  first = 0.9 * (1 - 0.9) / (1 - 0.9**2) + 1
+  for name, update in updates.items():
+    np.testing.assert_allclose(update, -RATE * first * np.sign(params[name]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_muon_decouples_the_decay_and_spares_vectors_if_asked(decay_all):
+  params = {"kernel": draw(3, 3, 4, 8), "bias": draw(8)}
+  plain = step_muon(params, params)
+  decayed = step_muon(params, params, weight_decay=DECAY, decay_all=decay_all)
+  for name, spared in (("kernel", False), ("bias", not decay_all)):
+    expected = plain[name] - (0 if spared else RATE * DECAY * params[name])
+    np.testing.assert_allclose(decayed[name], expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_mask_spares_biases_and_norms(name):
   masked, plain = run(name=name, decay_all=False), run(name=name, weight_decay=0.0)
@@ -70,7 +116,7 @@ def test_mask_spares_biases_and_norms(name):
 
 
 @pytest.mark.parametrize("decay_all", [True, False])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_a_fixed_scale_is_neither_decayed_nor_moved(name, decay_all):
   norm = BatchNorm(momentum=0.9, epsilon=1e-5, train_scale=False)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 2, 3)), jnp.float32)
@@ -110,6 +156,8 @@ def test_schedule_multiplies_the_peak():
     ({"learning_rate": 0.0}, "optimizer.learning_rate=0.0"),
     ({"weight_decay": -1.0}, "optimizer.weight_decay=-1.0"),
     ({"sgd": {"momentum": 1.0, "nesterov": False}}, "optimizer.sgd.momentum=1.0"),
+    ({"name": "muon", "muon": {"momentum": 1.0, "rms": 0.2}}, "optimizer.muon.momentum=1.0"),
+    ({"name": "muon", "muon": {"momentum": 0.9, "rms": 0.0}}, "optimizer.muon.rms=0.0"),
   ],
 )
 def test_bad_values_are_named(changes, message):
