@@ -182,16 +182,19 @@ def _shorten(config: ConfigDict) -> None:
 def use_our_recipe(config: ConfigDict) -> None:
   """What our own results share; the configs say what differs, and how it was chosen.
 
-  Alternating flip and reflected crop, SGD with Nesterov momentum and weight decay under a
-  triangular schedule, label smoothing, a moving average of the weights, no dropout. Sources: Page
-  2018 ("How to train your ResNet"); Jordan 2024 (arXiv:2404.00498) for the flip.
+  Alternating flip and reflected crop, Muon under a triangular schedule, label smoothing, a moving
+  average of the weights, no dropout. Sources: Page 2018 ("How to train your ResNet"); Jordan 2024
+  (arXiv:2404.00498) for the flip; `optimizers.py` for Muon.
+
+  Chosen on validation, 8 epochs of E1, n = 1: Muon at 0.01, 0.03, 0.06 82.5, 83.4, 83.1 %; SGD at
+  its best 80.2 %.
   """
   config.batch_size = 128
   config.model.dropout_rate = 0.0
   config.loss.label_smoothing = 0.05
-  config.optimizer.learning_rate = 0.1
-  config.optimizer.weight_decay = 5e-4
-  config.optimizer.sgd.nesterov = True
+  config.optimizer.name = "muon"
+  config.optimizer.learning_rate = 0.03
+  config.optimizer.weight_decay = 0.02
   config.schedule.name = "one_cycle"
   config.ema.decay = 0.998
   config.augment.ops = ("random_crop", "alternating_flip")
