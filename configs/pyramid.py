@@ -29,4 +29,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _ours(config: ConfigDict) -> None:
   common.use_our_recipe(config)
+  config.batch_size = 64  # of E1 in 8 epochs, n = 1: 83.9 % of validation, with 128 83.4 %
   config.total_epochs = 21
