@@ -41,7 +41,8 @@ class Case:
 def main() -> None:
   """Measures the op list of the config, and flip with crop, and reports both."""
   options = parse_options()
-  config = runpy.run_path(options.config)["get_config"]().augment
+  path, _, variant = options.config.partition(":")
+  config = runpy.run_path(path)["get_config"](variant).augment
   count = options.images // options.batch * options.batch
   images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
   op_lists = [tuple(config.ops), ("horizontal_flip", "random_crop")]
@@ -60,7 +61,9 @@ def parse_options() -> argparse.Namespace:
   )
   parser.add_argument("--batch", type=int, default=128, help="images per batch")
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--config", default="configs/s9.py", help="whose augment.ops are measured")
+  parser.add_argument(
+    "--config", default="configs/s9.py:published", help="whose augment.ops are measured"
+  )
   parser.add_argument("--json", default="", help="file for the record")
   return parser.parse_args()
 

@@ -17,9 +17,18 @@ import numpy as np
 
 Step = Callable[[], Any]  # runs one step and returns when it is done
 
-# The norm with which each network was published.
-NORMS = {"dilated": "batch", "pyramid": "batch", "skip": "batch", "ghost": "ghost"}
-DROPOUT = {"dilated": 0.05, "pyramid": 0.05, "skip": 0.05, "ghost": 0.1}
+# The norm and the dropout rate with which each network was published.
+NORMS = {
+  "dilated": "batch",
+  "ghost": "ghost",
+  "skip": "batch",
+  "pyramid": "batch",
+  "skip_dilated": "batch",
+  "keras_base": "none",
+  "keras_fcn": "batch",
+  "five_convs": "batch",
+}
+DROPOUT = dict.fromkeys(NORMS, 0.05) | {"ghost": 0.1, "keras_base": 0.25}
 
 
 def main() -> None:
@@ -45,13 +54,15 @@ def draw_batch(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 #### Flax
 
 
-def create_ours(network: str, batch_size: int, *, convolution: str = "auto") -> Step:
+def create_ours(
+  network: str, batch_size: int, *, convolution: str = "auto", dtype: str = "float32"
+) -> Step:
   """The step of `flax_cifar.train` under the settings of main.py."""
   from flax_cifar.settings import apply_settings
 
   os.environ["FLAX_CIFAR_CONVOLUTION"] = convolution
   apply_settings()
-  return _create_flax_step(network, batch_size)
+  return _create_flax_step(network, batch_size, dtype)
 
 
 def create_xla(network: str, batch_size: int) -> Step:
@@ -75,23 +86,21 @@ def create_naive(network: str, batch_size: int) -> Step:
       return nn.Dropout(self.rate, deterministic=not train)(nn.relu(x) if self.relu else x)
 
   blocks.Dropout = Dropout
-  return _create_flax_step(network, batch_size)
+  return _create_flax_step(network, batch_size, "float32")
 
 
-def create_parts(network: str) -> tuple[Any, dict[str, Any]]:
+def create_parts(network: str, dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
   """A state and the arguments of train_step, for the network as it was published."""
-  import jax.numpy as jnp
-
   from configs import common
   from flax_cifar.data.pipeline import create_normalize
-  from flax_cifar.models import create_model
+  from flax_cifar.models import DTYPES, create_model
   from flax_cifar.optimizers import create_optimizer
   from flax_cifar.schedules import create_plateau, create_schedule
   from flax_cifar.state import create_train_state
 
   config = common.get_config()
   config.model.update(name=network, norm=NORMS[network], dropout_rate=DROPOUT[network])
-  model = create_model(**config.model, num_classes=10, norm_arguments=config.norm, dtype="float32")
+  model = create_model(**config.model, num_classes=10, norm_arguments=config.norm, dtype=dtype)
   schedule = create_schedule(steps_per_epoch=100, total_epochs=10, **config.schedule)
   optimizer = create_optimizer(schedule, **config.optimizer)
   state = create_train_state(
@@ -105,21 +114,21 @@ def create_parts(network: str) -> tuple[Any, dict[str, Any]]:
   return state, {
     "model": model,
     "optimizer": optimizer,
-    "normalize": create_normalize((0.5,) * 3, (0.25,) * 3, dtype=jnp.float32),
+    "normalize": create_normalize((0.5,) * 3, (0.25,) * 3, dtype=DTYPES[dtype]),
     "mixing": None,
     "label_smoothing": 0.0,
     "ema_decay": 0.0,
   }
 
 
-def _create_flax_step(network: str, batch_size: int) -> Step:
+def _create_flax_step(network: str, batch_size: int, dtype: str) -> Step:
   import functools
 
   import jax
 
   from flax_cifar.train import train_step
 
-  state, parts = create_parts(network)
+  state, parts = create_parts(network, dtype)
   step_fn = jax.jit(functools.partial(train_step, **parts), donate_argnums=0)
   images, labels = draw_batch(batch_size)
   batch = {"image": images, "label": labels}
@@ -176,6 +185,7 @@ def create_torch(
 
 MODES: dict[str, Callable[[str, int], Step]] = {
   "ours": create_ours,
+  "ours bf16": lambda n, b: create_ours(n, b, dtype="bfloat16"),
   "ours, XLA alone": create_xla,
   "naive Flax": create_naive,
   "PyTorch": create_torch,
