@@ -137,8 +137,8 @@ def apply_arg(config: ConfigDict, arg: str, recipes: Mapping[str, Recipe]) -> Co
 
   Args:
     config: names the network; changed in place, its name gets the parts added.
-    arg: comma-separated; each part is a key of `recipes`, "smoke", or `key=value` with a key of
-      SHORT_KEYS.
+    arg: comma-separated; each part is a key of `recipes` or CHANGES, or `key=value` with a key
+      of SHORT_KEYS.
     recipes: name -> recipe; the first one holds where `arg` names none.
 
   Raises:
@@ -154,8 +154,8 @@ def apply_arg(config: ConfigDict, arg: str, recipes: Mapping[str, Recipe]) -> Co
   recipe = named[0] if named else next(iter(recipes))
   recipes[recipe](config)
   for part in parts:
-    if part == "smoke":
-      _shorten(config)
+    if part in CHANGES:
+      CHANGES[part](config)
     elif part not in recipes:
       _set(config, part, recipes)
     config.name += f"-{part.replace('=', '-')}"
@@ -165,7 +165,7 @@ def apply_arg(config: ConfigDict, arg: str, recipes: Mapping[str, Recipe]) -> Co
 def _set(config: ConfigDict, part: str, recipes: Mapping[str, Recipe]) -> None:
   key, _, value = part.partition("=")
   if not value or key not in SHORT_KEYS:
-    choices = [*recipes, "smoke", *(f"{key}=VALUE" for key in SHORT_KEYS)]
+    choices = [*recipes, *CHANGES, *(f"{key}=VALUE" for key in SHORT_KEYS)]
     raise ValueError(f"config variant {part!r} is unknown; choose from {', '.join(choices)}.")
   convert = int if value.isdigit() else str
   config.update_from_flattened_dict({SHORT_KEYS[key]: convert(value)})
@@ -177,6 +177,14 @@ def _shorten(config: ConfigDict) -> None:
   config.data.limit = 512
   config.data.validation_size = min(config.data.validation_size, 1000)
   config.batch_size = 64
+
+
+def _take_all(config: ConfigDict) -> None:
+  """All of train, nothing to validate on: for the last run, once all has been chosen."""
+  config.data.validation_size = 0
+
+
+CHANGES: dict[str, Recipe] = {"smoke": _shorten, "full": _take_all}
 
 
 def use_our_recipe(config: ConfigDict) -> None:

@@ -6,6 +6,7 @@ Recipe      ours: 15 epochs; docs/results.md has the figures
 Protocol    validation on 5,000 images taken from train; the test split is read once, at the end
 Command     python main.py --config=configs/five_convs.py
 Variants    published   our reading: the recipe of configs/keras_fcn.py:published, 50 epochs
+            full        trains on all 50,000 images and validates on none
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
 """

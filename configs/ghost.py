@@ -9,6 +9,7 @@ Variants    published   replays the source: trains on all 50,000 images, validat
                         split, which steers nothing, and normalises by a standard deviation that is
                         widely used but wrong. Known difference: an epoch leaves out its incomplete
                         last batch (80 of 50,000 images, others each epoch)
+            full        trains on all 50,000 images and validates on none
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
 """

@@ -8,6 +8,7 @@ Command     python main.py --config=configs/keras_base.py
 Variants    published   our reading: what Keras' examples of the time did, which is Adam at its
                         default rate, pixels in [0, 1], no augmentation, dropout .25 and .5; trains
                         on all 50,000 images and validates on the test split, which steers nothing
+            full        trains on all 50,000 images and validates on none
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
 """

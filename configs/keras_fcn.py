@@ -9,6 +9,7 @@ Variants    published   our reading of "augmentation, light dropout, one schedul
                         start": shifts and flips, dropout .05, SGD from 0.1 that halves every 10
                         epochs; trains on all 50,000 images and validates on the test split, which
                         steers nothing
+            full        trains on all 50,000 images and validates on none
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
 """

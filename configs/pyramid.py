@@ -11,6 +11,7 @@ Command     python main.py --config=configs/pyramid.py
 Variants    published   replays the source: trains on all 50,000 images, and validates on the test
                         split, which steers nothing. Known difference: an epoch leaves out its
                         incomplete last batch (80 of 50,000 images, others each epoch)
+            full        trains on all 50,000 images and validates on none
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
 """

@@ -15,6 +15,7 @@ Variants    published   replays the source (A): trains on all 50,000 images, the
                         axis by itself
             study       replays its study of normalisations (B1), which validates on the test split
                         but does not let it steer
+            full        trains on all 50,000 images and validates on none
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
 """

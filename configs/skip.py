@@ -8,6 +8,7 @@ Command     python main.py --config=configs/skip.py
 Variants    published   replays the source: trains on all 50,000 images, and the learning rate
                         follows the test loss. Known difference: an epoch leaves out its incomplete
                         last batch (16 of 50,000 images, others each epoch)
+            full        trains on all 50,000 images and validates on none
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
 """

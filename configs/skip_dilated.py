@@ -9,6 +9,7 @@ Variants    published   our reading of the source, which gives the epochs and "A
                         optimiser and schedule of its session 8 (configs/skip.py), augmentation of
                         its session 9 (configs/s9.py). It trains on all 50,000 images, and the
                         learning rate follows the test loss
+            full        trains on all 50,000 images and validates on none
             smoke       two short epochs on a slice of the data
             norm=batch|layer|group|ghost|none, seed=N, epochs=N
 """

@@ -198,6 +198,12 @@ def test_unknown_variants_list_the_choices(arg):
     load("s9", arg)
 
 
+def test_full_holds_nothing_out():
+  config = load("skip", "full,norm=group")
+  assert (config.protocol, config.data.validation_size) == ("honest", 0)
+  assert config.name == "skip-full-norm-group"
+
+
 def test_two_recipes_are_refused():
   with pytest.raises(ValueError, match="'published' and 'study' are both recipes"):
     load("s9", "published,study")

@@ -181,7 +181,15 @@ def test_a_single_run_has_no_deviation(tmp_path, add):
   add(name="five_convs", tests=[0.8899], parameters=436_480)
   cells = read_cells(tmp_path, "C2")
   assert cells[2] == "436,480"
-  assert cells[5:] == ["88.99 (n = 1), 3 epochs", "89.00: missed"]
+  assert cells[5:] == ["88.99 (n = 1), 3 epochs", "not run", "89.00: missed"]
+
+
+def test_trained_on_all_of_train_it_has_a_cell_of_its_own_which_the_target_judges(tmp_path, add):
+  add(name="skip-norm-group", tests=[0.77])
+  add(name="skip-full-norm-group", tests=[0.78])
+  cells = read_cells(tmp_path, "E2")
+  assert cells[5:7] == ["77.00 (n = 1), 3 epochs", "78.00 (n = 1), 3 epochs"]
+  assert cells[7] == "over 77.84: reached"
 
 
 @pytest.mark.parametrize(
