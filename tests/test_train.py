@@ -126,18 +126,23 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, data):
 
 
 @pytest.mark.parametrize(
-  ("backend", "steps_per_call", "stops"),
+  ("backend", "steps_per_call", "optimizer", "stops"),
   [
-    ("device", 1, {0: 1, 4: 5, 7: 8, 14: 15}),
-    ("device", 3, {6: 8}),
-    ("albumentations", 1, {4: 5, 7: 8}),
+    ("device", 1, "sgd", {0: 1, 4: 5, 7: 8, 14: 15}),
+    ("device", 3, "muon", {6: 8}),
+    ("albumentations", 1, "adamw", {4: 5, 7: 8}),
   ],
 )
 def test_an_interrupted_run_ends_as_the_uninterrupted(
-  tmp_path, data, monkeypatch, backend, steps_per_call, stops
+  tmp_path, data, monkeypatch, backend, steps_per_call, optimizer, stops
 ):
   """`stops`: the step before whose call a signal comes, and the one that is saved."""
-  changes = {"augment.backend": backend, "steps_per_call": steps_per_call, **AVERAGE_AND_PLATEAU}
+  changes = {
+    "augment.backend": backend,
+    "steps_per_call": steps_per_call,
+    "optimizer.name": optimizer,
+    **AVERAGE_AND_PLATEAU,
+  }
   whole, last = tmp_path / "whole", 3 * STEPS_PER_EPOCH
   run(whole, data, **changes)
   for step, saved in stops.items():
