@@ -1,4 +1,4 @@
-"""The building blocks of every network: units, the parallel sum, pooling.
+"""The building blocks of every network, and what all networks share.
 
 A unit is conv -> norm -> ReLU -> dropout, in some networks conv -> ReLU -> norm -> dropout. All
 arrays are NHWC. `dtype` is what convolutions compute in; parameters are float32, and so are the
@@ -279,3 +279,39 @@ class ConvHead(nn.Module):
       name="conv",
     )(x)
     return x[:, 0, 0]
+
+
+class Network(nn.Module):
+  """What every network takes: images float (N, H, W, 3) and `train` -> logits float32 (N, classes).
+
+  Attributes:
+    num_classes: how many logits.
+    norm: of the units; a Norm.
+    dropout_rate: of the units.
+    kernel_init: initialiser of every kernel; get_bias_init has that of the biases.
+    dtype: what convolutions compute in.
+  """
+
+  num_classes: int
+  norm: Norm
+  dropout_rate: float
+  kernel_init: Initializer
+  dtype: DType
+
+  def get_unit(self, kind: Callable[..., Unit], **options: Any) -> UnitFactory:
+    """`kind` with the network's norm, dropout, initialiser and dtype, and with `options`."""
+    shared = {
+      "norm": self.norm,
+      "dropout_rate": self.dropout_rate,
+      "kernel_init": self.kernel_init,
+      "dtype": self.dtype,
+    }
+    return partial(kind, **(shared | options))
+
+  def get_transition(self, **options: Any) -> Callable[..., Transition]:
+    """Transition with the network's initialiser and dtype."""
+    return partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype, **options)
+
+  def get_head(self, *, use_bias: bool = False) -> ConvHead:
+    """The module `head` of the network."""
+    return ConvHead(self.num_classes, self.kernel_init, use_bias=use_bias, name="head")

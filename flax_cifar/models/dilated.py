@@ -4,47 +4,31 @@ Source: niharikavadapalli/ERA-V1, ERA-V1-Session-9.
 """
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 
 from flax_cifar.models.blocks import (
-  ConvHead,
   ConvUnit,
   DepthwiseSeparableUnit,
-  DType,
-  Initializer,
+  Network,
   ParallelSum,
   UnitFactory,
 )
-from flax_cifar.models.norms import Norm
 
 
-class Dilated(nn.Module):
+class Dilated(Network):
   """C1 C2 C3 C4 -> global average pool -> 1x1; receptive field 99 pixels.
 
   Every layer but the first is a ParallelSum; C2 to C4 each start with an unpadded convolution
   that takes two pixels off the map (32 -> 30 -> 28 -> 26).
   """
 
-  num_classes: int
-  norm: Norm
-  dropout_rate: float
-  kernel_init: Initializer
-  dtype: DType
-
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    shared: dict[str, Any] = {
-      "norm": self.norm,
-      "dropout_rate": self.dropout_rate,
-      "kernel_init": self.kernel_init,
-      "dtype": self.dtype,
-    }
-    plain = partial(ConvUnit, features=32, **shared)
-    separable = partial(DepthwiseSeparableUnit, features=32, **shared)
-    dilated = partial(ConvUnit, features=32, pad_mode="reflect", **shared)
+    plain = self.get_unit(ConvUnit, features=32)
+    separable = self.get_unit(DepthwiseSeparableUnit, features=32)
+    dilated = self.get_unit(ConvUnit, features=32, pad_mode="reflect")
 
     def add(name: str, x: jax.Array, plain: UnitFactory, dilated: UnitFactory) -> jax.Array:
       return ParallelSum(plain, dilated, name=name)(x, train)
@@ -61,4 +45,4 @@ class Dilated(nn.Module):
         partial(plain, features=width),
         partial(dilated, features=width, dilation=8, padding=8),
       )
-    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)
+    return self.get_head()(x)

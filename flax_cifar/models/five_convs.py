@@ -6,23 +6,18 @@ ours.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 
 from flax_cifar.models.blocks import (
-  ConvHead,
   ConvUnit,
   DepthwiseSeparableUnit,
-  DType,
   GroupedUnit,
-  Initializer,
+  Network,
   SpatiallySeparableUnit,
-  Transition,
   Unit,
 )
-from flax_cifar.models.norms import Norm
 
 BLOCKS: dict[str, tuple[Callable[..., Unit], int]] = {
   "normal": (ConvUnit, 32),
@@ -34,26 +29,19 @@ BLOCKS: dict[str, tuple[Callable[..., Unit], int]] = {
 TRANSITIONS = {"normal": 32, "depthwise": 64}  # channels of the one that follows the block
 
 
-class FiveConvs(nn.Module):
+class FiveConvs(Network):
   """Normal 3x3, spatially separable, depthwise separable, grouped by size and by dilation; head.
 
   Transitions follow the first and the third block.
   """
 
-  num_classes: int
-  norm: Norm
-  dropout_rate: float
-  kernel_init: Initializer
-  dtype: DType
-
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    shared: dict[str, Any] = {"kernel_init": self.kernel_init, "dtype": self.dtype}
     x = images
     for name, (kind, features) in BLOCKS.items():
-      unit = partial(kind, norm=self.norm, dropout_rate=self.dropout_rate, **shared)
+      unit = self.get_unit(kind)
       for number in (1, 2):
         x = unit(features=features, name=f"{name}_{number}")(x, train)
       if name in TRANSITIONS:
-        x = Transition(TRANSITIONS[name], **shared, name=f"{name}_transition")(x)
-    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)
+        x = self.get_transition()(TRANSITIONS[name], name=f"{name}_transition")(x)
+    return self.get_head()(x)

@@ -9,36 +9,22 @@ import flax.linen as nn
 import jax
 
 from flax_cifar.errors import require
-from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, MaxPool
-from flax_cifar.models.norms import NoNorm, Norm
+from flax_cifar.models.blocks import ConvUnit, MaxPool, Network
+from flax_cifar.models.norms import NoNorm
 
 
-class Ghost(nn.Module):
+class Ghost(Network):
   """Three blocks that end in a pool, two units without norm, the head; receptive field 80 pixels.
 
   Every convolution has a bias and pads by 1 on all sides unless it says otherwise, so 1x1, 3x1
   and 1x3 kernels enlarge the map. The first unit has no dropout.
   """
 
-  num_classes: int
-  norm: Norm
-  dropout_rate: float
-  kernel_init: Initializer
-  dtype: DType
-
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    bare = partial(
-      ConvUnit,
-      norm=NoNorm,
-      dropout_rate=0.0,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
-      order="conv_relu_norm",
-      use_bias=True,
-    )
-    first = partial(bare, norm=self.norm)
-    unit = partial(first, dropout_rate=self.dropout_rate)
+    unit = self.get_unit(ConvUnit, order="conv_relu_norm", use_bias=True)
+    first = partial(unit, dropout_rate=0.0)
+    bare = partial(first, norm=NoNorm)
 
     x = first(32, name="c1")(images, train)
     x = MaxPool(2, name="pool1")(unit(32, name="c2")(x, train))
@@ -53,7 +39,7 @@ class Ghost(nn.Module):
     x = bare(256, name="c9")(x, train)
     x = bare(64, name="c10")(x, train)
     x = keep_whole_windows(x, 4)
-    return ConvHead(self.num_classes, self.kernel_init, use_bias=True, name="head")(x)
+    return self.get_head(use_bias=True)(x)
 
 
 def keep_whole_windows(x: jax.Array, window: int) -> jax.Array:

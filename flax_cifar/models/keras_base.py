@@ -3,19 +3,16 @@
 Source: EVA, session 6A, the network before its improvements.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flax_cifar.errors import require
-from flax_cifar.models.blocks import ConvUnit, DType, Initializer, MaxPool, get_bias_init
+from flax_cifar.models.blocks import ConvUnit, DType, MaxPool, Network, get_bias_init
 from flax_cifar.models.dropout import Dropout
-from flax_cifar.models.norms import Norm
 
 
-class KerasBase(nn.Module):
+class KerasBase(Network):
   """Three blocks of a padded and an unpadded unit, pool and dropout; then three dense layers.
 
   Every layer has a bias. `dropout_rate` is that after the pools; after the dense layers it is
@@ -25,24 +22,11 @@ class KerasBase(nn.Module):
     UserError: twice `dropout_rate` is 1 or more.
   """
 
-  num_classes: int
-  norm: Norm
-  dropout_rate: float
-  kernel_init: Initializer
-  dtype: DType
-
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
     rate = self.dropout_rate
     require(rate < 0.5, "model.dropout_rate", rate, "below 0.5: the dense layers use twice of it")
-    unit = partial(
-      ConvUnit,
-      norm=self.norm,
-      kernel_init=self.kernel_init,
-      dropout_rate=0.0,
-      dtype=self.dtype,
-      use_bias=True,
-    )
+    unit = self.get_unit(ConvUnit, dropout_rate=0.0, use_bias=True)
 
     x = images
     for number, features in enumerate((48, 96, 192), start=1):

@@ -4,34 +4,19 @@ Source: EVA, session 6A, after its improvements. It gives no layer table: blocks
 transitions, batch norm and a global average pool are its words, the widths are ours.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 
-from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, Transition
-from flax_cifar.models.norms import Norm
+from flax_cifar.models.blocks import ConvUnit, Network
 
 
-class KerasFCN(nn.Module):
+class KerasFCN(Network):
   """Three blocks of two units with transitions between them, then the head."""
-
-  num_classes: int
-  norm: Norm
-  dropout_rate: float
-  kernel_init: Initializer
-  dtype: DType
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    unit = partial(
-      ConvUnit,
-      norm=self.norm,
-      kernel_init=self.kernel_init,
-      dropout_rate=self.dropout_rate,
-      dtype=self.dtype,
-    )
-    transition = partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype)
+    unit = self.get_unit(ConvUnit)
+    transition = self.get_transition()
 
     x = unit(32, name="c1_1")(images, train)
     x = unit(32, name="c1_2")(x, train)
@@ -41,4 +26,4 @@ class KerasFCN(nn.Module):
     x = transition(32, name="transition2")(x)
     x = unit(128, name="c3_1")(x, train)
     x = unit(128, name="c3_2")(x, train)
-    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)
+    return self.get_head()(x)

@@ -3,37 +3,22 @@
 Source: the network on which ERA V1 session 8 compared normalisations.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 
-from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, Transition
-from flax_cifar.models.norms import Norm
+from flax_cifar.models.blocks import ConvUnit, Network
 
 
-class Pyramid(nn.Module):
+class Pyramid(Network):
   """Two blocks of units that end in a bare 1x1 convolution and a pool; a third one and the head.
 
   Receptive field 44 pixels.
   """
 
-  num_classes: int
-  norm: Norm
-  dropout_rate: float
-  kernel_init: Initializer
-  dtype: DType
-
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    unit = partial(
-      ConvUnit,
-      norm=self.norm,
-      kernel_init=self.kernel_init,
-      dropout_rate=self.dropout_rate,
-      dtype=self.dtype,
-    )
-    transition = partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype)
+    unit = self.get_unit(ConvUnit)
+    transition = self.get_transition()
 
     x = unit(16, name="c1_1")(images, train)
     x = unit(32, name="c1_2")(x, train)
@@ -45,4 +30,4 @@ class Pyramid(nn.Module):
     x = unit(16, name="c3_1")(x, train)
     x = unit(32, padding=0, name="c3_2")(x, train)
     x = unit(64, padding=0, name="c3_3")(x, train)
-    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)
+    return self.get_head()(x)

@@ -3,38 +3,22 @@
 Layer norm without affine, as in E3, leaves 48,072. Source: ERA V1, session 8.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 
-from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, Transition
-from flax_cifar.models.norms import Norm
+from flax_cifar.models.blocks import ConvUnit, Network
 
 
-class Skip(nn.Module):
+class Skip(Network):
   """Two blocks with an identity path that end in a bare 1x1 and a pool; a third one and the head.
 
   Receptive field 44 pixels. The names follow the source, which counts the bare convolutions.
   """
 
-  num_classes: int
-  norm: Norm
-  dropout_rate: float
-  kernel_init: Initializer
-  dtype: DType
-
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    unit = partial(
-      ConvUnit,
-      norm=self.norm,
-      kernel_init=self.kernel_init,
-      dropout_rate=self.dropout_rate,
-      dtype=self.dtype,
-      order="conv_relu_norm",
-    )
-    transition = partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype)
+    unit = self.get_unit(ConvUnit, order="conv_relu_norm")
+    transition = self.get_transition()
 
     x = unit(24, name="c1")(images, train)
     x = x + unit(24, name="c2")(x, train)
@@ -46,4 +30,4 @@ class Skip(nn.Module):
     x = unit(32, name="c8")(x, train)
     x = unit(32, name="c9")(x, train)
     x = unit(32, name="c10")(x, train)
-    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)
+    return self.get_head()(x)

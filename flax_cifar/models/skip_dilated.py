@@ -3,35 +3,19 @@
 167,424 parameters with batch norm. Source: ERA V1, session 9.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 
-from flax_cifar.models.blocks import ConvHead, ConvUnit, DType, Initializer, Transition
-from flax_cifar.models.norms import Norm
+from flax_cifar.models.blocks import ConvUnit, Network
 
 
-class SkipDilated(nn.Module):
+class SkipDilated(Network):
   """Three blocks that end in a strided unit instead of a pool; receptive field 47 pixels."""
-
-  num_classes: int
-  norm: Norm
-  dropout_rate: float
-  kernel_init: Initializer
-  dtype: DType
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    unit = partial(
-      ConvUnit,
-      norm=self.norm,
-      kernel_init=self.kernel_init,
-      dropout_rate=self.dropout_rate,
-      dtype=self.dtype,
-      order="conv_relu_norm",
-    )
-    squeeze = partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype, pool=False)
+    unit = self.get_unit(ConvUnit, order="conv_relu_norm")
+    squeeze = self.get_transition(pool=False)
 
     x = unit(32, name="c1")(images, train)
     x = x + unit(32, name="c2")(x, train)
@@ -42,4 +26,4 @@ class SkipDilated(nn.Module):
     x = unit(64, name="c7")(x, train)
     x = x + unit(64, name="c8")(x, train)
     x = unit(96, stride=2, name="c9")(x, train)
-    return ConvHead(self.num_classes, self.kernel_init, name="head")(x)
+    return self.get_head()(x)
