@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import signal
 from types import SimpleNamespace
 
@@ -74,7 +73,7 @@ def interrupt_at(monkeypatch, step):
     def calls(self, steps, original=original):
       for length, inputs in original(self, steps):
         if step in steps[:length]:
-          os.kill(os.getpid(), signal.SIGINT)
+          signal.raise_signal(signal.SIGINT)
         steps = steps[length:]
         yield length, inputs
 
