@@ -2,6 +2,7 @@
 
 Command     python -m benchmarks.results add RUN_FOLDER ... [--force]   copies finished runs
             python -m benchmarks.results                                writes docs/results.md
+            python -m benchmarks.results missing                        lists what is not run yet
 """
 
 import argparse
@@ -67,6 +68,9 @@ class Run:
 def main() -> None:
   options = parse_options()
   try:
+    if options.command == "missing":
+      print("\n".join(list_missing(load_runs(DOCS))))
+      return
     if options.command == "add":
       paths = add(options.folders, DOCS, force=options.force)
     else:
@@ -80,6 +84,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   commands = parser.add_subparsers(dest="command")
+  commands.add_parser("missing", help="list the commands of what is not run yet")
   adder = commands.add_parser("add", help="copy finished runs to docs/results/")
   adder.add_argument("folders", nargs="+", type=pathlib.Path, metavar="RUN_FOLDER")
   adder.add_argument("--force", action="store_true", help="replace files; take any commit")
@@ -263,6 +268,22 @@ def get_full_name(row: Row) -> str:
   """The name of the config `ours` with its variant `full`: skip-full-norm-group."""
   file, dash, rest = row.ours.partition("-")
   return f"{file}-full{dash}{rest}"
+
+
+def list_missing(runs: Sequence[Run]) -> list[str]:
+  """The commands that fill the cells of replays and of our recipe, each once."""
+  done = {(run.name, run.content["protocol"]) for run in runs}
+  ours = [(row.ours, "honest") for row in ROWS]
+  replays = [(row.replay, "published") for row in ROWS if row.replay]
+  wanted = dict.fromkeys([*ours, *replays])
+  return [get_run_command(name) for name, protocol in wanted if (name, protocol) not in done]
+
+
+def get_run_command(name: str) -> str:
+  """skip-published-norm-group -> python main.py --config=configs/skip.py:published,norm=group"""
+  file, _, variants = re.sub(r"-norm-", "-norm=", name).partition("-")
+  colon = ":" if variants else ""
+  return f"python main.py --config=configs/{file}.py{colon}{variants.replace('-', ',')}"
 
 
 def select(runs: Sequence[Run], name: str | None, protocol: str) -> list[Run]:

@@ -145,6 +145,25 @@ def test_the_configs_of_a_row_are_its_network_norm_and_protocol(row):
   assert row.target_epochs is None or ours.total_epochs <= row.target_epochs
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.replay)
+def test_the_commands_run_the_configs_of_a_row(row):
+  for name in (row.replay, row.ours):
+    command = results.get_run_command(name)
+    path, arg = re.fullmatch(r"python main.py --config=configs/(\w+)\.py:?(.*)", command).groups()
+    config = importlib.import_module(f"configs.{path}").get_config(arg)
+    assert config.name == name
+
+
+def test_what_is_not_run_yet_is_listed(tmp_path, add):
+  before = results.list_missing(results.load_runs(tmp_path))
+  assert (
+    len(before) == len(set(before)) == len({row.ours for row in ROWS} | {r.replay for r in ROWS})
+  )
+  add(name="pyramid-norm-group")
+  after = results.list_missing(results.load_runs(tmp_path))
+  assert set(before) - set(after) == {"python main.py --config=configs/pyramid.py:norm=group"}
+
+
 #### The page
 
 
