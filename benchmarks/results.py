@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.published import ROWS, Row
 from flax_cifar.command_line import leave
 from flax_cifar.errors import UserError, list_differences
-from flax_cifar.tools.sweep import describe, format_percent, get_scores, read_records
-from flax_cifar.workdir import FREE_KEYS, flatten, read_result
+from flax_cifar.tools.sweep import describe, format_percent, get_scores, per_seed, read_records
+from flax_cifar.workdir import FREE_KEYS, flatten, read_result, without
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 NOT_RUN = "not run"
@@ -166,16 +166,12 @@ def check_name(folder: pathlib.Path, content: Mapping[str, Any], *, force: bool)
   words = shlex.split(content["command"])
   flags = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
   keys = [flag.split("=")[0] for flag in flags]
-  changes = [key for key in keys if not _is_below(key, REPETITION_KEYS)]
+  changes = without(dict.fromkeys(keys), REPETITION_KEYS)
   if changes and "name" not in keys and not force:
     raise UserError(
       f"{str(folder)!r} is no plain run of {content['config']['name']!r}: its command changes "
       f"{', '.join(changes)}; run it with --config.name=OTHER too, or --force."
     )
-
-
-def _is_below(key: str, parents: Sequence[str]) -> bool:
-  return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def iterate_strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -235,8 +231,7 @@ def _check_pair(one: Run, other: Run) -> None:
 
 def _get_recipe(run: Run) -> dict[str, Any]:
   """The config without what repetitions may differ in."""
-  flat = flatten(run.content["config"])
-  return {key: value for key, value in flat.items() if not _is_below(key, REPETITION_KEYS)}
+  return without(flatten(run.content["config"]), REPETITION_KEYS)
 
 
 def format_comparison(runs: Sequence[Run]) -> str:
@@ -308,8 +303,7 @@ def format_replay(runs: Sequence[Run]) -> str:
 
 def find_best_epochs(records: Records) -> list[int]:
   """The epoch of the best validation accuracy of each seed; the first of equals."""
-  name = "validation_accuracy"
-  curves = zip(*(record.get(f"{name}_per_seed", [record[name]]) for record in records), strict=True)
+  curves = zip(*(per_seed(record, "validation_accuracy") for record in records), strict=True)
   return [records[curve.index(max(curve))]["epoch"] for curve in curves]
 
 

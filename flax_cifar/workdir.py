@@ -31,13 +31,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+  """A flat config without `keys` and what lies below them."""
   return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in keys)}
 
 
 def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
   """runs/NAME-HASH: the same config finds its own run again, another one never gets in its way."""
-  text = json.dumps(_without(flatten(config), FREE_KEYS), sort_keys=True)
+  text = json.dumps(without(flatten(config), FREE_KEYS), sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   return pathlib.Path("runs") / f"{config['name'] or 'run'}-{digest}"
 
@@ -86,7 +87,7 @@ def _check_same_config(
   workdir: pathlib.Path, saved: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
   changes = list_differences(
-    _without(flatten(saved), RESUME_KEYS), _without(flatten(config), RESUME_KEYS)
+    without(flatten(saved), RESUME_KEYS), without(flatten(config), RESUME_KEYS)
   )
   if changes:
     raise UserError(

@@ -266,7 +266,8 @@ def test_another_network_is_no_result_of_a_row(tmp_path, add):
 )
 def test_an_override_that_leaves_the_recipe_or_renames_it_is_taken(add, flags):
   words = " ".join(f"--config.{flag}" for flag in flags.split())
-  add(command=f"python main.py --config=configs/x.py {words}")
+  (path,) = add(command=f"python main.py --config=configs/x.py {words}")
+  assert json.loads(path.read_text())["command"].endswith(words)
 
 
 def test_the_runs_say_what_it_takes_to_repeat_them(tmp_path, add):
@@ -314,7 +315,7 @@ def test_a_file_holds_the_result_and_a_line_for_each_epoch(tmp_path, add):
   [
     ({"commit": COMMIT + "+"}, "code that was not committed"),
     ({"commit": "unknown"}, "code that was not committed"),
-    ({"command": "python /work/main.py"}, "command of .* has an absolute path"),
+    ({"command": "python /opt/main.py"}, "command of .* has an absolute path"),
     ({"command": "python main.py --config.model.name=skip"}, "no plain run of .*model.name"),
     ({"config": {"name": "x", "data": {"name": "npz:/home/x.npz"}}}, r"config\.data\.name of"),
     ({"hardware": r"C:\x"}, "hardware of"),
