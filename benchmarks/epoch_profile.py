@@ -64,7 +64,7 @@ def create_epoch(network: str, batch_size: int) -> Any:
   from flax_cifar.data.augment_arguments import RULES
   from flax_cifar.data.dataset import Split
   from flax_cifar.data.feeds import create_feed
-  from flax_cifar.interrupt import InterruptGuard
+  from flax_cifar.evaluate import never
   from flax_cifar.metrics import create_totals
   from flax_cifar.partition import create_mesh, replicated
 
@@ -89,7 +89,6 @@ def create_epoch(network: str, batch_size: int) -> Any:
   state = jax.device_put(state, replicated(mesh))
   step = functools.partial(train.train_step, **parts)
   steps_fn = train.create_steps_fn(step, feed, num_seeds=1, mesh=mesh)
-  guard = InterruptGuard()
 
   def run(steps: range) -> None:
     nonlocal state
@@ -99,7 +98,7 @@ def create_epoch(network: str, batch_size: int) -> Any:
       create_totals(1),
       feed.calls(steps),
       done=steps.start,
-      guard=guard,
+      stop=never,
       report=lambda totals, count: None,
     )
 

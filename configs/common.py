@@ -116,7 +116,9 @@ def get_config() -> ConfigDict:
         "mixup": {"alpha": 0.2},  # of the Beta distribution of an example's share
         "cutmix": {"alpha": 1.0},  # of the Beta distribution of the share of its area
       },
-      "checkpoint": {"every": 1},  # epochs between checkpoints
+      # A checkpoint is saved after so many epochs, steps or minutes, whichever comes first; 0
+      # switches steps and minutes off. The latest `keep` stay, and the best by validation accuracy.
+      "checkpoint": {"every": 1, "every_steps": 0, "every_minutes": 0.0, "keep": 2},
       "log": {"tensorboard": True, "pictures": True},
     },
     convert_dict=True,

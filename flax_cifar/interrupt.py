@@ -1,7 +1,14 @@
-"""Ctrl-C and SIGTERM end a run after the current step, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) end a run after the step, with a checkpoint.
 
+Python sees a signal between two calls of compiled code, so "the step" is such a call.
+"""
+
+import os
 import signal
+import sys
 from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
@@ -13,14 +20,18 @@ class Interrupted(Exception):
 
 
 class InterruptGuard:
-  """Within it, the first SIGINT or SIGTERM only sets `signum`; a second one acts as usual."""
+  """Within it, the first of SIGNALS only sets `signum`; the next one ends the process at once.
+
+  It does so in the kernel, because Python would wait for the compiled code to return, or for a
+  checkpoint to be written. Both ways the shell sees the status 128 + signum.
+  """
 
   def __init__(self) -> None:
     self.signum: int | None = None
     self._previous: dict[int, signal._HANDLER] = {}
 
   def __enter__(self) -> "InterruptGuard":
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in SIGNALS:
       self._previous[signum] = signal.signal(signum, self._handle)
     return self
 
@@ -30,12 +41,17 @@ class InterruptGuard:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    self._restore()
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)
+
+  def is_caught(self) -> bool:
+    """Whether a signal has come."""
+    return self.signum is not None
 
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     self.signum = signum
-    self._restore()
-
-  def _restore(self) -> None:
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)
+    for other in SIGNALS:
+      signal.signal(other, signal.SIG_DFL)
+    name = signal.Signals(signum).name
+    text = f"{name}: saving after this step; once more ends at once\n"
+    os.write(sys.stderr.fileno(), text.encode())  # print could be in the middle of something

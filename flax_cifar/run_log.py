@@ -32,14 +32,23 @@ Report = Callable[[Totals, int], None]  # the epoch's totals, and how many steps
 class RunLog:
   """Appends one record per epoch to metrics.jsonl and shows it.
 
-  Opening it for a resumed run drops the records after `step`, which the run will make again.
+  Opening it writes the file anew with `records`, those of the checkpoint that the run goes on from:
+  what came after it will be made again, and what happened to the file meanwhile does no harm.
   """
 
-  def __init__(self, workdir: pathlib.Path, *, step: int, total_epochs: int, tensorboard: bool):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    records: list[Record],
+    step: int,
+    total_epochs: int,
+    tensorboard: bool,
+  ):
     self.console = Console(highlight=False)
     self._path = workdir / "metrics.jsonl"
     self._total_epochs = total_epochs
-    self.records = [record for record in _read(self._path) if record["step"] <= step]
+    self.records = list(records)
     _rewrite(self._path, self.records)
     folder = str(workdir / "tensorboard")
     self._writer = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
@@ -152,16 +161,6 @@ def _describe(totals: Totals, seconds: float) -> str:
   loss, accuracy = (value.mean() for value in compute_means(totals).values())
   rate = totals["count"].sum() / seconds
   return f"loss {loss:.3f} acc {accuracy:.1%} {rate:.0f} images/s"
-
-
-def _read(path: pathlib.Path) -> list[Record]:
-  """The records of `path`; a line cut off by a crash is left out."""
-  records = []
-  lines = path.read_text().splitlines() if path.exists() else []
-  for line in lines:
-    with contextlib.suppress(ValueError):
-      records.append(json.loads(line))
-  return records
 
 
 def _rewrite(path: pathlib.Path, records: list[Record]) -> None:

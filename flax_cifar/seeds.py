@@ -23,9 +23,14 @@ def stack_seeds(trees: Sequence[Any]) -> Any:
   return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+def take_seed(tree: Any, num_seeds: int, number: int) -> Any:
+  """The tree of one seed, counted from 0."""
+  return tree if num_seeds == 1 else jax.tree.map(lambda leaf: leaf[number], tree)
+
+
 def first_seed(tree: Any, num_seeds: int) -> Any:
   """The tree of the first seed."""
-  return tree if num_seeds == 1 else jax.tree.map(lambda leaf: leaf[0], tree)
+  return take_seed(tree, num_seeds, 0)
 
 
 def create_keys(seed: int, num_seeds: int) -> jax.Array:

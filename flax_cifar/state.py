@@ -24,6 +24,7 @@ class TrainState(struct.PyTreeNode):
     ema: {"params", "batch_stats"} averaged over steps; empty when it is switched off.
     plateau: state of reduce-on-plateau; its scale multiplies the learning rate.
     key: random key of the run; step t draws from fold_in(key, t).
+    finite: False once a loss or gradient was not; the state has stood still since.
   """
 
   step: jax.Array
@@ -33,6 +34,7 @@ class TrainState(struct.PyTreeNode):
   ema: Any
   plateau: Any
   key: jax.Array
+  finite: jax.Array
 
   @property
   def eval_variables(self) -> dict[str, Any]:
@@ -64,12 +66,23 @@ def create_train_state(
     ema=ema if ema_decay else {},
     plateau=plateau.init(params),
     key=jax.random.key(seed),
+    finite=jnp.ones((), bool),
   )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
   return model.init(key, images, train=False)
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Whether every number of every array is finite: bool ()."""
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def choose_tree(condition: jax.Array, yes: Any, no: Any) -> Any:
+  """`yes` where `condition` (bool ()) holds, else `no`; trees of the same arrays."""
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def update_ema(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flax_cifar import pictures
-from flax_cifar.checkpoint import Checkpoints
+from flax_cifar.checkpoint import Checkpoints, SaveRhythm
 from flax_cifar.data.augment_arguments import RULES
 from flax_cifar.data.dataset import Split
 from flax_cifar.data.feeds import Batch, Call, Feed, create_feed
@@ -26,7 +26,7 @@ from flax_cifar.data.pipeline import Normalize, create_normalize
 from flax_cifar.data.splits import load_splits
 from flax_cifar.environment import get_hardware
 from flax_cifar.errors import UserError, require
-from flax_cifar.evaluate import create_eval_step, evaluate, predict
+from flax_cifar.evaluate import Stop, Stopped, create_eval_step, evaluate, predict
 from flax_cifar.interrupt import Interrupted, InterruptGuard
 from flax_cifar.layer_table import format_layer_table, get_layer_table
 from flax_cifar.losses import create_targets, cross_entropy
@@ -41,12 +41,26 @@ from flax_cifar.metrics import (
 from flax_cifar.models import DTYPES, create_model
 from flax_cifar.optimizers import create_optimizer
 from flax_cifar.partition import check_batch_size, create_mesh, replicated
+from flax_cifar.post_mortem import NonFinite, save_post_mortem
 from flax_cifar.result import describe_run, format_score, say_result, score, summarise
 from flax_cifar.run_log import Report, RunLog
 from flax_cifar.schedules import create_plateau, create_schedule
-from flax_cifar.seeds import first_seed, over_seeds, stack_seeds
-from flax_cifar.state import TrainState, create_train_state, update_ema
-from flax_cifar.workdir import check_workdir, read_result, write_json
+from flax_cifar.seeds import first_seed, over_seeds, stack_seeds, take_seed
+from flax_cifar.state import (
+  TrainState,
+  all_finite,
+  choose_tree,
+  create_train_state,
+  update_ema,
+)
+from flax_cifar.workdir import (
+  check_workdir,
+  explain_failed_writes,
+  open_workdir,
+  read_result,
+  without,
+  write_json,
+)
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -78,8 +92,9 @@ def train_step(
     ema_decay: see `update_ema`; 0 switches the average off.
 
   Returns:
-    The state after it and the totals of the batch, see `compute_totals`. Under mixing the loss is
-    that of the mixed targets, while accuracy counts against the labels before it.
+    The state after it; or that before it, marked, if the loss or a gradient is not finite. The
+    totals of the batch, see `compute_totals`, and `finite`, bool (). Under mixing the loss is that
+    of the mixed targets, while accuracy counts against the labels before it.
   """
   images, labels = normalize(batch["image"]), batch["label"]
   targets = create_targets(labels, model.num_classes, label_smoothing=label_smoothing)
@@ -106,10 +121,14 @@ def train_step(
   if ema_decay:
     new = {"params": params, "batch_stats": batch_stats}
     ema = update_ema(ema, new, state.step, ema_decay)
-  state = state.replace(
+  new_state = state.replace(
     step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
   )
-  return state, compute_totals(losses, logits, labels, jnp.ones(len(labels)))
+  # From a bad step on the state stands still, until the host sees it: it can be looked at then.
+  finite = state.finite & all_finite((losses, gradients))
+  state = choose_tree(finite, new_state, state).replace(finite=finite)
+  metrics = compute_totals(losses, logits, labels, jnp.ones(len(labels)))
+  return state, metrics | {"finite": finite}
 
 
 def create_steps_fn(step: Step, feed: Feed, *, num_seeds: int, mesh: Mesh) -> jax.stages.Wrapped:
@@ -141,10 +160,10 @@ def train_epoch(
   calls: Iterable[Call],
   *,
   done: int,
-  guard: InterruptGuard,
+  stop: Stop,
   report: Report,
 ) -> tuple[TrainState, Totals, int]:
-  """Makes `calls`, or as many until `guard` has caught a signal.
+  """Makes `calls`, or as many until `stop()`, which is asked after each, is true.
 
   The metrics stay on the device and are fetched now and then, so it never waits for the host.
 
@@ -152,36 +171,35 @@ def train_epoch(
     The state, `totals` with the sums of these steps added, and the steps of the run now done.
 
   Raises:
-    UserError: the loss is not finite.
+    NonFinite: a loss or gradient is not finite.
   """
   started = fetched = time.perf_counter()
   pending: list[Metrics] = []
   for length, inputs in calls:
     state, metrics = steps_fn(state, inputs, length)
     pending.append(metrics)
-    if guard.signum:
+    if stop():
       break
     # Not further ahead than one call, lest a signal, or memory, wait for many.
     jax.block_until_ready(pending[-2:-1])
     if time.perf_counter() - fetched > FETCH_SECONDS:
-      totals, done = _collect(totals, pending[:-1], done, report)
+      totals, done = _collect(state, totals, pending[:-1], done, report)
       pending, fetched = pending[-1:], time.perf_counter()
-  totals, done = _collect(totals, pending, done, report)
+  totals, done = _collect(state, totals, pending, done, report)
   totals = add_totals(totals, {"seconds": time.perf_counter() - started})
   return state, totals, done
 
 
-def _collect(totals: Totals, calls: list[Metrics], done: int, report: Report) -> tuple[Totals, int]:
+def _collect(
+  state: TrainState, totals: Totals, calls: list[Metrics], done: int, report: Report
+) -> tuple[Totals, int]:
   """Adds steps one by one, so that the sums do not depend on when they were fetched."""
   before = done
   for metrics in iterate_steps(calls):
+    finite = metrics.pop("finite")
+    if not np.all(finite):
+      raise NonFinite(done, number=int(np.argmin(finite)), state=state)
     totals, done = add_totals(totals, metrics), done + 1
-    losses = np.ravel(metrics["loss_sum"])
-    if not np.isfinite(losses).all():
-      raise UserError(
-        f"the loss became {losses[~np.isfinite(losses)][0]} at step {done:,}; the last checkpoint "
-        "is kept. Lower optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
-      )
   if done > before:
     report(totals, done - before)
   return totals, done
@@ -250,6 +268,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     label_smoothing=config.loss.label_smoothing,
     ema_decay=config.ema.decay,
   )
+  rhythm = SaveRhythm(**without(config.checkpoint.to_dict(), ("keep",)))
   steps_fn = create_steps_fn(step, feed, num_seeds=num_seeds, mesh=mesh)
   eval_step = create_eval_step(model=model, normalize=normalize, mesh=mesh, num_seeds=num_seeds)
   observe = jax.jit(
@@ -258,62 +277,92 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   # What does not fit together fails here, early; the first call finds the trace.
   steps_fn.trace(state, feed.first_inputs(), feed.steps_per_call)
 
-  #### Start or resume
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_json(workdir / "config.json", config.to_dict())
-  checkpoints = Checkpoints(workdir / "checkpoints")
-  state, totals = checkpoints.restore_or(state, create_totals(num_seeds), mesh)
-  done = int(first_seed(state.step, num_seeds))
-  table = format_layer_table(get_layer_table(model, splits.image_shape))
-  (workdir / "summary.txt").write_text(table)
-  log = RunLog(
-    workdir, step=done, total_epochs=config.total_epochs, tensorboard=config.log.tensorboard
-  )
-  parameters = int(parameter_overview.count_parameters(state.params)) // num_seeds
-  hardware = get_hardware(mesh.size)
-  log.banner(describe_run(config, splits, parameters, hardware, workdir))
-  if done:
-    log.say(f"resumed at step {done:,}, epoch {done / steps_per_epoch:.2f}")
+  with contextlib.ExitStack() as stack:
+    #### Start or resume
+    guard = stack.enter_context(InterruptGuard())
+    stack.enter_context(explain_failed_writes(workdir))
+    stack.enter_context(open_workdir(workdir, config.to_dict()))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    stack.enter_context(contextlib.closing(checkpoints))
+    state, totals, records = checkpoints.restore_or(state, create_totals(num_seeds), mesh)
+    done = int(first_seed(state.step, num_seeds))
+    table = format_layer_table(get_layer_table(model, splits.image_shape))
+    (workdir / "summary.txt").write_text(table)
+    log = RunLog(
+      workdir,
+      records=records,
+      step=done,
+      total_epochs=config.total_epochs,
+      tensorboard=config.log.tensorboard,
+    )
+    stack.enter_context(contextlib.closing(log))
+    parameters = int(parameter_overview.count_parameters(state.params)) // num_seeds
+    hardware = get_hardware(mesh.size)
+    log.banner(describe_run(config, splits, parameters, hardware, workdir))
+    if done:
+      log.say(f"resumed at step {done:,}, epoch {done / steps_per_epoch:.2f}")
 
-  try:
     #### Epochs
-    with InterruptGuard() as guard, contextlib.closing(feed):
-      for epoch in range(done // steps_per_epoch, config.total_epochs):
-        start, end = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
-        with log.progress(epoch + 1, done=done - start, total=steps_per_epoch) as report:
-          calls = feed.calls(range(done, end))
-          state, totals, done = train_epoch(
-            steps_fn, state, totals, calls, done=done, guard=guard, report=report
-          )
-        validation = None
-        if done == end:
-          share = np.float64(schedule(end - 1) * state.plateau.scale)
-          if len(splits.validation):
-            validation = evaluate(
-              eval_step, state.eval_variables, splits.validation, config.eval_batch_size
+    stack.enter_context(contextlib.closing(feed))
+    for epoch in range(len(records), config.total_epochs):
+      start, end = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
+      with log.progress(epoch + 1, done=done - start, total=steps_per_epoch) as report:
+        while done < end and not guard.is_caught():
+          calls = feed.calls(range(done, rhythm.next_step(done, end)))
+          try:
+            state, totals, done = train_epoch(
+              steps_fn,
+              state,
+              totals,
+              calls,
+              done=done,
+              stop=lambda: guard.is_caught() or rhythm.is_time(),
+              report=report,
             )
-          if on_plateau and validation:
-            state = state.replace(plateau=observe(state.plateau, validation["loss"]))
-          log.write(
-            epoch=epoch + 1,
-            step=end,
-            learning_rate=config.optimizer.learning_rate * share,
-            train=totals,
-            validation=validation,
+          except NonFinite as error:
+            raise _describe_non_finite(error, feed, num_seeds, workdir) from error
+          if done < end and rhythm.is_due(done, None):
+            checkpoints.save(done, state, totals, log.records)
+      validation, complete = None, done == end
+      if complete and len(splits.validation):
+        try:
+          validation = evaluate(
+            eval_step,
+            state.eval_variables,
+            splits.validation,
+            config.eval_batch_size,
+            stop=guard.is_caught,
           )
-          totals = create_totals(num_seeds)
-        signum = guard.signum  # read once: a signal after the save must wait for the next one
-        last = done == config.total_epochs * steps_per_epoch
-        if signum or last or (done == end and (epoch + 1) % config.checkpoint.every == 0):
-          checkpoints.save(done, state, totals, validation)
-        if signum:
-          raise Interrupted(signum, done)
-        if epoch == 0 and config.log.pictures:  # not earlier, lest the first step wait for it
-          sample = feed.get_sample(feed.first_inputs())
-          pictures.save_augmented(workdir / "augmented.png", sample, splits.class_names)
+        except Stopped:
+          complete = False  # the next process validates first
+      if complete:
+        share = np.float64(schedule(end - 1) * state.plateau.scale)
+        if on_plateau and validation:
+          state = state.replace(plateau=observe(state.plateau, validation["loss"]))
+        log.write(
+          epoch=epoch + 1,
+          step=end,
+          learning_rate=config.optimizer.learning_rate * share,
+          train=totals,
+          validation=validation,
+        )
+        totals = create_totals(num_seeds)
+      signum = guard.signum  # read once: a signal after the save must wait for the next one
+      if signum or epoch + 1 == config.total_epochs or rhythm.is_due(done, epoch + 1):
+        checkpoints.save(done, state, totals, log.records, validation)
+      if signum:
+        raise Interrupted(signum, done)
+      if epoch == 0 and config.log.pictures:  # not earlier, lest the first step wait for it
+        pictures.save_augmented(workdir / "augmented.png", feed.look_up(0), splits.class_names)
 
     #### Test, once
-    logits = predict(eval_step, state.eval_variables, splits.test, config.eval_batch_size)
+    try:
+      logits = predict(
+        eval_step, state.eval_variables, splits.test, config.eval_batch_size, stop=guard.is_caught
+      )
+    except Stopped:
+      raise Interrupted(guard.signum or 0, done) from None
+    checkpoints.wait()  # a run is not finished before its last checkpoint is written
     result = {
       **score(splits.test, logits),
       **summarise(config, log.records),
@@ -329,10 +378,22 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       pictures.save_curves(workdir / "curves.png", log.records)
       pictures.save_learning_rate(workdir / "learning_rate.png", log.records)
     say_result(log, result, workdir)
-  finally:
-    checkpoints.close()
-    log.close()
   return result
+
+
+def _describe_non_finite(
+  error: NonFinite, feed: Feed, num_seeds: int, workdir: pathlib.Path
+) -> UserError:
+  path = save_post_mortem(
+    workdir,
+    step=error.step,
+    state=take_seed(error.state, num_seeds, error.number),
+    batch=feed.look_up(error.step, error.number),
+  )
+  return UserError(
+    f"{error}. The checkpoints are kept, and {str(path)!r} has the state before that step and its "
+    "batch. Lower optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
+  )
 
 
 def _create_feed(config: ConfigDict, split: Split, *, mean: tuple[float, ...], mesh: Mesh) -> Feed:
@@ -349,7 +410,7 @@ def _create_feed(config: ConfigDict, split: Split, *, mean: tuple[float, ...], m
 def _check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
   smoothing = config.loss.label_smoothing
   require(config.total_epochs > 0, "total_epochs", config.total_epochs, "1 or more")
-  require(config.checkpoint.every > 0, "checkpoint.every", config.checkpoint.every, "1 or more")
+  require(config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "1 or more")
   require(0 <= config.ema.decay < 1, "ema.decay", config.ema.decay, "at least 0 and below 1")
   require(0 <= smoothing < 1, "loss.label_smoothing", smoothing, "at least 0 and below 1")
   require(

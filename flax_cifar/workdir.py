@@ -1,12 +1,15 @@
 """The folder of a run: which run it holds, and whether this config may go on in it."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
-from typing import Any
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
 
 from flax_cifar.errors import UserError, list_differences
 
@@ -17,6 +20,8 @@ FREE_KEYS = (
 )
 # A longer run also goes on where the shorter one ended.
 RESUME_KEYS = (*FREE_KEYS, "total_epochs")
+LOCK = "lock"
+FIRST_FILES = (LOCK, "config.part")  # all there is where a run was killed as it began
 MIN_FREE_BYTES = 100 * 2**20  # checkpoints of the largest network stay under a tenth of this
 
 
@@ -47,15 +52,10 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Checks that `workdir` is new or holds a run of `config`; writes nothing.
 
   Raises:
-    UserError: it holds a run of another config, something that is no run, or the disk is full.
+    UserError: it holds a run of another config, something that is no run, or another process
+      trains there; it cannot be written to, or the disk is full.
   """
-  saved = _read_json(workdir / "config.json")
-  if saved is not None:
-    _check_same_config(workdir, saved, config)
-  elif workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
-    raise UserError(
-      f"workdir {str(workdir)!r} holds files that are no run of ours; choose another --workdir."
-    )
+  _check_config(workdir, config)
   folder = next(p for p in (workdir, *workdir.absolute().parents) if p.is_dir())
   if not os.access(folder, os.W_OK):
     raise UserError(f"{str(folder)!r} is not writable; choose another --workdir.")
@@ -65,6 +65,8 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       f"only {free / 2**20:.0f} MiB are free on the disk of {str(folder)!r}; free "
       f"{MIN_FREE_BYTES // 2**20} MiB or choose a --workdir on another disk."
     )
+  if (workdir / LOCK).exists():
+    _lock(workdir).close()
 
 
 def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -72,20 +74,73 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
   return _read_json(workdir / "result.json")
 
 
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[None]:
+  """Makes `workdir`, writes the config there and keeps other processes out.
+
+  The kernel ends the lock with the process, however that ends, so none is left behind.
+
+  Raises:
+    UserError: another process trains there, or has done so with another config since the check.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with _lock(workdir) as file:
+    _check_config(workdir, config)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    write_json(workdir / "config.json", config)
+    yield
+
+
+def _lock(workdir: pathlib.Path) -> TextIO:
+  """The open lock file; closing it ends the lock."""
+  file = (workdir / LOCK).open("a+")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    file.seek(0)
+    owner = file.read() or "another process"
+    file.close()
+    raise UserError(
+      f"workdir {str(workdir)!r} is in use by {owner}; wait for it, stop it, or choose another "
+      "--workdir."
+    ) from error
+  return file
+
+
+@contextlib.contextmanager
+def explain_failed_writes(workdir: pathlib.Path) -> Iterator[None]:
+  """Turns an OSError into a UserError that says what to do."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"workdir {str(workdir)!r} cannot be written to ({error}); what is saved there stays. Make "
+      "room, or the folder writable, and the same command goes on from the last checkpoint."
+    ) from error
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
   try:
-    return json.loads(path.read_text())
+    return dict(json.loads(path.read_text()))
   except (FileNotFoundError, NotADirectoryError):
     return None
-  except ValueError as error:
+  except (OSError, ValueError, TypeError) as error:
     raise UserError(
       f"{str(path)!r} is damaged ({error}); restore it or choose another --workdir."
     ) from error
 
 
-def _check_same_config(
-  workdir: pathlib.Path, saved: Mapping[str, Any], config: Mapping[str, Any]
-) -> None:
+def _check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  saved = _read_json(workdir / "config.json")
+  if saved is None:
+    files = [workdir] if workdir.is_file() else list(workdir.glob("*"))
+    if any(file.name not in FIRST_FILES for file in files):
+      raise UserError(
+        f"workdir {str(workdir)!r} holds files that are no run of ours; choose another --workdir."
+      )
+    return
   changes = list_differences(
     without(flatten(saved), RESUME_KEYS), without(flatten(config), RESUME_KEYS)
   )

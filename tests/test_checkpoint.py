@@ -1,6 +1,5 @@
 """Checkpoints: what is saved comes back, latest and best are kept, strangers are refused."""
 
-import shutil
 
 import jax
 import numpy as np
@@ -43,10 +42,10 @@ def leaves(state):
 
 def save(folder, *steps):
   """Saves (step, accuracy) pairs; accuracy None is a save within an epoch."""
-  checkpoints = Checkpoints(folder)
+  checkpoints = Checkpoints(folder, keep=1)
   for step, accuracy in steps:
     scores = None if accuracy is None else {"loss": 1.0, "accuracy": accuracy}
-    checkpoints.save(step, create(seed=step), TOTALS, scores)
+    checkpoints.save(step, create(seed=step), TOTALS, [{"step": step}], scores)
   checkpoints.close()
 
 
@@ -57,20 +56,22 @@ def kept(folder):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_everything_comes_back_on_any_number_of_devices(tmp_path, devices):
   save(tmp_path / "c", (7, 0.5))
-  checkpoints = Checkpoints(tmp_path / "c")
-  state, totals = checkpoints.restore_or(create(), create_totals(1), create_mesh(devices))
+  checkpoints = Checkpoints(tmp_path / "c", keep=1)
+  state, totals, records = checkpoints.restore_or(create(), create_totals(1), create_mesh(devices))
   checkpoints.close()
   assert totals == TOTALS
+  assert records == [{"step": 7}]
   assert len(state.params["head"]["conv"]["kernel"].sharding.device_set) == devices
   for saved, restored in zip(leaves(create(seed=7)), leaves(state), strict=True):
     np.testing.assert_array_equal(saved, restored)
 
 
 def test_without_a_checkpoint_the_arguments_come_back(tmp_path):
-  checkpoints = Checkpoints(tmp_path / "c")
-  state, totals = checkpoints.restore_or(create(), create_totals(1), create_mesh(1))
+  checkpoints = Checkpoints(tmp_path / "c", keep=1)
+  state, totals, records = checkpoints.restore_or(create(), create_totals(1), create_mesh(1))
   checkpoints.close()
   assert totals == create_totals(1)
+  assert records == []
   for given, returned in zip(leaves(create()), leaves(state), strict=True):
     np.testing.assert_array_equal(given, returned)
 
@@ -82,14 +83,14 @@ def test_state_may_be_donated_right_after_save(tmp_path):
   )
   state = jax.device_put(create(features=600))
   expected = leaves(state)
-  checkpoints = Checkpoints(tmp_path / "c")
-  checkpoints.save(1, state, TOTALS, None)
+  checkpoints = Checkpoints(tmp_path / "c", keep=1)
+  checkpoints.save(1, state, TOTALS, [])
   params = state.params
   for _ in range(20):
     params = scramble(params)
   checkpoints.close()
-  checkpoints = Checkpoints(tmp_path / "c")
-  restored, _ = checkpoints.restore_or(create(features=600), create_totals(1), create_mesh(1))
+  checkpoints = Checkpoints(tmp_path / "c", keep=1)
+  restored, _, _ = checkpoints.restore_or(create(features=600), create_totals(1), create_mesh(1))
   checkpoints.close()
   for saved, back in zip(expected, leaves(restored), strict=True):
     np.testing.assert_array_equal(saved, back)
@@ -124,22 +125,8 @@ def test_another_network_is_refused(tmp_path, network, message):
   from flax_cifar.models.norms import NoNorm
 
   save(tmp_path / "c", (1, 0.3))
-  checkpoints = Checkpoints(tmp_path / "c")
+  checkpoints = Checkpoints(tmp_path / "c", keep=1)
   other = create(**{k: NoNorm if v == "none" else v for k, v in network.items()})
   with pytest.raises(UserError, match=f"another network: .*{message}"):
     checkpoints.restore_or(other, create_totals(1), create_mesh(1))
-  checkpoints.close()
-
-
-@pytest.mark.parametrize("victim", ["default/manifest.ocdbt", "default/_METADATA", "default/d"])
-def test_damage_is_named(tmp_path, victim):
-  save(tmp_path / "c", (1, 0.3))
-  path = tmp_path / "c" / "1" / victim
-  if path.is_dir():
-    shutil.rmtree(path)
-  else:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  checkpoints = Checkpoints(tmp_path / "c")
-  with pytest.raises(UserError, match=r"checkpoint '.*/1' (is damaged|cannot be read)"):
-    checkpoints.restore_or(create(), create_totals(1), create_mesh(1))
   checkpoints.close()

@@ -120,13 +120,18 @@ def test_each_seed_has_its_own_order():
       np.testing.assert_array_equal(order[number], own)
 
 
-@pytest.mark.parametrize("num_seeds", [1, 2])
-def test_the_sample_is_the_first_seeds_first_batch(num_seeds):
-  one, feed = create(augment=FLIP), create(augment=FLIP, num_seeds=num_seeds)
-  sample = feed.get_sample(feed.first_inputs())
-  batch = one.get_batch(jax.random.key(0), np.int32(0), one.first_inputs())
-  for name in ("image", "label"):
-    np.testing.assert_array_equal(sample[name], batch[name])
+@pytest.mark.parametrize("number", [0, 1])
+def test_any_batch_can_be_looked_up(number):
+  """Also that of one among several seeds."""
+  split = make_split()
+  one, both = create(seed=number, augment=FLIP), create(augment=FLIP, num_seeds=2)
+  for step in range(2 * one.steps_per_epoch):
+    found = both.look_up(step, number)
+    [(_, inputs)] = one.calls(range(step, step + 1))
+    batch = one.get_batch(jax.random.key(number), np.int32(step), inputs)
+    for name in ("image", "label"):
+      np.testing.assert_array_equal(found[name], batch[name])
+    np.testing.assert_array_equal(found["label"], split.labels[found["example"]])
 
 
 def test_the_host_feed_goes_on_where_it_was():
@@ -138,7 +143,9 @@ def test_the_host_feed_goes_on_where_it_was():
   for step, (_, inputs) in enumerate(calls, 3):
     np.testing.assert_array_equal(inputs["label"], batches[step]["label"])
     np.testing.assert_array_equal(inputs["image"], batches[step]["image"])
-  np.testing.assert_array_equal(feed.get_sample(feed.first_inputs())["label"], batches[0]["label"])
+  found = feed.look_up(7)
+  np.testing.assert_array_equal(found["image"], batches[7]["image"])
+  np.testing.assert_array_equal(found["image"], make_split().images[found["example"]])
 
 
 def test_more_than_there_is_in_a_batch_is_an_error():

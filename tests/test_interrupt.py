@@ -1,30 +1,41 @@
-"""The first signal is remembered, the second acts.
-
-They are raised in this thread: sent to a process with many threads, two may arrive as one.
-"""
+"""The first signal is remembered, the second ends the process."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from flax_cifar.interrupt import InterruptGuard
+from flax_cifar.interrupt import SIGNALS, InterruptGuard
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_is_remembered(signum):
-  before = signal.getsignal(signum)
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_the_first_signal_is_remembered_and_announced(signum, capfd):
+  before = [signal.getsignal(each) for each in SIGNALS]
   with InterruptGuard() as guard:
     assert guard.signum is None
+    assert not guard.is_caught()
     signal.raise_signal(signum)
     assert guard.signum == signum
-  assert signal.getsignal(signum) is before
+    assert guard.is_caught()
+  assert [signal.getsignal(each) for each in SIGNALS] == before
+  assert f"{signum.name}: saving after this step" in capfd.readouterr().err
 
 
-def test_second_signal_acts_as_usual():
-  def press_twice():
-    with InterruptGuard():
-      signal.raise_signal(signal.SIGINT)
-      signal.raise_signal(signal.SIGINT)
-
-  with pytest.raises(KeyboardInterrupt):
-    press_twice()
+@pytest.mark.parametrize("second", SIGNALS)
+def test_the_second_signal_ends_the_process_at_once(second):
+  """Whatever it is doing: here it is within a `finally`."""
+  code = f"""
+import signal, time
+from flax_cifar.interrupt import InterruptGuard
+with InterruptGuard():
+  signal.raise_signal(signal.SIGTERM)
+  try:
+    print("alive", flush=True)
+    signal.raise_signal({int(second)})
+  finally:
+    print("too late", flush=True)
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  assert done.returncode == -second  # a shell makes 128 + N of it
+  assert done.stdout == "alive\n"

@@ -26,8 +26,10 @@ def lines(path):
   return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def open_log(path, step=0, tensorboard=False):
-  return RunLog(path, step=step, total_epochs=12, tensorboard=tensorboard)
+def open_log(path, records=(), tensorboard=False):
+  return RunLog(
+    path, records=list(records), step=10 * len(records), total_epochs=12, tensorboard=tensorboard
+  )
 
 
 def test_a_line_holds_the_means(tmp_path):
@@ -76,18 +78,20 @@ def test_without_validation_nothing_is_claimed(tmp_path):
   assert not any(name.startswith("validation") for name in lines(tmp_path)[0])
 
 
-def test_resuming_drops_what_will_be_made_again(tmp_path):
+def test_resuming_goes_on_from_the_records_of_the_checkpoint(tmp_path):
+  """Whatever has become of the file."""
   log = open_log(tmp_path)
   for epoch in (1, 2, 3):
     write(log, epoch)
   log.close()
-  with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"epoch": 4, "st')  # a crash cut this line off
-  log = open_log(tmp_path, step=25)
-  assert [record["epoch"] for record in log.records] == [1, 2]
+  known = lines(tmp_path)[:2]
+  (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "st')
+  log = open_log(tmp_path, records=known)
+  assert lines(tmp_path) == known
   write(log, 3)
   log.close()
   assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3]
+  assert len(known) == 2
 
 
 def test_the_screen_shows_percent_and_speed(tmp_path, capsys):

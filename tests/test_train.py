@@ -3,7 +3,6 @@
 import functools
 import json
 import signal
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,10 @@ import optax
 import pytest
 
 from flax_cifar import train
-from flax_cifar.checkpoint import Checkpoints
 from flax_cifar.data.feeds import DeviceFeed, HostFeed
 from flax_cifar.data.splits import load_splits
 from flax_cifar.errors import UserError
+from flax_cifar.evaluate import never
 from flax_cifar.interrupt import Interrupted
 from flax_cifar.metrics import create_totals
 from flax_cifar.models import MODELS
@@ -56,13 +55,31 @@ def lines(workdir):
   ]
 
 
-def saved_params(workdir, step):
-  """The checkpointed parameters, read by Orbax alone."""
+def load_checkpoint(workdir, step):
+  """The train state as nested dictionaries, read by Orbax alone."""
   import orbax.checkpoint as ocp
 
-  path = (workdir / "checkpoints" / str(step) / "default").absolute()
-  tree = ocp.StandardCheckpointer().restore(path)
-  return jax.tree.leaves(tree["state"]["params"])
+  path = (workdir / "checkpoints" / str(step) / "state").absolute()
+  return ocp.StandardCheckpointer().restore(path)
+
+
+def flat_checkpoint(workdir, step):
+  """{"params/unit/conv/kernel": array, ...}; the key as its data."""
+  leaves = jax.tree_util.tree_leaves_with_path(load_checkpoint(workdir, step))
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
+      jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    )
+    for path, leaf in leaves
+  }
+
+
+def saved_params(workdir, step):
+  return jax.tree.leaves(load_checkpoint(workdir, step)["params"])
+
+
+def checkpoint_steps(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def interrupt_at(monkeypatch, step):
@@ -94,11 +111,8 @@ def test_a_run_learns_and_leaves_everything(tmp_path, data):
 
 def test_reported_accuracy_is_that_of_the_saved_parameters(tmp_path, data):
   """Recomputes the forward pass in float64 NumPy from the checkpoint."""
-  import orbax.checkpoint as ocp
-
   result = run(tmp_path / "run", data, **{"model.norm": "none", "total_epochs": 4})
-  path = (tmp_path / "run" / "checkpoints" / "20" / "default").absolute()
-  params = ocp.StandardCheckpointer().restore(path)["state"]["params"]
+  params = load_checkpoint(tmp_path / "run", 20)["params"]
   arrays = np.load(data.removeprefix("npz:"))
   pixels = arrays["train_images"].astype(np.float64) / 255
   x = (arrays["test_images"] / 255 - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))
@@ -202,7 +216,7 @@ def test_an_epoch_waits_for_all_steps_but_the_last(monkeypatch):
   monkeypatch.setattr(jax, "block_until_ready", lambda calls: waited.extend(calls))
 
   def steps_fn(state, inputs, length):
-    made.append({"loss_sum": np.ones(length), "count": np.ones(length), "correct": np.ones(length)})
+    made.append({name: np.ones(length) for name in ("loss_sum", "count", "correct", "finite")})
     assert len(waited) == max(0, len(made) - 2)
     return state, made[-1]
 
@@ -213,7 +227,7 @@ def test_an_epoch_waits_for_all_steps_but_the_last(monkeypatch):
     create_totals(1),
     [(3, None), (3, None), (3, None), (1, None)],
     done=20,
-    guard=SimpleNamespace(signum=None),
+    stop=never,
     report=lambda totals, steps: reports.append(steps),
   )
   assert waited == made[:-1]
@@ -308,28 +322,78 @@ def test_more_epochs_go_on_where_a_finished_run_ended(tmp_path, data):
   assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 5])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, monkeypatch, steps_per_call):
-  """The checkpoint of the epoch before stays."""
+BAD_STEP = 7
+
+
+def spoil_step(monkeypatch, what):
+  """Makes the loss or the gradient of BAD_STEP not finite, for every seed."""
+  real = train.cross_entropy
+
+  @jax.custom_vjp
+  def spoil_gradient(logits, bad):
+    return logits
+
+  spoil_gradient.defvjp(
+    lambda logits, bad: (logits, bad), lambda bad, g: (jnp.where(bad, jnp.inf, g), None)
+  )
   real_step = train.train_step
 
-  def bad_step(state, batch, **kwargs):
-    new, totals = real_step(state, batch, **kwargs)
-    bad = jnp.where(state.step == 7, jnp.nan, 0.0)
-    return new, totals | {"loss_sum": totals["loss_sum"] + bad}
+  def step(state, batch, **kwargs):
+    bad = state.step == BAD_STEP
 
-  monkeypatch.setattr(train, "train_step", bad_step)
-  with pytest.raises(UserError, match="loss became nan at step 8;"):
-    run(tmp_path / "run", data, steps_per_call=steps_per_call)
-  checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-  assert checkpoints.latest_step == STEPS_PER_EPOCH
-  checkpoints.close()
+    def cross_entropy(logits, targets):
+      if what == "gradient":
+        return real(spoil_gradient(logits, bad), targets)
+      return jnp.where(bad, jnp.nan, real(logits, targets))
+
+    monkeypatch.setattr(train, "cross_entropy", cross_entropy)
+    return real_step(state, batch, **kwargs)
+
+  monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.mark.parametrize(
+  ("what", "changes"),
+  [
+    ("loss", {}),
+    ("loss", {"steps_per_call": 5}),
+    ("gradient", {"augment.backend": "albumentations"}),
+    ("gradient", {"num_seeds": 2}),
+  ],
+)
+def test_a_step_that_is_not_finite_stops_the_run_and_can_be_looked_at(
+  tmp_path, data, monkeypatch, what, changes
+):
+  """What is dumped is the state before that step, as an undisturbed run stopped there has it."""
+  changes = {"ema.decay": 0.9, **changes}
+  with monkeypatch.context() as patch:
+    interrupt_at(patch, BAD_STEP - 1)
+    with pytest.raises(Interrupted):
+      run(tmp_path / "good", data, **(changes | {"steps_per_call": 1}))
+  with monkeypatch.context() as patch:
+    spoil_step(patch, what)
+    with pytest.raises(UserError, match=r"not finite at step 8\..*nonfinite-step-8.npz"):
+      run(tmp_path / "run", data, **changes)
+  assert checkpoint_steps(tmp_path / "run") == [STEPS_PER_EPOCH]
   assert [line["epoch"] for line in lines(tmp_path / "run")] == [1]
+
+  dump = dict(np.load(tmp_path / "run" / "nonfinite-step-8.npz"))
+  good = flat_checkpoint(tmp_path / "good", BAD_STEP)
+  assert int(dump["state/step"]) == BAD_STEP
+  assert not dump["state/finite"]
+  for name in good.keys() - {"finite"}:
+    wanted = good[name][0] if "num_seeds" in changes else good[name]
+    # Not bit for bit: the spoiled step is another program.
+    np.testing.assert_allclose(dump[f"state/{name}"], wanted, rtol=1e-5, atol=1e-7, err_msg=name)
+  split = load_splits(protocol="honest", **get_config(data).data).train
+  np.testing.assert_array_equal(dump["label"], split.labels[dump["example"]])
+  flipped = np.stack([dump["image"], dump["image"][:, :, ::-1]])
+  assert (flipped == split.images[dump["example"]]).all((2, 3, 4)).any(0).all()
 
 
 def test_a_learning_rate_far_too_high_is_reported(tmp_path, data):
   changes = {"optimizer.learning_rate": 1e30, "model.norm": "none"}
-  with pytest.raises(UserError, match=r"loss became (nan|inf) at step \d+.*learning_rate"):
+  with pytest.raises(UserError, match=r"not finite at step \d+\..*learning_rate"):
     run(tmp_path / "run", data, **changes)
 
 
@@ -382,6 +446,9 @@ def test_plateau_cuts_the_learning_rate(tmp_path, data):
     ({"eval_batch_size": 0}, "eval_batch_size=0"),
     ({"total_epochs": 0}, "total_epochs=0"),
     ({"checkpoint.every": 0}, "checkpoint.every=0"),
+    ({"checkpoint.every_steps": -1}, "checkpoint.every_steps=-1"),
+    ({"checkpoint.every_minutes": -0.5}, "checkpoint.every_minutes=-0.5"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep=0"),
     ({"ema.decay": 1.0}, "ema.decay=1.0"),
     ({"num_devices": 9}, "num_devices=9"),
     ({"data.validation_size": 0, "schedule.name": "plateau"}, "data.validation_size=0"),

@@ -3,7 +3,8 @@
 Every feed has
   steps_per_epoch, steps_per_call
   first_inputs()      the inputs of the run's first call
-  get_sample(inputs)  the first batch they lead to, on the host; that of the first seed
+  look_up(step)       the batch of a step on the host, and as `example` which ones of the split they
+                      are; an argument `number` chooses among several seeds
   calls(steps)        yields, for each call of the compiled steps, how many they are and the inputs
   get_batch           (key, step, inputs) -> batch, inside the compiled steps
   seed_axes           where the inputs have an axis for the seeds, as `jax.vmap` takes it
@@ -23,7 +24,7 @@ from flax_cifar.data.dataset import Split
 from flax_cifar.data.pipeline import TrainBatches, count_steps, iterate
 from flax_cifar.errors import choose, require
 from flax_cifar.partition import replicated, split_batch
-from flax_cifar.seeds import create_keys, first_seed, over_seeds
+from flax_cifar.seeds import create_keys, over_seeds, take_seed
 
 Batch = dict[str, Any]  # image uint8 (N, H, W, C) and label int32 (N,)
 Call = tuple[int, Batch]
@@ -47,10 +48,10 @@ class HostFeed:
     """The first batch."""
     return jax.device_put(self._batches[0], self._sharding)
 
-  @staticmethod
-  def get_sample(inputs: Batch) -> Batch:
-    """The inputs are the batch."""
-    return jax.device_get(inputs)
+  def look_up(self, step: int, number: int = 0) -> Batch:
+    """Makes the batch once more."""
+    del number  # there is one seed
+    return {**self._batches[step], "example": self._batches.get_examples(step)}
 
   def calls(self, steps: range) -> Iterator[Call]:
     """One call for each step of the run in `steps`, which go on where the last ones ended."""
@@ -105,10 +106,13 @@ class DeviceFeed:
     """The split and the order of epoch 0."""
     return self._get_inputs(0)
 
-  def get_sample(self, inputs: Batch) -> Batch:
+  def look_up(self, step: int, number: int = 0) -> Batch:
     """Compiles and runs `get_batch` by itself."""
-    order, key = first_seed((inputs["order"], self._keys), self._num_seeds)
-    return jax.device_get(jax.jit(self.get_batch)(key, 0, {**inputs, "order": order}))
+    epoch, position = divmod(step, self.steps_per_epoch)
+    inputs = self._get_inputs(epoch)
+    order, key = take_seed((inputs["order"], self._keys), self._num_seeds, number)
+    batch = jax.jit(self.get_batch)(key, step, {**inputs, "order": order})
+    return jax.device_get({**batch, "example": order[position]})
 
   def calls(self, steps: range) -> Iterator[Call]:
     """Calls for the steps of the run in `steps`, all of one epoch; the last one may be shorter."""

@@ -57,14 +57,19 @@ class TrainBatches:
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     """image uint8 (B, H, W, C) and label int32 (B,) for `step` (from 0)."""
-    epoch, position = divmod(int(step), self.steps_per_epoch)
-    order = epoch_permutation(seed=self._seed, epoch=epoch, num_examples=len(self._split))
-    index = order[position * self._batch_size :][: self._batch_size]
+    index = self.get_examples(step)
     images = self._split.images[index]
     if self._augment:
+      epoch = int(step) // self.steps_per_epoch
       streams = ((self._seed, epoch, int(i)) for i in index)
       images = np.stack([self._augment(*pair) for pair in zip(images, streams, strict=True)])
     return {"image": images, "label": self._split.labels[index]}
+
+  def get_examples(self, step: int) -> np.ndarray:
+    """Which examples of the split are the batch of `step`: int64 (B,)."""
+    epoch, position = divmod(int(step), self.steps_per_epoch)
+    order = epoch_permutation(seed=self._seed, epoch=epoch, num_examples=len(self._split))
+    return order[position * self._batch_size :][: self._batch_size]
 
 
 def iterate(
