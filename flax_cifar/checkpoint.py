@@ -91,6 +91,7 @@ class Checkpoints:
     means = validation and {name: float(np.mean(value)) for name, value in validation.items()}
     with self._explain_failure():
       if step == self.latest_step:
+        self._manager.wait_until_finished()
         self._manager.delete(step)
       self._manager.save(step, args=items, metrics=means)
     self._saved = (step, len(records))

@@ -22,7 +22,7 @@ def run(main: Callable[[ConfigDict], None]) -> None:
 
   def guarded(argv: list[str]) -> None:
     del argv
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs the traceback of what it raises as well
     try:
       main(CONFIG.value)
     except UserError as error:

@@ -53,6 +53,7 @@ from flax_cifar.state import (
   create_train_state,
   update_ema,
 )
+from flax_cifar.weights import save_weights
 from flax_cifar.workdir import (
   check_workdir,
   explain_failed_writes,
@@ -362,6 +363,15 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       )
     except Stopped:
       raise Interrupted(guard.signum or 0, done) from None
+    save_weights(
+      workdir / "weights.safetensors",
+      first_seed(state.eval_variables, num_seeds),
+      config=config.to_dict(),
+      class_names=splits.class_names,
+      image_shape=splits.image_shape,
+      mean=mean,
+      std=std,
+    )
     checkpoints.wait()  # a run is not finished before its last checkpoint is written
     result = {
       **score(splits.test, logits),

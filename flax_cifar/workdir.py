@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -42,10 +43,14 @@ def without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
-  """runs/NAME-HASH: the same config finds its own run again, another one never gets in its way."""
+  """runs/NAME-HASH: the same config finds its own run again, another one never gets in its way.
+
+  What has no place in a folder's name becomes "_", so that no name leads out of runs/.
+  """
   text = json.dumps(without(flatten(config), FREE_KEYS), sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-  return pathlib.Path("runs") / f"{config['name'] or 'run'}-{digest}"
+  name = re.sub(r"[^\w.,=+-]+", "_", config["name"], flags=re.ASCII)[:100] or "run"
+  return pathlib.Path("runs") / f"{name}-{digest}"
 
 
 def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

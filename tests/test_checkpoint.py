@@ -1,16 +1,19 @@
 """Checkpoints: what is saved comes back, latest and best are kept, strangers are refused."""
 
+import shutil
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from flax_cifar.checkpoint import Checkpoints
+from flax_cifar import checkpoint
+from flax_cifar.checkpoint import Checkpoints, SaveRhythm
 from flax_cifar.errors import UserError
 from flax_cifar.metrics import create_totals
 from flax_cifar.partition import create_mesh
 from flax_cifar.schedules import create_plateau
+from flax_cifar.seal import SEAL
 from flax_cifar.state import create_train_state
 from tests.tiny import IMAGE_SIZE, TinyNet
 
@@ -130,3 +133,148 @@ def test_another_network_is_refused(tmp_path, network, message):
   with pytest.raises(UserError, match=f"another network: .*{message}"):
     checkpoints.restore_or(other, create_totals(1), create_mesh(1))
   checkpoints.close()
+
+
+def files_of(path):
+  """The files that hold something, in every folder of a checkpoint."""
+  return sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+
+
+def damage(file, how):
+  content = bytearray(file.read_bytes())
+  if how == "deleted":
+    file.unlink()
+  elif how == "flipped":
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+  else:
+    file.write_bytes(content[: {"emptied": 0, "halved": len(content) // 2, "cut": -1}[how]])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  """Checkpoints of the steps 1 and 2."""
+  folder = tmp_path_factory.mktemp("two") / "c"
+  checkpoints = Checkpoints(folder, keep=2)
+  for step in (1, 2):
+    checkpoints.save(step, create(seed=step), TOTALS, [{"step": step}])
+  checkpoints.close()
+  return folder
+
+
+def restore(folder, like=None):
+  checkpoints = Checkpoints(folder, keep=2)
+  try:
+    return checkpoints.restore_or(like or create(), create_totals(1), create_mesh(1))
+  finally:
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied", "halved", "cut", "flipped"])
+def test_the_one_before_takes_the_place_of_a_damaged_one(tmp_path, two, how, capsys):
+  """Whichever file is hit. Those that need no seal do no harm."""
+  harmless = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+  seen = set()
+  for number, name in enumerate(files_of(two / "2")):
+    folder = tmp_path / str(number) / "c"
+    shutil.copytree(two, folder)
+    damage(folder / "2" / name, how)
+    whole = (name.name in harmless and len(name.parts) == 1) or (how, name.name) == ("cut", SEAL)
+    state, totals, records = restore(folder)
+    expected = 2 if whole else 1
+    assert records == [{"step": expected}], name
+    assert totals == TOTALS
+    for saved, back in zip(leaves(create(seed=expected)), leaves(state), strict=True):
+      np.testing.assert_array_equal(saved, back)
+    assert ("is damaged" in capsys.readouterr().err) != whole
+    assert (tmp_path / str(number) / "damaged" / "2").is_dir() != whole
+    seen.add(whole)
+  assert seen == {True, False}
+
+
+def test_without_any_good_one_it_is_an_error(tmp_path, two):
+  shutil.copytree(two, tmp_path / "c")
+  for step in "12":
+    (tmp_path / "c" / step / "log" / "metadata").unlink()
+  with pytest.raises(UserError, match=r"no checkpoint is left: .*/1' is damaged .*/2' is damaged"):
+    restore(tmp_path / "c")
+  assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["1", "2"]
+
+
+def test_an_incomplete_higher_step_neither_wins_nor_blocks(tmp_path, two):
+  """Orbax takes the highest number for the latest step, and would save none below it."""
+  shutil.copytree(two, tmp_path / "c")
+  (tmp_path / "c" / "99" / "state").mkdir(parents=True)
+  shutil.copytree(two / "2" / "state", tmp_path / "c" / "50" / "state")
+  (tmp_path / "c" / "7.orbax-checkpoint-tmp").mkdir()
+  checkpoints = Checkpoints(tmp_path / "c", keep=2)
+  assert checkpoints.latest_step == 2
+  checkpoints.save(3, create(seed=3), TOTALS, [])
+  checkpoints.close()
+  assert kept(tmp_path / "c") == [2, 3]
+
+
+def test_the_end_of_an_epoch_replaces_what_was_saved_before_its_validation(tmp_path):
+  checkpoints = Checkpoints(tmp_path / "c", keep=2)
+  checkpoints.save(5, create(seed=1), TOTALS, [])
+  checkpoints.save(5, create(seed=2), create_totals(1), [{"step": 5}])
+  checkpoints.save(5, create(seed=3), create_totals(1), [{"step": 5}])  # nothing new
+  checkpoints.close()
+  state, totals, records = restore(tmp_path / "c")
+  assert records == [{"step": 5}]
+  assert totals == create_totals(1)
+  for saved, back in zip(leaves(create(seed=2)), leaves(state), strict=True):
+    np.testing.assert_array_equal(saved, back)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_so_many_are_kept_and_the_best(tmp_path, keep):
+  checkpoints = Checkpoints(tmp_path / "c", keep=keep)
+  for step, accuracy in enumerate((0.3, 0.9, 0.5, 0.6, 0.4, 0.2)):
+    scores = {"loss": 1.0, "accuracy": accuracy}
+    checkpoints.save(step, create(), TOTALS, [{"step": step}], scores)
+  checkpoints.close()
+  assert kept(tmp_path / "c") == [1, *range(6 - keep, 6)]
+
+
+def test_a_failed_save_keeps_the_ones_before(tmp_path, two, monkeypatch):
+  def fail(path):
+    raise OSError(28, "No space left on device")
+
+  shutil.copytree(two, tmp_path / "c")
+  monkeypatch.setattr(checkpoint, "write_seal", fail)
+  checkpoints = Checkpoints(tmp_path / "c", keep=2)
+  checkpoints.save(3, create(seed=3), TOTALS, [])
+  with pytest.raises(UserError, match=r"could not be written to '.*/c' .*No space left.*Make room"):
+    checkpoints.wait()
+  checkpoints.close()
+  monkeypatch.undo()
+  assert (tmp_path / "c" / "1").is_dir()
+  assert not (tmp_path / "c" / "3").exists()
+  assert restore(tmp_path / "c")[2] == [{"step": 2}]
+
+
+class TestSaveRhythm:
+  def test_epochs(self):
+    rhythm = SaveRhythm(every=3, every_steps=0, every_minutes=0.0)
+    assert [e for e in range(1, 10) if rhythm.is_due(5 * e, e)] == [3, 6, 9]
+    assert not rhythm.is_due(15, None)
+    assert rhythm.next_step(7, 10) == 10
+
+  def test_steps(self):
+    rhythm = SaveRhythm(every=99, every_steps=4, every_minutes=0.0)
+    assert [rhythm.next_step(done, 10) for done in (0, 3, 4, 8, 9)] == [4, 4, 8, 10, 10]
+    assert rhythm.is_due(8, None)
+    assert not rhythm.is_due(10, 2)
+
+  def test_minutes(self, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    rhythm = SaveRhythm(every=99, every_steps=0, every_minutes=2.0)
+    due = []
+    for seconds in range(0, 600, 50):
+      now[0] = float(seconds)
+      if rhythm.is_time():
+        assert rhythm.is_due(seconds, None)
+        due.append(seconds)
+    assert due == [150, 300, 450]

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,90 +10,28 @@ import optax
 import pytest
 
 from flax_cifar import train
-from flax_cifar.data.feeds import DeviceFeed, HostFeed
 from flax_cifar.data.splits import load_splits
 from flax_cifar.errors import UserError
 from flax_cifar.evaluate import never
 from flax_cifar.interrupt import Interrupted
 from flax_cifar.metrics import create_totals
-from flax_cifar.models import MODELS
 from flax_cifar.partition import create_mesh
 from flax_cifar.schedules import create_plateau
 from flax_cifar.state import create_train_state
+from tests.runs import (
+  AVERAGE_AND_PLATEAU,
+  LAST_STEP,
+  STEPS_PER_EPOCH,
+  checkpoint_steps,
+  flat_checkpoint,
+  interrupt_at,
+  lines,
+  load_checkpoint,
+  run,
+)
 from tests.tiny import IMAGE_SIZE, TinyNet, get_config, write_data
 
-STEPS_PER_EPOCH = 5  # 96 - 16 train images in batches of 16
-# Whatever a state can hold; no epoch improves by half, so the learning rate drops.
-AVERAGE_AND_PLATEAU = {
-  "ema.decay": 0.9,
-  "schedule.name": "plateau",
-  "schedule.plateau.patience": 0,
-  "schedule.plateau.threshold": 0.5,
-}
-
-
-@pytest.fixture(autouse=True)
-def tiny_model(monkeypatch):
-  monkeypatch.setitem(MODELS, "tiny", TinyNet)
-
-
-@pytest.fixture
-def data(tmp_path):
-  return write_data(tmp_path / "tiny.npz")
-
-
-def run(workdir, data, **changes):
-  return train.train_and_evaluate(get_config(data, **changes), workdir)
-
-
-def lines(workdir):
-  """metrics.jsonl without its clocks."""
-  records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [
-    {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records
-  ]
-
-
-def load_checkpoint(workdir, step):
-  """The train state as nested dictionaries, read by Orbax alone."""
-  import orbax.checkpoint as ocp
-
-  path = (workdir / "checkpoints" / str(step) / "state").absolute()
-  return ocp.StandardCheckpointer().restore(path)
-
-
-def flat_checkpoint(workdir, step):
-  """{"params/unit/conv/kernel": array, ...}; the key as its data."""
-  leaves = jax.tree_util.tree_leaves_with_path(load_checkpoint(workdir, step))
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
-      jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    )
-    for path, leaf in leaves
-  }
-
-
-def saved_params(workdir, step):
-  return jax.tree.leaves(load_checkpoint(workdir, step)["params"])
-
-
-def checkpoint_steps(workdir):
-  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def interrupt_at(monkeypatch, step):
-  """Sends SIGINT before the call that makes `step`."""
-  for feed in (HostFeed, DeviceFeed):
-    original = feed.calls
-
-    def calls(self, steps, original=original):
-      for length, inputs in original(self, steps):
-        if step in steps[:length]:
-          signal.raise_signal(signal.SIGINT)
-        steps = steps[length:]
-        yield length, inputs
-
-    monkeypatch.setattr(feed, "calls", calls)
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 def test_a_run_learns_and_leaves_everything(tmp_path, data):
@@ -106,6 +43,7 @@ def test_a_run_learns_and_leaves_everything(tmp_path, data):
   assert len(lines(tmp_path / "run")) == 12
   names = {path.name for path in (tmp_path / "run").iterdir()}
   assert names >= {"config.json", "summary.txt", "checkpoints", "metrics.jsonl", "result.json"}
+  assert names >= {"weights.safetensors", "lock"}
   assert names >= {"augmented.png", "curves.png", "learning_rate.png", "misclassified.png"}
 
 
@@ -138,37 +76,8 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, data):
   assert lines(tmp_path / "a") != lines(tmp_path / "c")
 
 
-@pytest.mark.parametrize(
-  ("backend", "steps_per_call", "optimizer", "stops"),
-  [
-    ("device", 1, "sgd", {0: 1, 4: 5, 7: 8, 14: 15}),
-    ("device", 3, "muon", {6: 8}),
-    ("albumentations", 1, "adamw", {4: 5, 7: 8}),
-  ],
-)
-def test_an_interrupted_run_ends_as_the_uninterrupted(
-  tmp_path, data, monkeypatch, backend, steps_per_call, optimizer, stops
-):
-  """`stops`: the step before whose call a signal comes, and the one that is saved."""
-  changes = {
-    "augment.backend": backend,
-    "steps_per_call": steps_per_call,
-    "optimizer.name": optimizer,
-    **AVERAGE_AND_PLATEAU,
-  }
-  whole, last = tmp_path / "whole", 3 * STEPS_PER_EPOCH
-  run(whole, data, **changes)
-  for step, saved in stops.items():
-    cut = tmp_path / f"cut-{step}"
-    with monkeypatch.context() as patch:
-      interrupt_at(patch, step)
-      with pytest.raises(Interrupted, match=f"saved at step {saved};"):
-        run(cut, data, **changes)
-    assert not (cut / "result.json").exists()
-    run(cut, data, **changes)
-    assert lines(whole) == lines(cut)
-    for a, b in zip(saved_params(whole, last), saved_params(cut, last), strict=True):
-      np.testing.assert_array_equal(a, b)
+def saved_params(workdir):
+  return jax.tree.leaves(load_checkpoint(workdir, LAST_STEP)["params"])
 
 
 def assert_nearly_equal(one, other):
@@ -185,7 +94,7 @@ def test_a_loop_in_one_call_gives_what_single_steps_give(tmp_path, data):
     run(tmp_path / str(steps_per_call), data, **changes)
   for one, three in zip(lines(tmp_path / "1"), lines(tmp_path / "3"), strict=True):
     assert_nearly_equal(one, three)
-  params = [saved_params(tmp_path / name, 3 * STEPS_PER_EPOCH) for name in ("1", "3")]
+  params = [saved_params(tmp_path / name) for name in ("1", "3")]
   for a, b in zip(*params, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -552,5 +461,5 @@ def test_bfloat16_stays_near_float32(tmp_path, data):
   assert exact != rounded
   for one, other in zip(exact, rounded, strict=True):
     assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.1)
-  last = saved_params(tmp_path / "bfloat16", 3 * STEPS_PER_EPOCH)
+  last = saved_params(tmp_path / "bfloat16")
   assert {leaf.dtype for leaf in last} == {np.dtype(np.float32)}

@@ -2,12 +2,23 @@
 
 import json
 import os
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from flax_cifar.errors import UserError
-from flax_cifar.workdir import check_workdir, default_workdir, flatten, write_json
+from flax_cifar.workdir import (
+  check_workdir,
+  default_workdir,
+  explain_failed_writes,
+  flatten,
+  open_workdir,
+  write_json,
+)
 from tests.tiny import get_config
 
 
@@ -90,6 +101,68 @@ def test_default_workdir_follows_what_is_computed():
   assert default_workdir(config(**{"augment.workers": 3})) == base
   others = {default_workdir(config(**change)) for change in ({"seed": 1}, {"total_epochs": 9})}
   assert len(others | {base}) == 3
+
+
+def test_only_one_process_may_use_a_folder(tmp_path):
+  """Neither the check before loading data nor the start itself lets another one in."""
+  with open_workdir(tmp_path / "run", config()):
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    owner = f"in use by process {os.getpid()} on "
+    with pytest.raises(UserError, match=owner):
+      check_workdir(tmp_path / "run", config())
+    with pytest.raises(UserError, match=owner), open_workdir(tmp_path / "run", config()):
+      pass
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+  check_workdir(tmp_path / "run", config())
+
+
+def test_a_dead_process_leaves_no_lock(tmp_path):
+  """Its note stays in the file, and is taken for what it is."""
+  code = f"""
+import os, pathlib, signal
+from flax_cifar.workdir import open_workdir
+with open_workdir(pathlib.Path({str(tmp_path / "run")!r}), {config()!r}):
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+  done = subprocess.run([sys.executable, "-c", code], timeout=60)
+  assert done.returncode == -signal.SIGKILL
+  assert (tmp_path / "run" / "lock").read_text().startswith("process ")
+  check_workdir(tmp_path / "run", config())
+  with open_workdir(tmp_path / "run", config()):
+    assert f"process {os.getpid()} on" in (tmp_path / "run" / "lock").read_text()
+
+
+def test_a_config_written_meanwhile_is_seen(tmp_path):
+  """Another run may begin and end there while this one loads its data."""
+  check_workdir(tmp_path / "run", config())
+  start(tmp_path / "run", config(seed=1))
+  with pytest.raises(UserError, match="another config"), open_workdir(tmp_path / "run", config()):
+    pass
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("left", [["lock"], ["lock", "config.part"], []])
+def test_a_run_killed_as_it_began_may_begin_again(tmp_path, left):
+  for name in left:
+    (tmp_path / name).write_text("{")
+  check_workdir(tmp_path, config())
+  with open_workdir(tmp_path, config()):
+    assert json.loads((tmp_path / "config.json").read_text())["name"] == "tiny"
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "7", "null", b"\xff\xfe", "{}}"])
+def test_json_that_is_no_object_is_damage(tmp_path, content):
+  (tmp_path / "config.json").write_bytes(
+    content if isinstance(content, bytes) else content.encode()
+  )
+  with pytest.raises(UserError, match=r"config.json' is damaged"):
+    check_workdir(tmp_path, config())
+
+
+def test_failed_writes_say_what_to_do(tmp_path):
+  message = r"cannot be written to \(.*No space left.*the same command"
+  with pytest.raises(UserError, match=message), explain_failed_writes(tmp_path):
+    pathlib.Path("/dev/full").write_text("x")
 
 
 def test_flatten_names_every_leaf():

@@ -1,0 +1,160 @@
+"""Evaluates saved weights, with nothing but their file and the data.
+
+  python -m flax_cifar.tools.evaluate --weights=runs/NAME/weights.safetensors
+
+The file names its data set, protocol and normalisation, so the images are those of the run. The
+test split is to be read once, when all has been chosen: the run itself has done so, and this
+program reads it only when --split=test asks for it, or where the run held no images out.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flax_cifar.command_line import leave
+from flax_cifar.errors import UserError, list_differences
+from flax_cifar.settings import apply_settings
+
+if TYPE_CHECKING:
+  from jax.sharding import Mesh
+
+  from flax_cifar.data.splits import Splits
+  from flax_cifar.weights import Weights
+
+SPLITS = ("validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What to evaluate; None leaves it to the weights' config."""
+
+  weights: pathlib.Path
+  data: str | None = None
+  data_dir: str | None = None
+  split: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Accuracy in [0, 1] and mean loss in nats of `count` images of `split`."""
+
+  split: str
+  data: str
+  count: int
+  accuracy: float
+  loss: float
+  peeked: bool  # the validation images were those of the test split, see `PROTOCOLS`
+
+
+def main() -> None:
+  try:
+    score = evaluate_weights(parse(sys.argv[1:]))
+  except UserError as error:
+    leave(f"error: {error}", 2)
+  except KeyboardInterrupt:
+    leave("stopped", 130)
+  print(f"data      {score.data}: {score.count:,} {score.split} images")
+  peeked = " (on the test split)" if score.peeked else ""
+  print(f"{score.split} accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}")
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def parse(arguments: Sequence[str]) -> Options:
+  """What a command line asks for.
+
+  Raises:
+    UserError: something is missing or unknown.
+  """
+  parser = _Parser(
+    "evaluate",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--weights", type=pathlib.Path, required=True, help="weights.safetensors")
+  parser.add_argument("--data", help="cifar10, shapes, npz:PATH or folder:PATH; default: the run's")
+  parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
+  parser.add_argument(
+    "--split",
+    choices=SPLITS,
+    help="default: validation, where the run held images out; the test split is to be read once",
+  )
+  return Options(**vars(parser.parse_args(arguments)))
+
+
+def evaluate_weights(options: Options) -> Score:
+  """Rebuilds the network, loads its data and evaluates every image of the split once.
+
+  Raises:
+    UserError: weights or data are missing, damaged or do not belong together.
+  """
+  # Imported here: they bring JAX, for which a wrong flag need not wait.
+  from flax_cifar.data.pipeline import create_normalize
+  from flax_cifar.evaluate import create_eval_step, evaluate
+  from flax_cifar.models import DTYPES
+  from flax_cifar.weights import create_network, load_weights
+
+  weights = load_weights(options.weights)
+  model, config = create_network(weights), weights.config
+  splits = _load_splits(weights, options)
+  name = options.split or ("validation" if len(splits.validation) else "test")
+  split = {"validation": splits.validation, "test": splits.test}[name]
+  if not len(split):
+    raise UserError("--split='validation' is empty: the run held no images out; try --split=test.")
+  eval_step = create_eval_step(
+    model=model,
+    normalize=create_normalize(weights.mean, weights.std, dtype=DTYPES[config["compute_dtype"]]),
+    mesh=_create_mesh(config),
+    num_seeds=1,  # a file holds one network
+  )
+  scores = evaluate(eval_step, weights.variables, split, config["eval_batch_size"])
+  return Score(
+    split=name,
+    data=options.data or config["data"]["name"],
+    count=len(split),
+    accuracy=float(scores["accuracy"]),
+    loss=float(scores["loss"]),
+    peeked=config["protocol"] == "published" and name == "validation",
+  )
+
+
+def _load_splits(weights: "Weights", options: Options) -> "Splits":
+  """The splits of the run, or of the data set asked for, which must have the same classes."""
+  from flax_cifar.data.splits import load_splits
+
+  data = dict(weights.config["data"])
+  data |= {"name": options.data or data["name"], "dir": options.data_dir or data["dir"]}
+  if options.split == "test":
+    data["validation_size"] = 0  # so that a small data set need not spare as many as the run's
+  splits = load_splits(protocol=weights.config["protocol"], **data)
+  differences = list_differences(
+    {"class_names": weights.class_names, "image_shape": weights.image_shape},
+    {"class_names": splits.class_names, "image_shape": splits.image_shape},
+  )
+  if differences:
+    raise UserError(f"the weights are of other data than {data['name']}: {'; '.join(differences)}.")
+  return splits
+
+
+def _create_mesh(config: Mapping[str, Any]) -> "Mesh":
+  """The devices of the run where there are as many here, so that it computes the same; else one."""
+  import jax
+
+  from flax_cifar.partition import create_mesh
+
+  available = jax.local_device_count()
+  wanted = config["num_devices"] or available
+  fits = wanted <= available and config["eval_batch_size"] % wanted == 0
+  return create_mesh(wanted if fits else 1)
+
+
+if __name__ == "__main__":
+  apply_settings()
+  main()

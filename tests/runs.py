@@ -1,0 +1,89 @@
+"""Tiny runs, what interrupts them, and what they leave."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_cifar import train
+from flax_cifar.data.feeds import DeviceFeed, HostFeed
+from tests.tiny import get_config
+
+STEPS_PER_EPOCH = 5  # 96 - 16 train images in batches of 16
+LAST_STEP = 3 * STEPS_PER_EPOCH
+# Whatever a state can hold; no epoch improves by half, so the learning rate drops.
+AVERAGE_AND_PLATEAU = {
+  "ema.decay": 0.9,
+  "schedule.name": "plateau",
+  "schedule.plateau.patience": 0,
+  "schedule.plateau.threshold": 0.5,
+}
+
+
+def run(workdir, data, **changes):
+  return train.train_and_evaluate(get_config(data, **changes), workdir)
+
+
+def lines(workdir):
+  """metrics.jsonl without its clocks."""
+  records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [
+    {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records
+  ]
+
+
+def load_checkpoint(workdir, step):
+  """The train state as nested dictionaries, read by Orbax alone."""
+  import orbax.checkpoint as ocp
+
+  path = (workdir / "checkpoints" / str(step) / "state").absolute()
+  return ocp.StandardCheckpointer().restore(path)
+
+
+def flat_checkpoint(workdir, step):
+  """{"params/unit/conv/kernel": array, ...}; the key as its data."""
+  leaves = jax.tree_util.tree_leaves_with_path(load_checkpoint(workdir, step))
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
+      jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    )
+    for path, leaf in leaves
+  }
+
+
+def result_of(workdir):
+  """result.json without its clocks, and without the config, which may differ in what is free."""
+  result = json.loads((workdir / "result.json").read_text())
+  timed = ("train_seconds", "images_per_second", "date", "command", "config")
+  return {name: value for name, value in result.items() if name not in timed}
+
+
+def assert_same_run(one, other):
+  """All that a finished run leaves is equal to the last bit, but for what the clock says."""
+  assert lines(one) == lines(other)
+  assert result_of(one) == result_of(other)
+  states = [flat_checkpoint(path, LAST_STEP) for path in (one, other)]
+  assert states[0].keys() == states[1].keys()
+  for name, leaf in states[0].items():
+    np.testing.assert_array_equal(leaf, states[1][name], err_msg=name)
+
+
+def checkpoint_steps(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def interrupt_at(monkeypatch, step):
+  """Sends SIGINT before the call that makes `step`."""
+  for feed in (HostFeed, DeviceFeed):
+    original = feed.calls
+
+    def calls(self, steps, original=original):
+      for length, inputs in original(self, steps):
+        if step in steps[:length]:
+          signal.raise_signal(signal.SIGINT)
+        steps = steps[length:]
+        yield length, inputs
+
+    monkeypatch.setattr(feed, "calls", calls)
