@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -240,4 +241,6 @@ def _name(path: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
-  return str(error).strip().split("\n")[0][:200] or type(error).__name__
+  """The first line, of paths only the file; TensorStore names the same long one twice."""
+  line = re.sub(r'"[^"]*?([^"/]*)/?"', r"\1", str(error).strip().split("\n")[0])
+  return line[:300] or type(error).__name__

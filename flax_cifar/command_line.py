@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -32,7 +33,14 @@ def run(main: Callable[[ConfigDict], None]) -> None:
     except KeyboardInterrupt:
       leave("stopped at once; the same command goes on from the last checkpoint", 130)
 
+  sys.unraisablehook = report_unraisable
   app.run(guarded, flags_parser=parse_flags)
+
+
+def report_unraisable(problem: Any) -> None:
+  """A `sys.unraisablehook`: after a failed save TensorStore calls an event loop that has ended."""
+  if str(problem.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(problem)
 
 
 def leave(message: str, status: int) -> None:

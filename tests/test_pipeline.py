@@ -1,5 +1,9 @@
 """Order and batches as pure functions of (seed, epoch, step)."""
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -132,3 +136,26 @@ def test_normalize_is_albumentations():
 def test_normalize_refuses_a_zero_deviation():
   with pytest.raises(UserError, match=r"augment.std=\(0.0,"):
     create_normalize((0.5,) * 3, (0.0, 1.0, 1.0), dtype=np.float32)
+
+
+KILLED = """
+import os, signal
+import numpy as np
+from flax_cifar.data.dataset import Split
+from flax_cifar.data.pipeline import TrainBatches, iterate
+if __name__ == "__main__":
+  split = Split(np.zeros((8, 4, 4, 3), np.uint8), np.zeros(8, np.int32))
+  batches = TrainBatches(split, batch_size=2, total_epochs=9, seed=0, augment=None)
+  stream = iterate(batches, start_step=0, workers=1)
+  print(next(stream)["label"].shape, flush=True)
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_run(tmp_path):
+  """They share its output, which is read to its end here."""
+  (tmp_path / "killed.py").write_text(KILLED)
+  command = [sys.executable, str(tmp_path / "killed.py")]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+  assert done.returncode == -signal.SIGKILL
+  assert done.stdout == "(2,)\n"

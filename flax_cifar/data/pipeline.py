@@ -1,5 +1,8 @@
 """Order and batches on the host: what stands where is a pure function of (seed, epoch, step)."""
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -87,8 +90,22 @@ def iterate(
   if workers:
     if not flags.FLAGS.is_parsed():  # grain's workers read absl flags; a notebook parses none
       flags.FLAGS.mark_as_parsed()
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
   return stream.__iter__()
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+  """Run in a worker: else it waits for ever once the run was killed."""
+  del worker, workers
+  parent = multiprocessing.parent_process()
+
+  def watch() -> None:
+    if parent:
+      parent.join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def padded_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
