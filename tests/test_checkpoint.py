@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, latest and best are kept, strangers are refused."""
 
+import pathlib
 import shutil
 
 import jax
@@ -17,6 +18,7 @@ from flax_cifar.seal import SEAL
 from flax_cifar.state import create_train_state
 from tests.tiny import IMAGE_SIZE, TinyNet
 
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "checkpoints"
 PLATEAU = {"factor": 0.5, "patience": 1, "threshold": 0.1, "cooldown": 0, "final": 0.0}
 TOTALS = {
   "loss_sum": np.array(1 / 3),
@@ -252,6 +254,35 @@ def test_a_failed_save_keeps_the_ones_before(tmp_path, two, monkeypatch):
   assert (tmp_path / "c" / "1").is_dir()
   assert not (tmp_path / "c" / "3").exists()
   assert restore(tmp_path / "c")[2] == [{"step": 2}]
+
+
+def number_leaves(state):
+  """A state whose every number is known, whatever draws the initial values."""
+
+  def count(leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(np.array([3, 4], np.uint32))
+    return (np.arange(leaf.size) / 7).astype(leaf.dtype).reshape(leaf.shape)
+
+  return jax.tree.map(count, state)
+
+
+@pytest.mark.parametrize("version", ["0.1.0"])
+def test_checkpoints_of_every_version_load(tmp_path, version):
+  """Written once by `save_fixture` with the version of that name."""
+  shutil.copytree(FIXTURES / version, tmp_path / "c")
+  state, totals, records = restore(tmp_path / "c")
+  assert totals == TOTALS
+  assert records == [{"epoch": 1, "step": 7}]
+  for expected, leaf in zip(leaves(number_leaves(create())), leaves(state), strict=True):
+    np.testing.assert_array_equal(expected, leaf)
+
+
+def save_fixture(folder):
+  """To be moved to FIXTURES / VERSION; Orbax writes down where it was made."""
+  checkpoints = Checkpoints(folder, keep=1)
+  checkpoints.save(7, number_leaves(create()), TOTALS, [{"epoch": 1, "step": 7}])
+  checkpoints.close()
 
 
 class TestSaveRhythm:
