@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
         "workers": 0,  # processes for albumentations; 0 is one background thread
         "ops": (),  # of the names below, in order
         # `border`, what lies outside the image, is "reflect" or "fill"; `fill` is "mean" (the data
-        # set's), "black", or a value per channel in 0..255.
+        # set's), "black", or a value per channel in 0..255, as in "125,30,200".
         "horizontal_flip": {"p": 0.5},
         "alternating_flip": {},  # a random side first, then the other one every other epoch
         # Fractions of the image, fraction of the scale, degrees.

@@ -21,7 +21,7 @@ from flax_cifar.errors import UserError, list_differences, require
 from flax_cifar.metrics import Totals
 from flax_cifar.partition import replicated
 from flax_cifar.run_log import Record
-from flax_cifar.seal import set_damaged_aside, write_seal
+from flax_cifar.seal import put_out_of_the_way, set_damaged_aside, settle, write_seal
 from flax_cifar.state import TrainState
 
 Restored = tuple[TrainState, Totals, list[Record]]
@@ -42,6 +42,7 @@ class Checkpoints:
   def __init__(self, folder: pathlib.Path, *, keep: int):
     self._saved: tuple[int, int] | None = None
     self._folder = folder
+    settle(folder)
     self._set_aside = set_damaged_aside(folder, folder.parent / "damaged")
     best = BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
@@ -93,7 +94,8 @@ class Checkpoints:
     with self._explain_failure():
       if step == self.latest_step:
         self._manager.wait_until_finished()
-        self._manager.delete(step)
+        put_out_of_the_way(self._folder / str(step))
+        self._manager.reload()
       self._manager.save(step, args=items, metrics=means)
     self._saved = (step, len(records))
 
@@ -119,6 +121,7 @@ class Checkpoints:
     finally:
       with contextlib.suppress(Exception):  # what `wait` has raised, once more
         self._manager.close()
+      settle(self._folder)
 
   @contextlib.contextmanager
   def _explain_failure(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """What the programs share: the --config flag, and one line for whatever goes wrong."""
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -10,9 +10,32 @@ from ml_collections import ConfigDict, config_flags
 from flax_cifar.errors import UserError
 from flax_cifar.interrupt import Interrupted
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file of configs/; variants and key=value may follow it after a colon."
-)
+
+def leave(message: str, status: int) -> NoReturn:
+  """Prints one line on standard error and exits."""
+  print(message, file=sys.stderr)
+  sys.exit(status)
+
+
+def explain(error: Exception) -> str:
+  """One line for an error of the command line; ml_collections wraps errors and tracebacks."""
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  text = str(error.args[0] if error.args else error).strip()
+  text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
+  return f"unknown config key {text}" if isinstance(error, KeyError) else text or repr(error)
+
+
+def define_config() -> flags.FlagHolder:
+  """The flag --config; reads the whole command line, of which --flagfile may be wrong."""
+  help = "A file of configs/; variants and key=value may follow it after a colon."
+  try:
+    return config_flags.DEFINE_config_file("config", None, help)
+  except Exception as error:
+    leave(f"error: {explain(error)}", 2)
+
+
+CONFIG = define_config()
 
 
 def run(main: Callable[[ConfigDict], None]) -> None:
@@ -27,7 +50,7 @@ def run(main: Callable[[ConfigDict], None]) -> None:
     try:
       main(CONFIG.value)
     except UserError as error:
-      leave(f"error: {error}", 2)
+      leave(f"error: {explain(error)}", 2)
     except Interrupted as stop:
       leave(str(stop), 128 + stop.signum)
     except KeyboardInterrupt:
@@ -43,12 +66,6 @@ def report_unraisable(problem: Any) -> None:
     sys.__unraisablehook__(problem)
 
 
-def leave(message: str, status: int) -> None:
-  """Prints one line on standard error and exits."""
-  print(message, file=sys.stderr)
-  sys.exit(status)
-
-
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; what is wrong with it becomes one line."""
   try:
@@ -58,15 +75,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     if CONFIG.value is None:
       raise ValueError("--config is missing; try --config=configs/quickstart.py")
     CONFIG.value.lock()  # a file that could not be loaded says so only when it is used
+    check_overrides(config_flags.get_override_values(flags.FLAGS[CONFIG.name]))
   except Exception as error:  # whatever a config file or an override leads to
     leave(f"error: {explain(error)}", 2)
   return rest
 
 
-def explain(error: Exception) -> str:
-  """One line for an error of the command line; ml_collections wraps errors and tracebacks."""
-  while error.args and isinstance(error.args[0], Exception):
-    error = error.args[0]
-  text = str(error.args[0] if error.args else error).strip()
-  text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
-  return f"unknown config key {text}" if isinstance(error, KeyError) else text
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+  """Refuses a whole section, whose other keys it would take away."""
+  for key, value in overrides.items():
+    if isinstance(value, ConfigDict):
+      raise ValueError(f"config.{key} is a section; set its keys, --config.{key}.KEY=VALUE.")

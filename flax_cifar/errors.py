@@ -1,7 +1,9 @@
 """The one error a user should see: what was wrong, with the value, and what to do."""
 
+import contextlib
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,7 +19,7 @@ def choose(what: str, name: str, choices: Mapping[str, T]) -> T:
   Raises:
     UserError: unknown name; the message quotes it and lists the choices.
   """
-  if name in choices:
+  if isinstance(name, str) and name in choices:  # a list has no hash
     return choices[name]
   close = difflib.get_close_matches(str(name), choices, n=1)
   hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -32,6 +34,26 @@ def list_differences(there: Mapping[str, object], here: Mapping[str, object]) ->
     if theirs != ours:
       lines.append(f"{key} is {theirs!r} there and {ours!r} here")
   return lines
+
+
+def describe_briefly(error: object) -> str:
+  """One short line; the texts of other libraries may be empty or run over several."""
+  return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def get_path(what: str, text: str) -> Path:
+  """`text` as a path with `~` resolved, whether there is anything or not.
+
+  Raises:
+    UserError: there cannot be, or it is not for this user to know.
+  """
+  try:
+    path = Path(text).expanduser()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      path.stat()
+  except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a null byte
+    raise UserError(f"{what}={text!r} is no usable path ({error}); choose another.") from error
+  return path
 
 
 def require(condition: bool, what: str, value: object, expected: str) -> None:

@@ -7,10 +7,13 @@ import jax
 import optax
 
 from flax_cifar.errors import choose, require
-from flax_cifar.models.norms import FIXED_SCALE
+from flax_cifar.models.norms import FIXED_SCALE, check_epsilon
 from flax_cifar.schedules import Schedule
 
 Mask = Callable[[Any], Any] | None
+
+
+MAX_NUMBER = 1e38  # float32 ends soon after
 
 
 def kernels_only(params: Any) -> Any:
@@ -48,8 +51,12 @@ def create_optimizer(
     UserError: unknown name or a value out of range.
   """
   create = choose("optimizer.name", name, OPTIMIZERS)
-  require(learning_rate > 0, "optimizer.learning_rate", learning_rate, "positive")
-  require(weight_decay >= 0, "optimizer.weight_decay", weight_decay, "0 or more")
+  require(
+    0 < learning_rate <= MAX_NUMBER, "optimizer.learning_rate", learning_rate, "positive and finite"
+  )
+  require(
+    0 <= weight_decay <= MAX_NUMBER, "optimizer.weight_decay", weight_decay, "0 or more and finite"
+  )
 
   def rate(step: Any) -> Any:
     return learning_rate * schedule(step)
@@ -61,7 +68,7 @@ def create_optimizer(
 def _sgd(
   rate: Schedule, weight_decay: float, mask: Mask, *, momentum: float, nesterov: bool
 ) -> optax.GradientTransformation:
-  require(0 <= momentum < 1, "optimizer.sgd.momentum", momentum, "at least 0 and below 1")
+  _check_decay("optimizer.sgd.momentum", momentum)
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask),
     optax.sgd(rate, momentum=momentum, nesterov=nesterov),
@@ -71,6 +78,9 @@ def _sgd(
 def _adamw(
   rate: Schedule, weight_decay: float, mask: Mask, *, b1: float, b2: float, epsilon: float
 ) -> optax.GradientTransformation:
+  _check_decay("optimizer.adamw.b1", b1)
+  _check_decay("optimizer.adamw.b2", b2)
+  check_epsilon("optimizer.adamw.epsilon", epsilon)
   return optax.adamw(rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask)
 
 
@@ -82,8 +92,8 @@ def _muon(
   Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Liu et al. 2025
   (arXiv:2502.16982) for updates whose root mean square is that of Adam's, `rms`.
   """
-  require(0 <= momentum < 1, "optimizer.muon.momentum", momentum, "at least 0 and below 1")
-  require(rms > 0, "optimizer.muon.rms", rms, "positive")
+  _check_decay("optimizer.muon.momentum", momentum)
+  require(0 < rms <= MAX_NUMBER, "optimizer.muon.rms", rms, "positive and finite")
   return optax.contrib.muon(
     rate,
     beta=momentum,
@@ -93,6 +103,11 @@ def _muon(
     consistent_rms=rms,
     muon_weight_dimension_numbers=get_matrices,
   )
+
+
+def _check_decay(key: str, decay: float) -> None:
+  # 1 as float32 has it: an average that divides by 1 - decay would be nan.
+  require(0 <= decay <= 1 - 1e-7, key, decay, "at least 0 and below 1")
 
 
 def get_matrices(params: Any) -> Any:

@@ -5,6 +5,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_cifar.errors import require
 
+MAX_BATCH_SIZE = 65_536  # an evaluation fills its last batch up to this, whatever the split holds
+
 
 def create_mesh(num_devices: int) -> Mesh:
   """A mesh with the axis "batch" over the first `num_devices` local devices; 0 means all.
@@ -30,10 +32,10 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-  """A UserError unless `batch_size` is positive and divides evenly over the devices."""
+  """A UserError unless `batch_size` is in 1..MAX_BATCH_SIZE and divides evenly over the devices."""
   require(
-    batch_size > 0 and batch_size % mesh.size == 0,
+    0 < batch_size <= MAX_BATCH_SIZE and batch_size % mesh.size == 0,
     name,
     batch_size,
-    f"a positive multiple of the {mesh.size} devices (or set num_devices)",
+    f"a multiple of the {mesh.size} devices (or set num_devices) from 1 to {MAX_BATCH_SIZE:,}",
   )

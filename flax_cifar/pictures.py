@@ -30,7 +30,7 @@ def save_images(
     axis.set_axis_off()
   for axis, image, title in zip(axes, images, titles, strict=False):
     axis.imshow(image, interpolation="nearest")
-    axis.set_title(title, fontsize=8)
+    axis.set_title(title, fontsize=8, parse_math=False)  # a class may be called $x$
   figure.savefig(path, dpi=DPI)
 
 

@@ -6,11 +6,13 @@ Orbax looks at the name of a checkpoint's folder only and restores a flipped byt
 import hashlib
 import json
 import pathlib
+import shutil
 import sys
 
 from flax_cifar.workdir import write_json
 
 SEAL = "digests.json"
+REPLACED = ".replaced"  # ends the name of a checkpoint while another one is written in its place
 
 
 def write_seal(path: pathlib.Path) -> None:
@@ -65,6 +67,22 @@ def set_damaged_aside(folder: pathlib.Path, damaged: pathlib.Path) -> list[str]:
       lines.append(f"checkpoint {str(path)!r} is damaged ({reason}); it is now {str(target)!r}")
       print(f"warning: {lines[-1]}", file=sys.stderr, flush=True)
   return lines
+
+
+def put_out_of_the_way(path: pathlib.Path) -> None:
+  """Lets another checkpoint take the place of `path`; `settle` says which one stays."""
+  path.rename(path.with_name(path.name + REPLACED))
+
+
+def settle(folder: pathlib.Path) -> None:
+  """Keeps the replacement of a checkpoint where it is whole, and else puts the old one back."""
+  for old in folder.glob(f"*{REPLACED}"):
+    new = old.with_name(old.name.removesuffix(REPLACED))
+    if find_damage(new) is None:
+      shutil.rmtree(old)
+    else:
+      shutil.rmtree(new, ignore_errors=True)
+      old.rename(new)
 
 
 def _find_free_name(folder: pathlib.Path, name: str) -> pathlib.Path:

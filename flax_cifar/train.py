@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable
@@ -57,6 +58,7 @@ from flax_cifar.weights import save_weights
 from flax_cifar.workdir import (
   check_workdir,
   explain_failed_writes,
+  flatten,
   open_workdir,
   read_result,
   without,
@@ -218,6 +220,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     UserError: something the user can mend; nothing was overwritten.
     Interrupted: a signal came; the state was saved.
   """
+  _check_values(config)
   check_workdir(workdir, config.to_dict())
   result = read_result(workdir)
   if result and result["epochs"] >= config.total_epochs:
@@ -415,6 +418,15 @@ def _create_feed(config: ConfigDict, split: Split, *, mean: tuple[float, ...], m
     **{name: config[name] for name in names},
     **{name: config.augment[name] for name in ("backend", "workers", "ops", *RULES)},
   )
+
+
+def _check_values(config: ConfigDict) -> None:
+  """What no key may hold; the modules that use them know the rest."""
+  for key, value in flatten(config.to_dict()).items():
+    require(value is not None, key, value, "set; configs/common.py has its default")
+    require(not isinstance(value, float) or math.isfinite(value), key, value, "finite")
+  shown = config.name.isprintable() and len(config.name) <= 100
+  require(shown, "name", config.name, "up to 100 printable characters")
 
 
 def _check_numbers(config: ConfigDict, *, has_validation: bool) -> None:

@@ -229,6 +229,24 @@ def test_the_end_of_an_epoch_replaces_what_was_saved_before_its_validation(tmp_p
     np.testing.assert_array_equal(saved, back)
 
 
+def test_a_failed_replacement_brings_back_what_it_was_to_replace(tmp_path, monkeypatch):
+  def fail(path):
+    raise OSError(28, "No space left on device")
+
+  checkpoints = Checkpoints(tmp_path / "c", keep=1)
+  checkpoints.save(5, create(seed=1), TOTALS, [])
+  checkpoints.wait()
+  monkeypatch.setattr(checkpoint, "write_seal", fail)
+  checkpoints.save(5, create(seed=2), create_totals(1), [{"step": 5}])
+  with pytest.raises(UserError, match="No space left"):
+    checkpoints.close()
+  monkeypatch.undo()
+  state, totals, records = restore(tmp_path / "c")
+  assert (totals, records) == (TOTALS, [])
+  for saved, back in zip(leaves(create(seed=1)), leaves(state), strict=True):
+    np.testing.assert_array_equal(saved, back)
+
+
 @pytest.mark.parametrize("keep", [1, 3])
 def test_so_many_are_kept_and_the_best(tmp_path, keep):
   checkpoints = Checkpoints(tmp_path / "c", keep=keep)

@@ -6,7 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-from flax_cifar.seal import SEAL, find_damage, set_damaged_aside, write_seal
+from flax_cifar.seal import (
+  SEAL,
+  find_damage,
+  put_out_of_the_way,
+  set_damaged_aside,
+  settle,
+  write_seal,
+)
 
 FILES = {"state/manifest": b"m" * 40, "state/d/array": bytes(range(200)), "log/metadata": b"{}"}
 
@@ -103,3 +110,21 @@ def test_nothing_is_lost_when_it_happens_again(checkpoint, tmp_path):
 def test_there_may_be_no_folder_yet(tmp_path):
   assert set_damaged_aside(tmp_path / "none", tmp_path / "damaged") == []
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("new", ["absent", "begun", "whole"])
+def test_one_of_two_stays_when_one_is_replaced(checkpoint, new):
+  """Whenever the process ends, `settle` finds a whole one."""
+  put_out_of_the_way(checkpoint)
+  assert not checkpoint.exists()
+  if new != "absent":
+    (checkpoint / "state").mkdir(parents=True)
+    (checkpoint / "state" / "manifest").write_bytes(b"new")
+  if new == "whole":
+    write_seal(checkpoint)
+  for _ in range(2):
+    settle(checkpoint.parent)
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["10"]
+    assert find_damage(checkpoint) is None
+    content = b"new" if new == "whole" else FILES["state/manifest"]
+    assert (checkpoint / "state" / "manifest").read_bytes() == content

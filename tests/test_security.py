@@ -257,7 +257,6 @@ def test_the_unpickler_finds_nothing_but_arrays(name):
       cifar10._decode_pickled(blob)
 
 
-@pytest.mark.xfail(reason="TFDS imports the modules that features.json names", strict=True)
 def test_a_prepared_directory_imports_nothing(tmp_path, monkeypatch):
   """TFDS looks up classes by name, and imports what it does not know."""
   split = Split(np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 1], np.int32))

@@ -1,5 +1,6 @@
 """The arguments of the augmentation's ops, which mean the same to every backend."""
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from flax_cifar.errors import require
 Fill = str | Sequence[float]
 Rule = tuple[Callable[[Any], bool], str]  # what holds for a valid value, and how to say it
 BORDERS = ("fill", "reflect")
+MAX_PIXELS = 512  # of an image's side, and of what an op adds to it or cuts out
+MAX_HOLES = 100  # each is a part of the compiled program
 
 
 def _within(low: float, high: float, unit: str) -> Rule:
@@ -16,10 +19,6 @@ def _within(low: float, high: float, unit: str) -> Rule:
 
 def _below_one(unit: str) -> Rule:
   return lambda value: 0 <= value < 1, f"{unit} in [0, 1)"
-
-
-def _at_least(low: int, unit: str) -> Rule:
-  return lambda value: value >= low, f"{low} or more {unit}"
 
 
 SHARED_RULES: dict[str, Rule] = {
@@ -32,15 +31,15 @@ RULES: dict[str, dict[str, Rule]] = {
   "alternating_flip": {},
   "shift_scale_rotate": {
     "shift": _below_one("a fraction"),
-    "scale": _below_one("a fraction"),
+    "scale": _within(0, 0.99, "a fraction"),  # by 1 nothing is left, and its inverse is infinite
     "rotate": _within(0, 180, "degrees"),
   },
   "rotate": {"limit": _within(0, 180, "degrees")},
-  "random_crop": {"padding": _at_least(1, "pixels")},
+  "random_crop": {"padding": _within(1, MAX_PIXELS, "pixels")},
   "coarse_dropout": {
-    "holes": _at_least(1, "holes"),
-    "height": _at_least(1, "pixels"),
-    "width": _at_least(1, "pixels"),
+    "holes": _within(1, MAX_HOLES, "holes"),
+    "height": _within(1, MAX_PIXELS, "pixels"),
+    "width": _within(1, MAX_PIXELS, "pixels"),
   },
   "color_jitter": {
     "brightness": _within(0, 1, "a fraction"),
@@ -59,6 +58,7 @@ def resolve_arguments(
   Raises:
     UserError: a value out of range; the message quotes the key and the value.
   """
+  check_channels("augment.mean", mean)
   rules = SHARED_RULES | RULES[name]
   for key in rules.keys() & arguments.keys():
     is_valid, expected = rules[key]
@@ -69,17 +69,31 @@ def resolve_arguments(
   return resolved
 
 
+def check_channels(key: str, values: Sequence[float], *, low: float = 0.0) -> None:
+  """A UserError unless `values` are a number in [low, 1] for each of the three channels."""
+  valid = [isinstance(value, numbers.Real) and low <= value <= 1 for value in values]
+  require(valid == [True] * 3, key, values, f"three numbers in [{low:g}, 1]: red, green, blue")
+
+
 def get_fill(fill: Fill, mean: Sequence[float]) -> tuple[float, ...]:
   """The named fill as a value per channel in 0..255: whole numbers, as uint8 images hold.
 
   Raises:
-    UserError: neither "mean" nor "black" nor a whole number in 0..255 per channel.
+    UserError: neither "mean" nor "black" nor a whole number in 0..255 per channel, as a sequence
+      or as text, "125,30,200".
   """
   if fill == "mean":
     return tuple(float(int(255 * m)) for m in mean)
   if fill == "black":
     return (0.0,) * len(mean)
-  expected = '"mean", "black" or a whole number in 0..255 per channel'
-  require(not isinstance(fill, str) and len(fill) == len(mean), "augment fill", fill, expected)
-  require(all(v in range(256) for v in fill), "augment fill", fill, expected)
-  return tuple(float(v) for v in fill)
+  expected = '"mean", "black" or a whole number in 0..255 per channel, as in "125,30,200"'
+  values = _read_numbers(fill) if isinstance(fill, str) else fill
+  require(len(values) == len(mean), "augment fill", fill, expected)
+  require(all(v in range(256) for v in values), "augment fill", fill, expected)
+  return tuple(float(v) for v in values)
+
+
+def _read_numbers(text: str) -> list[float]:
+  """The numbers of "125,30,200", which a config can hold where its default is text; else none."""
+  parts = [part.strip() for part in text.strip("()").split(",")]
+  return [float(part) for part in parts] if all(map(str.isdecimal, parts)) else []

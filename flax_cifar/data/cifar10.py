@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ import struct
 import sys
 import tarfile
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,7 +31,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_cifar.data.cifar10_builder import CLASS_NAMES, prepare_cifar10
 from flax_cifar.data.dataset import Split
-from flax_cifar.errors import UserError
+from flax_cifar.errors import UserError, describe_briefly, get_path
 
 BATCH_SIZE = 10_000  # images per file of the archive: five files to train, one to test
 TRAIN_BATCHES = 5
@@ -48,6 +49,7 @@ MIRRORS = (
 )
 CONNECT_SECONDS, READ_SECONDS = 5, 30
 CHUNK_BYTES = 1 << 18
+MAX_UNPACKED_BYTES = 1_000_000_000  # five times what an archive unpacks to
 
 
 def load_cifar10(*, dir: str) -> tuple[Split, Split, tuple[str, ...]]:
@@ -66,7 +68,8 @@ def load_cifar10(*, dir: str) -> tuple[Split, Split, tuple[str, ...]]:
   Raises:
     UserError: damaged files, a wrong number of examples, or no data and no working mirror.
   """
-  root = Path(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+  asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  root = get_path("config.data.dir (or TFDS_DATA_DIR)", asked)
   if prepared := _find_prepared(root):
     train, test = read_prepared(prepared)
   else:
@@ -111,47 +114,63 @@ def read_prepared(folder: Path) -> tuple[Split, Split]:
     UserError: a damaged file, or another number of examples or other classes than CIFAR-10's.
   """
   try:
+    _check_features(json.loads((folder / "features.json").read_text()))
     info = tfds.builder_from_directory(folder).info
     names, splits = tuple(info.features["label"].names), (info.splits["train"], info.splits["test"])
+    shards = [_list_shards(folder, split) for split in splits]
     read_shard = _SHARD_READERS[info.file_format.value]
   except Exception as error:  # whatever TFDS makes of damaged JSON
     raise _damaged_prepared(folder, folder / "dataset_info.json", error) from error
   if names != CLASS_NAMES:
     raise _damaged_prepared(folder, folder / "label.labels.txt", f"it lists {names}")
-  train, test = (_read_split(folder, split, read_shard) for split in splits)
+  train, test = (_read_split(folder, files, read_shard) for files in shards)
   _check_counts(folder, train, test)
   return train, test
 
 
+def _check_features(features: Any) -> None:
+  """TFDS imports the module of any class that features.json names, and so runs it."""
+  if isinstance(features, Mapping):
+    name = features.get("pythonClassName", "tensorflow_datasets.")
+    if not str(name).startswith("tensorflow_datasets."):
+      raise ValueError(f"features.json names the class {name}, which is not of TFDS")
+    features = list(features.values())
+  if isinstance(features, list):
+    for part in features:
+      _check_features(part)
+
+
 def _damaged_prepared(folder: Path, file: Path, reason: object) -> UserError:
-  short = " ".join(str(reason).split())[:200]  # OpenCV's and TFDS' texts run over several lines
   return UserError(
-    f"{file} is missing, damaged or not readable here ({short}); delete the directory {folder} "
-    "and run again."
+    f"{file} is missing, damaged or not readable here ({describe_briefly(reason)}); delete the "
+    f"directory {folder} and run again."
   )
 
 
+def _list_shards(folder: Path, info: tfds.core.SplitInfo) -> list[tuple[Path, int]]:
+  """Each file of a split, and how many records it should hold."""
+  files = [folder / path.name for path in info.filepaths]
+  return list(zip(files, info.shard_lengths, strict=True))
+
+
 def _read_split(
-  folder: Path, info: tfds.core.SplitInfo, read_shard: Callable[[Path], Sequence[bytes]]
+  folder: Path, shards: list[tuple[Path, int]], read_shard: Callable[[Path], Sequence[bytes]]
 ) -> Split:
-  images = np.empty((info.num_examples, *IMAGE_SHAPE), np.uint8)
-  labels = np.empty(info.num_examples, np.int32)
-  start = 0
+  batches = []
   # Not through as_data_source(): it refuses tfrecord, and decodes on one core, in twice the time.
-  for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
-    file, here = folder / path.name, slice(start, start + length)
+  for file, length in shards:
     try:
-      _decode_records(read_shard(file), images[here], labels[here])
+      batches.append(_decode_records(read_shard(file), length))
     except Exception as error:  # the readers raise whatever damaged bytes lead to
       raise _damaged_prepared(folder, file, error) from error
-    start += length
-  return Split(images, labels)
+  return _join(batches)
 
 
-def _decode_records(records: Sequence[bytes], images: np.ndarray, labels: np.ndarray) -> None:
+def _decode_records(records: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
   """Decodes serialized tf.train.Examples into images (N, 32, 32, 3) and labels (N,)."""
-  if len(records) != len(labels):
-    raise ValueError(f"{len(records)} records instead of {len(labels)}")
+  if len(records) != length:
+    raise ValueError(f"{len(records)} records instead of {length}")
+  images, labels = np.empty((length, *IMAGE_SHAPE), np.uint8), np.empty(length, np.int32)
   block = 500
 
   def decode_block(start: int) -> None:
@@ -161,6 +180,7 @@ def _decode_records(records: Sequence[bytes], images: np.ndarray, labels: np.nda
   with ThreadPoolExecutor() as pool:  # OpenCV decodes outside the GIL
     for _ in pool.map(decode_block, range(0, len(records), block)):
       pass
+  return images, labels
 
 
 def _decode_record(record: bytes) -> tuple[np.ndarray, int]:
@@ -169,7 +189,10 @@ def _decode_record(record: bytes) -> tuple[np.ndarray, int]:
   image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
   if image is None or image.shape != IMAGE_SHAPE:
     raise ValueError("a record is not an image of 32x32 pixels")
-  return image, feature["label"].int64_list.value[0]
+  label = feature["label"].int64_list.value[0]
+  if not 0 <= label < len(CLASS_NAMES):
+    raise ValueError(f"a record has the label {label}, not 0..9")
+  return image, label
 
 
 def _read_array_record(path: Path) -> Sequence[bytes]:
@@ -269,7 +292,8 @@ _ARCHIVES = {
 def _find_archive(root: Path) -> Path | None:
   folders = (root, root / "downloads", root / "downloads" / "manual")
   paths = (folder / name for folder in folders for name in _ARCHIVES)
-  return next((path for path in paths if path.exists()), None)
+  # A pipe of that name is none: to read it would wait for ever.
+  return next((path for path in paths if path.is_file() or path.is_dir()), None)
 
 
 def read_archive(path: Path) -> tuple[Split, Split]:
@@ -288,14 +312,14 @@ def read_archive(path: Path) -> tuple[Split, Split]:
     batches = [_decode_batch(layout, file, blobs) for file in layout.files]
   except Exception as error:  # gzip, tar, zlib and pickle raise a dozen types for damaged bytes
     raise UserError(
-      f"{path} is damaged or not CIFAR-10 ({error}); delete it and run again to download it, or "
-      f"put a good copy there (md5 of {ARCHIVE}: {ARCHIVE_MD5})."
+      f"{path} is damaged or not CIFAR-10 ({describe_briefly(error)}); delete it and run again to "
+      f"download it, or put a good copy there (md5 of {ARCHIVE}: {ARCHIVE_MD5})."
     ) from error
   return _join(batches[:-1]), _join(batches[-1:])
 
 
 def _folder_members(path: Path, layout: _Layout) -> dict[str, bytes]:
-  return {file: (path / file).read_bytes() for file in layout.files}
+  return {file: (path / file).read_bytes() for file in layout.files if (path / file).is_file()}
 
 
 def _tar_members(path: Path, layout: _Layout) -> dict[str, bytes]:
@@ -303,11 +327,14 @@ def _tar_members(path: Path, layout: _Layout) -> dict[str, bytes]:
   blobs = {}
   with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
     for member in tar:
+      if not 0 <= member.size <= MAX_UNPACKED_BYTES - member.offset_data:
+        raise ValueError(f"{member.name} claims {member.size} bytes")
       name = str(PurePosixPath(member.name))
       if name in wanted and member.isfile() and (file := tar.extractfile(member)):
         blobs[wanted[name]] = file.read()
     while stream.read(CHUNK_BYTES):  # on to the end of the file, where gzip compares its checksum
-      pass
+      if stream.tell() > MAX_UNPACKED_BYTES:
+        raise ValueError("it unpacks to more than a gigabyte")
   return blobs
 
 

@@ -6,6 +6,8 @@ import numpy as np
 
 from flax_cifar.errors import UserError
 
+MAX_CLASSES = 10_000  # a label far too high must not make that many names and logits
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:

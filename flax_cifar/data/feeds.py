@@ -13,7 +13,7 @@ Every feed has
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -28,6 +28,8 @@ from flax_cifar.seeds import create_keys, over_seeds, take_seed
 
 Batch = dict[str, Any]  # image uint8 (N, H, W, C) and label int32 (N,)
 Call = tuple[int, Batch]
+SEEDS = 2**32  # JAX takes a seed modulo this
+MAX_SEEDS, MAX_WORKERS = 1000, 256
 ORDER = 2**32 - 1  # folded into a run's key where its steps are too, which never come that far
 
 
@@ -167,7 +169,16 @@ def create_feed(split: Split, *, backend: str, **arguments: Any) -> Feed:
   Raises:
     UserError: unknown backend, a value out of range or not for this backend.
   """
-  return choose("augment.backend", backend, BACKENDS)(split, **arguments)
+  create = choose("augment.backend", backend, BACKENDS)
+  if "coarse_dropout" in arguments["ops"]:
+    _check_hole(arguments["coarse_dropout"], split)
+  return create(split, **arguments)
+
+
+def _check_hole(hole: Mapping[str, Any], split: Split) -> None:
+  for side, pixels in zip(("height", "width"), split.images.shape[1:3], strict=True):
+    expected = f"from 1 to {pixels}, the {side} of the images in pixels"
+    require(1 <= hole[side] <= pixels, f"augment.coarse_dropout.{side}", hole[side], expected)
 
 
 def _create_host_feed(
@@ -188,7 +199,8 @@ def _create_host_feed(
   backend = "where augment.backend='albumentations'"
   require(steps_per_call in (0, 1), "steps_per_call", steps_per_call, f"0 or 1 {backend}")
   require(num_seeds == 1, "num_seeds", num_seeds, f"1 {backend}")
-  require(workers >= 0, "augment.workers", workers, "0 or more processes")
+  _check_seeds(seed, num_seeds)
+  require(0 <= workers <= MAX_WORKERS, "augment.workers", workers, f"from 0 to {MAX_WORKERS}")
   batches = TrainBatches(
     split,
     batch_size=batch_size,
@@ -212,7 +224,8 @@ def _create_device_feed(
   **augment: Any,
 ) -> DeviceFeed:
   del total_epochs, workers  # grain's
-  require(num_seeds > 0, "num_seeds", num_seeds, "1 or more")
+  require(0 < num_seeds <= MAX_SEEDS, "num_seeds", num_seeds, f"from 1 to {MAX_SEEDS:,}")
+  _check_seeds(seed, num_seeds)
   expected = "0 (chosen for the device) or a number of steps"
   require(steps_per_call >= 0, "steps_per_call", steps_per_call, expected)
   return DeviceFeed(
@@ -223,6 +236,11 @@ def _create_device_feed(
     steps_per_call=steps_per_call or choose_steps_per_call(mesh.devices.flat[0].platform),
     mesh=mesh,
   )
+
+
+def _check_seeds(seed: int, num_seeds: int) -> None:
+  last = SEEDS - num_seeds
+  require(0 <= seed <= last, "seed", seed, f"from 0 to {last}, so that every seed has its own run")
 
 
 def choose_steps_per_call(platform: str) -> int:

@@ -40,7 +40,8 @@ def _cutmix(*, alpha: float) -> Mixing:
 
 
 def _check_alpha(name: str, alpha: float) -> None:
-  require(alpha > 0, f"mixing.{name}.alpha", alpha, "positive")
+  # Beyond, the gamma variates of float32 are 0 or infinite.
+  require(1e-6 <= alpha <= 1e6, f"mixing.{name}.alpha", alpha, "from 1e-6 to 1e6")
 
 
 MIXINGS: dict[str, Callable[..., Mixing | None]] = {

@@ -12,11 +12,14 @@ import numpy as np
 from absl import flags
 from jax.typing import DTypeLike
 
+from flax_cifar.data.augment_arguments import check_channels
 from flax_cifar.data.dataset import Split
 from flax_cifar.errors import require
 
 if TYPE_CHECKING:
   import grain
+
+MIN_STD = 1e-6  # less than one level of one pixel in a million makes
 
 Normalize = Callable[[jax.Array], jax.Array]  # uint8 (N, H, W, C) -> float (N, H, W, C)
 Augment = Callable[[np.ndarray, tuple[int, int, int]], np.ndarray]  # (image, stream) -> image
@@ -128,8 +131,8 @@ def create_normalize(
 
   It runs on the device, so that images travel there as bytes, in float32; the result is `dtype`.
   """
-  require(len(mean) == len(std), "augment.std", std, f"as long as augment.mean={mean}")
-  require(all(s > 0 for s in std), "augment.std", std, "positive")
+  check_channels("augment.mean", mean)
+  check_channels("augment.std", std, low=MIN_STD)
   scale = 1 / (255 * np.asarray(std, np.float64))
   shift = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
 

@@ -2,24 +2,27 @@
 
 import dataclasses
 import math
+import os
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from flax_cifar.data.dataset import Dataset, Split, check_split
-from flax_cifar.errors import UserError, choose, require
+from flax_cifar.data.augment_arguments import MAX_PIXELS
+from flax_cifar.data.dataset import MAX_CLASSES, Dataset, Split, check_split
+from flax_cifar.errors import UserError, choose, describe_briefly, get_path, require
 
 __all__ = ["Dataset", "Split", "channel_stats", "check_split", "load_dataset", "split_validation"]
 
 SHAPES_TRAIN = 10_000
 SHAPES_TEST = 2_000
 SHAPES_SEED = 0
+SHAPES_SIZE = 128  # pixels; to draw larger ones would take more than 10 GB of memory
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 # Keys of npz archives in use: ours, Keras', and the plain swap of the two words.
@@ -46,12 +49,17 @@ def load_dataset(*, name: str, dir: str, image_size: int) -> Dataset:
   Raises:
     UserError: unknown name, missing or damaged data, or images of another size.
   """
-  require(image_size >= 1, "config.data.image_size", image_size, "1 or more")
+  expected = f"from 1 to {MAX_PIXELS} pixels"
+  require(1 <= image_size <= MAX_PIXELS, "config.data.image_size", image_size, expected)
   kind, _, path = name.partition(":")
   loader = choose(
     "config.data.name", f"{kind}:PATH" if path and kind in _WITH_PATH else name, _LOADERS
   )
-  train, test, class_names = loader(path=Path(path).expanduser(), dir=dir, image_size=image_size)
+  found = get_path("config.data.name", path)
+  try:
+    train, test, class_names = loader(path=found, dir=dir, image_size=image_size)
+  except OSError as error:  # a folder or file that may not be read
+    raise UserError(f"{name} cannot be read ({error}); check its path and permissions.") from error
   return _checked(Dataset(name, train, test, tuple(class_names)), image_size)
 
 
@@ -124,6 +132,13 @@ def _checked(dataset: Dataset, image_size: int) -> Dataset:
     _check_size(split, image_size, where=f"{dataset.name} {part}")
   if len(names) < 2:
     raise UserError(f"{dataset.name}: there is one class only, {names}; at least two are needed.")
+  odd = [name for name in names if not name.isprintable()]
+  if odd:  # the pictures at a run's end could not show them
+    raise UserError(f"{dataset.name}: the class names {odd[:3]} are not printable; rename them.")
+  if len(names) > MAX_CLASSES:
+    raise UserError(
+      f"{dataset.name}: there are {len(names):,} classes; at most {MAX_CLASSES:,} fit."
+    )
   train, test = (
     Split(split.images, split.labels.astype(np.int32)) for split in (dataset.train, dataset.test)
   )
@@ -158,6 +173,8 @@ def _load_cifar10(*, path: Path, dir: str, image_size: int) -> _Loaded:
 
 def _load_shapes(*, path: Path, dir: str, image_size: int) -> _Loaded:
   del path, dir
+  expected = f"at most {SHAPES_SIZE} for shapes"
+  require(image_size <= SHAPES_SIZE, "config.data.image_size", image_size, expected)
   # Lazily: only this data set needs drawing code.
   from flax_cifar.data.shapes import make_shapes
 
@@ -169,31 +186,60 @@ def _load_shapes(*, path: Path, dir: str, image_size: int) -> _Loaded:
 
 def _load_npz(*, path: Path, dir: str, image_size: int) -> _Loaded:
   del dir, image_size
-  arrays = _read_npz(path)
-  keys = next((keys for keys in NPZ_KEYS if all(key in arrays for key in keys)), None)
-  if keys is None:
-    raise UserError(
-      f"npz:{path} holds {sorted(arrays)}; it must hold "
-      + ", or ".join(" ".join(keys) for keys in NPZ_KEYS)
-      + ", and may hold class_names."
-    )
-  train_x, train_y, test_x, test_y = (arrays[key] for key in keys)
+  (train_x, train_y, test_x, test_y), names = _read_npz(path)
   train, test = Split(train_x, _flat(train_y)), Split(test_x, _flat(test_y))
-  return train, test, _npz_class_names(arrays, (train.labels, test.labels))
+  return train, test, names or _number_classes(path, (train.labels, test.labels))
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> tuple[list[np.ndarray], tuple[str, ...]]:
+  """The four arrays of one of NPZ_KEYS, and the class names, if any."""
   if not path.is_file():
     raise UserError(f"npz:{path} does not exist; give the path of a numpy .npz archive.")
   try:
+    _check_declared_size(path)
     # Pickled objects could run code, so they stay refused.
     with np.load(path, allow_pickle=False) as archive:
-      return dict(archive)
-  except (OSError, EOFError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+      arrays = [_read_array(archive, key) for key in _choose_keys(path, archive.files)]
+      if "class_names" not in archive.files:
+        return arrays, ()
+      return arrays, tuple(_read_array(archive, "class_names").astype(str).ravel().tolist())
+  except UserError:
+    raise
+  except Exception as error:  # zipfile, zlib and numpy raise a dozen types for damaged bytes
     raise UserError(
-      f"npz:{path} cannot be read ({error}); write it again with numpy.savez, plain number "
-      "arrays only."
+      f"npz:{path} cannot be read ({describe_briefly(error)}); write it again with numpy.savez, "
+      "plain number arrays only."
     ) from error
+
+
+def _check_declared_size(path: Path) -> None:
+  """Compressed zeros take a thousandth of what they unpack to."""
+  with zipfile.ZipFile(path) as archive:
+    size = sum(member.file_size for member in archive.infolist())
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if size > memory:
+    raise UserError(
+      f"npz:{path} unpacks to {size / 1e9:,.0f} GB, more than the {memory / 1e9:,.0f} GB of "
+      "memory here; give fewer or smaller images."
+    )
+
+
+def _choose_keys(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+  keys = next((keys for keys in NPZ_KEYS if all(key in names for key in keys)), None)
+  if keys is None:
+    raise UserError(
+      f"npz:{path} holds {sorted(names)}; it must hold "
+      + ", or ".join(" ".join(keys) for keys in NPZ_KEYS)
+      + ", and may hold class_names."
+    )
+  return keys
+
+
+def _read_array(archive: Mapping[str, Any], key: str) -> np.ndarray:
+  array = archive[key]
+  if not isinstance(array, np.ndarray):  # numpy gives the bytes of a member that is no array
+    raise ValueError(f"{key} is not an array")
+  return array
 
 
 def _flat(labels: np.ndarray) -> np.ndarray:
@@ -201,13 +247,14 @@ def _flat(labels: np.ndarray) -> np.ndarray:
   return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
-def _npz_class_names(
-  arrays: dict[str, np.ndarray], labels: Iterable[np.ndarray]
-) -> tuple[str, ...]:
-  if "class_names" in arrays:
-    return tuple(arrays["class_names"].astype(str).ravel().tolist())
+def _number_classes(path: Path, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
   # Other dtypes are refused by check_split, with a message.
   highest = max((int(y.max()) for y in labels if y.size and y.dtype.kind in "iu"), default=0)
+  if highest >= MAX_CLASSES:
+    raise UserError(
+      f"npz:{path}: the labels go up to {highest}; number the classes from 0. There may be at most "
+      f"{MAX_CLASSES:,}."
+    )
   return tuple(str(index) for index in range(highest + 1))
 
 
@@ -290,11 +337,14 @@ def _read_images(files: _Files, class_names: tuple[str, ...], image_size: int) -
 def _read_image(path: Path, *, image_size: int) -> np.ndarray:
   """Reads an image as uint8 (image_size, image_size, 3); the aspect ratio is not kept."""
   try:
+    if not path.is_file():
+      raise ValueError("it is no file")  # to open a pipe would wait for ever
     with Image.open(path) as file:
       image = _to_rgb(ImageOps.exif_transpose(file))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+  except Exception as error:  # Pillow's decoders raise a dozen types for damaged bytes
+    reason = describe_briefly(error)
     raise UserError(
-      f"folder: the image {path} cannot be read ({error}); replace or remove it."
+      f"folder: the image {path} cannot be read ({reason}); replace or remove it."
     ) from error
   # LANCZOS widens its kernel when it shrinks, so nothing aliases, and interpolates smoothly
   # when it enlarges; BOX would repeat pixels there.

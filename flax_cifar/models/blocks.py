@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_cifar.errors import choose
+from flax_cifar.errors import UserError, choose
 from flax_cifar.models.dropout import Dropout
 from flax_cifar.models.lowering import conv_general_dilated, max_pool, pad_reflect
 from flax_cifar.models.norms import Norm
@@ -70,7 +70,7 @@ class Unit(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = self.convolve(x)
+    x = _check_map(self.convolve(x), self.name)
     norm_first = self.order == "conv_norm_relu"
     x = self.norm(name="norm")(x if norm_first else nn.relu(x), train)
     return Dropout(self.dropout_rate, relu=norm_first, name="dropout")(x, train)
@@ -219,7 +219,18 @@ class MaxPool(nn.Module):
   window: int
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return max_pool(x, self.window)
+    return max_pool(_check_map(x, self.name, at_least=self.window), self.window)
+
+
+def _check_map(x: jax.Array, layer: str | None, *, at_least: int = 1) -> jax.Array:
+  """`x`, (N, H, W, C), unless the layers before have used the image up."""
+  height, width = x.shape[1:3]
+  if min(height, width) < at_least:
+    raise UserError(
+      f"data.image_size is too small for this network: layer {layer!r} has {height}x{width} pixels "
+      f"left and needs {at_least}; take larger images or another model.name."
+    )
+  return x
 
 
 class Transition(nn.Module):

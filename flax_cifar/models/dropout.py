@@ -65,7 +65,7 @@ def _drop(x: jax.Array, key: jax.Array, rate: float, relu: bool) -> jax.Array:
 
 
 def _get_mask(x: jax.Array, key: jax.Array, rate: float, relu: bool) -> jax.Array:
-  keep = hash_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+  keep = hash_bits(key, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
   return keep & (x > 0) if relu else keep
 
 

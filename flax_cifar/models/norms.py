@@ -163,6 +163,18 @@ def get_norm(name: str, arguments: Mapping[str, Mapping[str, Any]]) -> Norm:
   """The norm called `name`, with `arguments[name]` as its attributes.
 
   Raises:
-    UserError: `name` is not in NORMS.
+    UserError: `name` is not in NORMS, or a momentum or epsilon is out of range. What depends on
+      the layer the norm checks itself.
   """
-  return partial(choose("model.norm", name, NORMS), **arguments[name])
+  norm = choose("model.norm", name, NORMS)
+  for key, value in arguments[name].items():
+    if key == "momentum":
+      require(0 <= value < 1, f"norm.{name}.momentum", value, "at least 0 and below 1")
+    if key == "epsilon":
+      check_epsilon(f"norm.{name}.epsilon", value)
+  return partial(norm, **arguments[name])
+
+
+def check_epsilon(key: str, epsilon: float) -> None:
+  """A UserError unless float32 can divide by `epsilon`, or by its root."""
+  require(1e-30 <= epsilon <= 1e30, key, epsilon, "from 1e-30 to 1e30")
