@@ -31,7 +31,9 @@ def _ours(config: ConfigDict) -> None:
   config.total_epochs = 15
   config.model.init = "he"
   config.model.dropout_rate = 0.1  # 0.2 after the dense layers, which hold half of the parameters
-  config.optimizer.learning_rate = 0.01  # there is no norm to set the scale right
+  # There is no norm to set the scale right: at 0.01 validation accuracy fell from 60 % to that of
+  # chance in epochs 2 to 4.
+  config.optimizer.learning_rate = 0.003
 
 
 def _published(config: ConfigDict) -> None:

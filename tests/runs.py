@@ -56,7 +56,7 @@ def flat_checkpoint(workdir, step):
 def result_of(workdir):
   """result.json without its clocks, and without the config, which may differ in what is free."""
   result = json.loads((workdir / "result.json").read_text())
-  timed = ("train_seconds", "images_per_second", "date", "command", "config")
+  timed = ("train_seconds", "images_per_second", "date", "commit", "command", "config")
   return {name: value for name, value in result.items() if name not in timed}
 
 
