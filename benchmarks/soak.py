@@ -124,7 +124,8 @@ def sample_epochs(process: subprocess.Popen, metrics: pathlib.Path) -> Iterator[
   """Looks at `process` whenever `metrics` has a new line, until it ends."""
   root, seen, last = psutil.Process(process.pid), 0, None
   while process.poll() is None:
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    text = metrics.read_text() if metrics.exists() else ""
+    lines = text.split("\n")[:-1]  # the last one may be half written
     now = time.perf_counter()
     for line in lines[seen:]:  # more than one only where we were kept waiting
       record = json.loads(line)
