@@ -77,7 +77,8 @@ def tiny_run(tmp_path, **changes):
   return ["main.py", QUICK, f"--workdir={tmp_path / 'run'}", *flags]
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, signum):
   """A real signal to a real process; augmentation in worker processes."""
   arguments = tiny_run(tmp_path, **{"augment.workers": 1, "checkpoint.every": 2})
   process = subprocess.Popen(
@@ -92,9 +93,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   metrics = tmp_path / "run" / "metrics.jsonl"
   while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
     time.sleep(0.05)
-  os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+  os.killpg(process.pid, signum)  # as terminals and schedulers do: the workers get it too
   _, stderr = process.communicate(timeout=100)
-  assert process.returncode == 128 + signal.SIGINT
+  assert process.returncode == 128 + signum
   assert "stopped and saved at step" in stderr
   saved = int(stderr.split("at step ")[1].split(";")[0].replace(",", ""))
   assert 20 <= saved < 100

@@ -343,7 +343,10 @@ def test_a_run_in_a_folder_with_any_name(tmp_path, monkeypatch, processes):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "argv", ["main.py", f"--workdir={NASTY}"])
   data = write_data(tmp_path / f"data {NASTY}.npz")
-  config = get_config(data, **{"total_epochs": 1, "name": "".join(filter(str.isprintable, NASTY)), "log.tensorboard": True})
+  config = get_config(
+    data,
+    **{"total_epochs": 1, "name": "".join(filter(str.isprintable, NASTY)), "log.tensorboard": True},
+  )
   result = train.train_and_evaluate(config, pathlib.Path(NASTY))
   assert json.loads((tmp_path / NASTY / "result.json").read_text()) == result
   assert {path.name for path in tmp_path.iterdir()} == {NASTY, f"data {NASTY}.npz"}

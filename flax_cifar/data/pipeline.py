@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 from flax_cifar.data.augment_arguments import check_channels
 from flax_cifar.data.dataset import Split
 from flax_cifar.errors import require
+from flax_cifar.interrupt import SIGNALS
 
 if TYPE_CHECKING:
   import grain
@@ -94,13 +96,19 @@ def iterate(
     if not flags.FLAGS.is_parsed():  # grain's workers read absl flags; a notebook parses none
       flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=workers)
-    stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
+    stream = stream.mp_prefetch(options, worker_init_fn=_follow_parent)
   return stream.__iter__()
 
 
-def _end_with_parent(worker: int, workers: int) -> None:
-  """Run in a worker: else it waits for ever once the run was killed."""
+def _follow_parent(worker: int, workers: int) -> None:
+  """Run in a worker, which ends when the run does.
+
+  Terminals and schedulers send a signal to every process; the run still needs its workers then. And
+  when the run is killed, they would wait for ever.
+  """
   del worker, workers
+  for signum in SIGNALS:
+    signal.signal(signum, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
 
   def watch() -> None:
