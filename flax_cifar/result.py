@@ -98,6 +98,7 @@ def say_result(log: RunLog, result: dict[str, Any], workdir: pathlib.Path) -> No
     peeked = " (on the test split)" if result["protocol"] == "published" else ""
     log.say(f"best validation accuracy {best['accuracy']:.2%}{peeked}, epoch {best['epoch']}")
   log.say(f"result    {workdir / 'result.json'}")
+  log.say(f"weights   {workdir / 'weights.safetensors'}")
   for picture in sorted(workdir.glob("*.png")):
     log.say(f"picture   {picture}")
 
