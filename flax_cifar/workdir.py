@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -71,7 +72,8 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       f"{MIN_FREE_BYTES // 2**20} MiB or choose a --workdir on another disk."
     )
   if (workdir / LOCK).exists():
-    _lock(workdir).close()
+    with explain_failed_writes(workdir):  # it may belong to another user
+      _lock(workdir).close()
 
 
 def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -111,6 +113,12 @@ def _lock(workdir: pathlib.Path) -> TextIO:
       f"workdir {str(workdir)!r} is in use by {owner}; wait for it, stop it, or choose another "
       "--workdir."
     ) from error
+  except OSError as error:  # some file systems of clusters
+    print(
+      f"warning: {str(workdir)!r} cannot be locked ({error.strerror}); see to it that no other "
+      "process trains there",
+      file=sys.stderr,
+    )
   return file
 
 

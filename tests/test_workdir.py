@@ -1,5 +1,7 @@
 """Which folder a run may use, and what it says otherwise."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -130,6 +132,16 @@ with open_workdir(pathlib.Path({str(tmp_path / "run")!r}), {config()!r}):
   check_workdir(tmp_path / "run", config())
   with open_workdir(tmp_path / "run", config()):
     assert f"process {os.getpid()} on" in (tmp_path / "run" / "lock").read_text()
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+  def refuse(file, operation):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  with open_workdir(tmp_path / "run", config()):
+    check_workdir(tmp_path / "run", config())
+  assert "run' cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_a_config_written_meanwhile_is_seen(tmp_path):
