@@ -331,11 +331,17 @@ def uses_shell(event, arguments):
   return event == "os.system" or pathlib.Path(os.fsdecode(program)).name in SHELLS
 
 
-def test_a_shell_would_be_seen(processes):
-  subprocess.run("true", shell=True, check=True)
-  subprocess.run(["true"], check=True)
-  os.system("true")
-  assert [uses_shell(*process) for process in processes] == [True, False, True]
+@pytest.mark.parametrize(
+  ("start", "shell"),
+  [
+    (lambda: subprocess.run("true", shell=True, check=True), True),
+    (lambda: subprocess.run(["true"], check=True), False),
+    (lambda: os.system("true"), True),
+  ],
+)
+def test_a_shell_would_be_seen(processes, start, shell):
+  start()
+  assert {uses_shell(*process) for process in processes} == {shell}
 
 
 def test_a_run_in_a_folder_with_any_name(tmp_path, monkeypatch, processes):
