@@ -22,7 +22,7 @@ from flax_cifar.metrics import Totals
 from flax_cifar.partition import replicated
 from flax_cifar.run_log import Record
 from flax_cifar.seal import put_out_of_the_way, set_damaged_aside, settle, write_seal
-from flax_cifar.state import TrainState
+from flax_cifar.state import TrainState, name_leaf
 
 Restored = tuple[TrainState, Totals, list[Record]]
 
@@ -174,13 +174,13 @@ class Checkpoints:
     try:
       metadata = self._manager.item_metadata(step)["state"]
       saved = {
-        _name(path): tuple(leaf.shape)
+        name_leaf(path): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(metadata["params"])
       }
     except Exception as error:
       raise self._unreadable(step, error) from error
     expected = {
-      _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(like.params)
+      name_leaf(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(like.params)
     }
     mismatches = list_differences(saved, expected)
     if mismatches:
@@ -237,10 +237,6 @@ class SaveRhythm:
 
 def _accuracy(metrics: dict[str, float]) -> float:
   return metrics["accuracy"]
-
-
-def _name(path: Any) -> str:
-  return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_cifar.state import TrainState
+from flax_cifar.state import TrainState, name_leaf
 
 
 class NonFinite(Exception):
@@ -33,12 +33,11 @@ def save_post_mortem(
     state: of one seed, before the step.
     batch: image and label, as the step got them, and `example`, their numbers in the train split.
   """
-  path = workdir / f"nonfinite-step-{step + 1}.npz"
+  file = workdir / f"nonfinite-step-{step + 1}.npz"
   arrays = state.replace(key=jax.random.key_data(state.key))
   named = {
-    jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf)
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    name_leaf(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
   }
   contents: dict[str, Any] = {**{f"state/{name}": leaf for name, leaf in named.items()}, **batch}
-  np.savez(path, **contents)
-  return path
+  np.savez(file, **contents)
+  return file

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from tensorboardX import SummaryWriter
 
 from flax_cifar.metrics import Totals, compute_means
 from flax_cifar.seeds import describe_seeds
+from flax_cifar.workdir import write_whole
 
 LINE_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
 
@@ -49,7 +49,7 @@ class RunLog:
     self._path = workdir / "metrics.jsonl"
     self._total_epochs = total_epochs
     self.records = list(records)
-    _rewrite(self._path, self.records)
+    write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
     folder = str(workdir / "tensorboard")
     self._writer = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
 
@@ -161,12 +161,6 @@ def _describe(totals: Totals, seconds: float) -> str:
   loss, accuracy = (value.mean() for value in compute_means(totals).values())
   rate = totals["count"].sum() / seconds
   return f"loss {loss:.3f} acc {accuracy:.1%} {rate:.0f} images/s"
-
-
-def _rewrite(path: pathlib.Path, records: list[Record]) -> None:
-  part = path.with_suffix(".part")
-  part.write_text("".join(json.dumps(record) + "\n" for record in records))
-  os.replace(part, path)
 
 
 def median_rate(records: list[Record]) -> float:

@@ -75,6 +75,11 @@ def _init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
   return model.init(key, images, train=False)
 
 
+def name_leaf(path: Any) -> str:
+  """ "params/unit/conv/kernel" for a path as JAX has it."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def all_finite(tree: Any) -> jax.Array:
   """Whether every number of every array is finite: bool ().
 

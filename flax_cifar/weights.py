@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from flax_cifar.errors import UserError, list_differences
+from flax_cifar.errors import UserError, describe_briefly, list_differences
 from flax_cifar.models import create_model
 
 KEY = "flax_cifar"
@@ -96,7 +96,7 @@ def load_weights(path: pathlib.Path) -> Weights:
     length = int.from_bytes(blob[:8], "little")  # of the header, which is JSON
     metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
   except Exception as error:  # whatever damaged bytes lead to
-    raise _damaged(path, str(error)) from error
+    raise _damaged(path, error) from error
   if KEY not in metadata:
     raise UserError(f"{str(path)!r} was written by another program: it lacks metadata {KEY!r}.")
   try:
@@ -219,6 +219,6 @@ def _read(path: pathlib.Path) -> bytes:
     raise UserError(f"{str(path)!r} cannot be read ({error.strerror}).") from error
 
 
-def _damaged(path: pathlib.Path, reason: str) -> UserError:
-  short = " ".join(reason.split())[:200]
+def _damaged(path: pathlib.Path, reason: object) -> UserError:
+  short = describe_briefly(reason)
   return UserError(f"{str(path)!r} is damaged or no weights file ({short}); copy it again.")

@@ -166,6 +166,11 @@ def _check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
   """Writes `content` whole or not at all."""
+  write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes `text` or leaves what was there."""
   part = path.with_suffix(".part")
-  part.write_text(json.dumps(content, indent=2) + "\n")
+  part.write_text(text)
   os.replace(part, path)
