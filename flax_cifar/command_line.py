@@ -1,5 +1,6 @@
 """What the programs share: the --config flag, and one line for whatever goes wrong."""
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -24,6 +25,13 @@ def explain(error: Exception) -> str:
   text = str(error.args[0] if error.args else error).strip()
   text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
   return f"unknown config key {text}" if isinstance(error, KeyError) else text or repr(error)
+
+
+class Parser(argparse.ArgumentParser):
+  """Raises a UserError where argparse would print its usage and exit."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(message)
 
 
 def define_config() -> flags.FlagHolder:

@@ -12,9 +12,9 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from flax_cifar.command_line import leave
+from flax_cifar.command_line import Parser, leave
 from flax_cifar.errors import UserError, list_differences
 from flax_cifar.settings import apply_settings
 
@@ -61,18 +61,13 @@ def main() -> None:
   print(f"{score.split} accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}")
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise UserError(message)
-
-
 def parse(arguments: Sequence[str]) -> Options:
   """What a command line asks for.
 
   Raises:
     UserError: something is missing or unknown.
   """
-  parser = _Parser(
+  parser = Parser(
     "evaluate",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -21,10 +21,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from configs import common
-from flax_cifar.command_line import leave
+from flax_cifar.command_line import Parser, leave
 from flax_cifar.errors import UserError, choose, require
 from flax_cifar.workdir import flatten, read_result, write_json
 
@@ -106,18 +106,13 @@ def run_sweep(sweep: Sweep) -> None:
 #### Arguments
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise UserError(message)
-
-
 def parse(arguments: Sequence[str]) -> Sweep:
   """The sweep that a command line asks for.
 
   Raises:
     UserError: something is missing, unknown or contradicts itself.
   """
-  parser = _Parser(
+  parser = Parser(
     "sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
   )
   parser.add_argument("--config", help="a file of configs/; variants may follow it after a colon")
