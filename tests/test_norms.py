@@ -10,6 +10,8 @@ import pytest
 
 from configs import common
 from flax_cifar.errors import UserError
+from flax_cifar.models import onednn
+from flax_cifar.models.lowering import VARIABLE
 from flax_cifar.models.norms import NORMS, BatchNorm, GroupNorm, compute_moments, get_norm
 from flax_cifar.partition import create_mesh, split_batch
 
@@ -23,6 +25,16 @@ VARIABLES = {
   "batch_stats": {"mean": MEAN, "var": VAR},
 }
 GROUP_VARIABLES = {"params": VARIABLES["params"]}
+
+
+@pytest.fixture(params=["xla", "onednn"], autouse=True)
+def way(request, monkeypatch):
+  """Every test holds for both ways to compute a norm."""
+  if request.param == "onednn" and onednn.load_library() is None:
+    pytest.skip("oneDNN is not installed: pip install .[onednn]")
+  monkeypatch.setenv(VARIABLE, request.param)
+  train_step.clear_cache()
+  return request.param
 
 
 def batch_norm(num_splits=1):

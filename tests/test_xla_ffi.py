@@ -27,13 +27,28 @@ xla_ffi.register("test_add_scaled", add_scaled)
 
 def call(first, second, factor):
   key = (first.size, factor)
-  return xla_ffi.call("test_add_scaled", first.shape, first.dtype, key, first, second)
+  result = jax.ShapeDtypeStruct(first.shape, first.dtype)
+  return xla_ffi.call("test_add_scaled", key, (first, second), result)
 
 
 def test_a_function_reads_operands_and_key_and_fills_the_result():
   first, second = jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))
   got = jax.jit(lambda a, b: 2 * call(a, b, 10) + 1)(first, second)
   np.testing.assert_array_equal(got, 2 * (np.arange(6.0).reshape(2, 3) + 10) + 1)
+
+
+def cut(key, addresses):
+  whole, low, high = (view(*pair) for pair in zip(addresses, (sum(key), *key), strict=True))
+  low[:], high[:] = np.split(whole, key[:1])
+
+
+xla_ffi.register("test_cut", cut)
+
+
+def test_a_function_may_have_several_results():
+  results = [jax.ShapeDtypeStruct((count,), jnp.float32) for count in (2, 3)]
+  low, high = jax.jit(lambda a: xla_ffi.call("test_cut", (2, 3), (a,), results))(jnp.arange(5.0))
+  assert (low.tolist(), high.tolist()) == ([0, 1], [2, 3, 4])
 
 
 def test_an_exception_becomes_an_error_of_xla_with_its_text():

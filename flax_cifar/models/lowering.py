@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from flax_cifar.errors import choose, require
-from flax_cifar.models import onednn
+from flax_cifar.models import onednn, onednn_convolution
 
 # How convolutions are computed. The environment variable VARIABLE holds a key of WAYS.
 VARIABLE = "FLAX_CIFAR_CONVOLUTION"
@@ -47,6 +47,11 @@ def choose_way() -> str:
   return "onednn" if available and jax.local_device_count() == 1 else "xla"
 
 
+def is_served_by_onednn(dtype: Any) -> bool:
+  """Whether oneDNN computes with arrays of `dtype` in this process."""
+  return choose_way() == "onednn" and dtype in onednn.DATA_TYPES
+
+
 def describe_way() -> str:
   """For the banner: what holds, and how to have it faster."""
   way = choose_way()
@@ -72,8 +77,10 @@ def conv_general_dilated(
   if isinstance(padding, str):
     extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-  if way == "onednn" and {*lhs_dilation} == {1} and lhs.dtype in onednn.DATA_TYPES:
-    return onednn.convolve(lhs, rhs, window_strides, padding, rhs_dilation, feature_group_count)
+  if is_served_by_onednn(lhs.dtype) and {*lhs_dilation} == {1}:
+    return onednn_convolution.convolve(
+      lhs, rhs, window_strides, padding, rhs_dilation, feature_group_count
+    )
   if way == "xla" and {*window_strides, *lhs_dilation} == {1}:
     if feature_group_count == 1:
       return _dense(lhs, rhs, tuple(map(tuple, padding)), tuple(rhs_dilation))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_cifar.errors import choose, require
+from flax_cifar.models import onednn_norm
+from flax_cifar.models.lowering import is_served_by_onednn
 
 Norm = Callable[..., nn.Module]  # a class or partial; called as norm(name=...)(x, train)
 
@@ -70,15 +72,14 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    dtype, x = x.dtype, x.astype(jnp.float32)
     channels = x.shape[-1]
     scale = self._create_scale(channels)
     bias = self.param("bias", nn.initializers.zeros, (channels,))
     mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     var = self.variable("batch_stats", "var", jnp.ones, (channels,))
     if not train:
-      y = (x - mean.value) * (jax.lax.rsqrt(var.value + self.epsilon) * scale) + bias
-      return y.astype(dtype)
+      slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
+      return ((x.astype(jnp.float32) - mean.value) * slope + bias).astype(x.dtype)
 
     require(
       self.num_splits > 0 and x.shape[0] % self.num_splits == 0,
@@ -86,14 +87,13 @@ class BatchNorm(nn.Module):
       self.num_splits,
       f"a divisor of the batch size {x.shape[0]}",
     )
-    parts = x.reshape(-1, self.num_splits, *x.shape[1:])  # (N/s, s, H, W, C)
-    part_mean, part_var = compute_moments(parts, (0, *range(2, parts.ndim - 1)))
-    count = parts.size // (self.num_splits * channels)
+    y, part_mean, part_var = normalize_batch(
+      x, scale, bias, epsilon=self.epsilon, num_splits=self.num_splits
+    )
+    count = x.size // (self.num_splits * channels)
     self._update(mean, part_mean)
     self._update(var, part_var * (count / max(count - 1, 1)))
-    slope = jax.lax.rsqrt(part_var + self.epsilon) * scale
-    y = parts * slope + (bias - part_mean * slope)
-    return y.reshape(x.shape).astype(dtype)
+    return y
 
   def _create_scale(self, channels: int) -> jax.Array:
     if self.train_scale:
@@ -101,8 +101,34 @@ class BatchNorm(nn.Module):
     return jax.lax.stop_gradient(self.param(FIXED_SCALE, nn.initializers.ones, (channels,)))
 
   def _update(self, running: nn.Variable, parts: jax.Array) -> None:
-    batch = parts.reshape(self.num_splits, -1).mean(0)
-    running.value = self.momentum * running.value + (1 - self.momentum) * batch
+    running.value = self.momentum * running.value + (1 - self.momentum) * parts.mean(0)
+
+
+def normalize_batch(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, num_splits: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Normalises each channel of each of the interleaved parts of the batch.
+
+  Args:
+    x: (N, ..., C).
+    scale: float32 (C,).
+    bias: float32 (C,).
+    epsilon: added to the variance.
+    num_splits: parts; example i belongs to part i mod num_splits.
+
+  Returns:
+    y like x; the parts' means and biased variances, float32 (num_splits, C).
+  """
+  parts = x.reshape(-1, num_splits, *x.shape[1:])
+  if is_served_by_onednn(x.dtype):
+    results = [onednn_norm.batch_norm(parts[:, i], scale, bias, epsilon) for i in range(num_splits)]
+    ys, means, variances = zip(*results, strict=True)
+    return jnp.stack(ys, axis=1).reshape(x.shape), jnp.stack(means), jnp.stack(variances)
+  parts = parts.astype(jnp.float32)
+  mean, var = compute_moments(parts, (0, *range(2, parts.ndim - 1)))
+  slope = jax.lax.rsqrt(var + epsilon) * scale
+  y = (parts * slope + (bias - mean * slope)).reshape(x.shape).astype(x.dtype)
+  return y, mean.reshape(num_splits, -1), var.reshape(num_splits, -1)
 
 
 class GroupNorm(nn.Module):
@@ -131,15 +157,30 @@ class GroupNorm(nn.Module):
       self.num_groups,
       f"a divisor of the layer's {channels} channels",
     )
-    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], self.num_groups, -1)
-    mean, var = compute_moments(groups, (*range(1, groups.ndim - 2), groups.ndim - 1))
-    slope, offset = jax.lax.rsqrt(var + self.epsilon), jnp.zeros(())
+    scale, bias = jnp.ones(()), jnp.zeros(())
     if self.affine:
-      per_group = groups.shape[-2:]
-      slope *= self.param("scale", nn.initializers.ones, (channels,)).reshape(per_group)
-      offset = self.param("bias", nn.initializers.zeros, (channels,)).reshape(per_group)
-    y = groups * slope + (offset - mean * slope)
-    return y.reshape(x.shape).astype(x.dtype)
+      scale = self.param("scale", nn.initializers.ones, (channels,))
+      bias = self.param("bias", nn.initializers.zeros, (channels,))
+    y = normalize_groups(x, epsilon=self.epsilon, num_groups=self.num_groups)
+    return (y * scale + bias).astype(x.dtype)
+
+
+def normalize_groups(x: jax.Array, *, epsilon: float, num_groups: int) -> jax.Array:
+  """(N, ..., C) -> the same, normalised over positions and channels of each group of channels.
+
+  Args:
+    x: N examples.
+    epsilon: added to the variance.
+    num_groups: must divide C.
+  """
+  groups = x.reshape(len(x), -1, num_groups, x.shape[-1] // num_groups)
+  if is_served_by_onednn(x.dtype):
+    rows = groups.swapaxes(1, 2).reshape(len(x) * num_groups, -1)
+    y = onednn_norm.layer_norm(rows, epsilon).reshape(len(x), num_groups, *groups.shape[1::2])
+    return y.swapaxes(1, 2).reshape(x.shape)
+  groups = groups.astype(jnp.float32)
+  mean, var = compute_moments(groups, (1, 3))
+  return ((groups - mean) * jax.lax.rsqrt(var + epsilon)).reshape(x.shape)
 
 
 class NoNorm(nn.Module):

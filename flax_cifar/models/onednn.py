@@ -1,7 +1,8 @@
-"""Convolutions of oneDNN for CPUs: the optional extra `onednn`.
+"""The library oneDNN through its C interface: the optional extra `onednn`, for CPUs.
 
-XLA:CPU computes the kernel gradient of a small convolution at a tenth of the processor's rate, and
-oneDNN at full rate. Its library is called through its C interface on the buffers of XLA.
+XLA:CPU computes the kernel gradient of a small convolution, and the statistics of a norm, at a
+tenth of the processor's rate, and oneDNN at full rate. A primitive is one of its kernels, made for
+given shapes; a Program runs primitives on the buffers of XLA.
 """
 
 import ctypes
@@ -13,26 +14,17 @@ import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
 from ctypes import byref, c_int, c_int64, c_size_t, c_void_p
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from flax_cifar.models import xla_ffi
-
-TARGET = "flax_cifar_onednn_convolution"
-FORWARD, INPUT_GRADIENT, KERNEL_GRADIENT = range(3)
-
 # Constants of oneDNN's dnnl_types.h, version 3.
-_CPU, _IN_ORDER, _ANY_LAYOUT, _TRAINING, _DIRECT = 1, 1, 1, 64, 1
-_SRC, _DST, _WEIGHTS, _DIFF_SRC, _DIFF_DST, _DIFF_WEIGHTS, _SCRATCH = 1, 17, 33, 129, 145, 161, 80
-_OWN_SCRATCH, _SCRATCH_LAYOUT = 1, 136
-_KERNEL_LAYOUT = {FORWARD: 131, INPUT_GRADIENT: 131, KERNEL_GRADIENT: 132}
+_CPU, _IN_ORDER, _OWN_SCRATCH = 1, 1, 1
+_SCRATCH, _SCRATCH_LAYOUT = 80, 136
 _NO_ADDRESS, _ALLOCATE = c_void_p(0), c_void_p(2**64 - 1)
-DATA_TYPES = {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.bfloat16): 2}
-
-
-# ---- The library
+TRAINING, BACKWARD = 64, 128  # what a primitive is for
+FLOAT32 = 3
+DATA_TYPES = {jnp.dtype(jnp.float32): FLOAT32, jnp.dtype(jnp.bfloat16): 2}
 
 
 @functools.cache
@@ -48,270 +40,111 @@ def load_library() -> ctypes.CDLL | None:
   return None
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
+  """Calls a function of the library; a RuntimeError with its name if it refuses."""
   status = getattr(load_library(), name)(*arguments)
   if status:
     raise RuntimeError(f"{name} returned status {status}")
 
 
-def _create(name: str, *arguments: Any) -> c_void_p:
+def create(name: str, *arguments: Any) -> c_void_p:
   """Calls a function whose first argument receives a handle to what it creates."""
   handle = c_void_p()
-  _call(name, byref(handle), *arguments)
+  call(name, byref(handle), *arguments)
   return handle
 
 
 @functools.cache
-def _engine() -> c_void_p:
-  return _create("dnnl_engine_create", c_int(_CPU), c_size_t(0))
+def get_engine() -> c_void_p:
+  """The processor."""
+  return create("dnnl_engine_create", c_int(_CPU), c_size_t(0))
 
 
 @functools.cache
-def _attributes() -> c_void_p:
+def get_attributes() -> c_void_p:
   """Scratch memory is ours: the library's belongs to the thread that created the primitive."""
-  attributes = _create("dnnl_primitive_attr_create")
-  _call("dnnl_primitive_attr_set_scratchpad_mode", attributes, c_int(_OWN_SCRATCH))
+  attributes = create("dnnl_primitive_attr_create")
+  call("dnnl_primitive_attr_set_scratchpad_mode", attributes, c_int(_OWN_SCRATCH))
   return attributes
 
 
-def _query_layout(descriptor: c_void_p, what: int) -> c_void_p:
+# ---- Layouts of arrays
+
+
+def int64s(values: Sequence[int]) -> Any:
+  """`values` as an array of C."""
+  return (c_int64 * len(values))(*values)
+
+
+def describe(dims: Sequence[int], strides: Sequence[int], data_type: int) -> c_void_p:
+  """The layout of an array, `strides` counted in elements."""
+  return create(
+    "dnnl_memory_desc_create_with_strides", len(dims), int64s(dims), data_type, int64s(strides)
+  )
+
+
+def describe_images(shape: tuple[int, int, int, int], data_type: int) -> c_void_p:
+  """NHWC in memory; oneDNN names the axes in the order NCHW."""
+  n, h, w, c = shape
+  return describe((n, c, h, w), (h * w * c, 1, w * c, c), data_type)
+
+
+def query_layout(descriptor: c_void_p, what: int) -> c_void_p:
+  """The layout that a primitive's descriptor has chosen for one of its arrays."""
   query = load_library().dnnl_primitive_desc_query_md  # type: ignore[union-attr]
   query.restype = c_void_p
   return c_void_p(query(descriptor, what, 0))
 
 
-def _int64s(values: Sequence[int]) -> Any:
-  return (c_int64 * len(values))(*values)
+# ---- Running primitives
 
 
-# ---- One convolution
+def create_buffer(layout: c_void_p) -> c_void_p:
+  """Memory of an array that a Program keeps to itself."""
+  return create("dnnl_memory_create", layout, get_engine(), _ALLOCATE)
 
 
-class Convolution(NamedTuple):
-  """All that determines a primitive, as integers, so that it travels as one key of the call."""
-
-  kind: int  # FORWARD, INPUT_GRADIENT or KERNEL_GRADIENT
-  data_type: int  # a value of DATA_TYPES
-  batch: int
-  height: int
-  width: int
-  in_channels: int
-  out_channels: int
-  kernel_height: int
-  kernel_width: int
-  stride_y: int
-  stride_x: int
-  top: int  # pixels of padding
-  bottom: int
-  left: int
-  right: int
-  dilation_y: int
-  dilation_x: int
-  groups: int
-
-  @property
-  def input_shape(self) -> tuple[int, int, int, int]:
-    """NHWC."""
-    return self.batch, self.height, self.width, self.in_channels
-
-  @property
-  def kernel_shape(self) -> tuple[int, int, int, int]:
-    """HWIO."""
-    ins = self.in_channels // self.groups
-    return self.kernel_height, self.kernel_width, ins, self.out_channels
-
-  @property
-  def output_shape(self) -> tuple[int, int, int, int]:
-    """NHWC."""
-    extent_y = (self.kernel_height - 1) * self.dilation_y + 1
-    extent_x = (self.kernel_width - 1) * self.dilation_x + 1
-    height = (self.height + self.top + self.bottom - extent_y) // self.stride_y + 1
-    width = (self.width + self.left + self.right - extent_x) // self.stride_x + 1
-    return self.batch, height, width, self.out_channels
-
-
-def _describe(dims: Sequence[int], strides: Sequence[int], data_type: int) -> c_void_p:
-  return _create(
-    "dnnl_memory_desc_create_with_strides", len(dims), _int64s(dims), data_type, _int64s(strides)
-  )
-
-
-def _describe_images(shape: tuple[int, int, int, int], data_type: int) -> c_void_p:
-  """NHWC in memory; oneDNN names the axes in the order NCHW."""
-  n, h, w, c = shape
-  return _describe((n, c, h, w), (h * w * c, 1, w * c, c), data_type)
-
-
-def _kernel_dims(c: Convolution) -> tuple[int, ...]:
-  """oneDNN's order: groups, output channels and input channels of a group, height, width."""
-  height, width, ins, outs = c.kernel_shape
-  return c.groups, outs // c.groups, ins, height, width
-
-
-def _describe_kernel(c: Convolution) -> c_void_p:
-  """HWIO in memory, the groups side by side in O."""
-  _, width, ins, outs = c.kernel_shape
-  strides = (outs // c.groups, 1, outs, width * ins * outs, ins * outs)
-  return _describe(_kernel_dims(c), strides, c.data_type)
-
-
-def _create_descriptor(c: Convolution) -> c_void_p:
-  """The convolution, with its kernel in the layout that oneDNN likes best."""
-  dims = _kernel_dims(c)
-  kernel = _create(
-    "dnnl_memory_desc_create_with_tag", len(dims), _int64s(dims), c.data_type, _ANY_LAYOUT
-  )
-  images = _describe_images(c.input_shape, c.data_type)
-  output = _describe_images(c.output_shape, c.data_type)
-  window = (
-    _int64s((c.stride_y, c.stride_x)),
-    _int64s((c.dilation_y - 1, c.dilation_x - 1)),
-    _int64s((c.top, c.left)),
-    _int64s((c.bottom, c.right)),
-  )
-  create = "dnnl_convolution_{}_primitive_desc_create".format
-  operands: tuple[c_void_p | None, ...] = (images, kernel, None, output)  # None: no bias
-  forward = _create(
-    create("forward"), _engine(), _TRAINING, _DIRECT, *operands, *window, _attributes()
-  )
-  if c.kind == FORWARD:
-    return forward
-  if c.kind == INPUT_GRADIENT:
-    name, operands = create("backward_data"), (images, kernel, output)
-  else:
-    name = create("backward_weights")
-  return _create(name, _engine(), _DIRECT, *operands, *window, forward, _attributes())
+def create_slot(layout: c_void_p) -> c_void_p:
+  """Memory of an array whose address comes with each call of a Program."""
+  return create("dnnl_memory_create", layout, get_engine(), _NO_ADDRESS)
 
 
 class _Argument(ctypes.Structure):
   _fields_ = (("index", c_int), ("memory", c_void_p))
 
 
-class _Step:
-  """A primitive with what it reads and writes."""
+class Step:
+  """A primitive with what it reads and writes.
+
+  Args:
+    descriptor: of the primitive.
+    memories: by the library's numbers for arguments.
+  """
 
   def __init__(self, descriptor: c_void_p, memories: Mapping[int, c_void_p]):
-    scratch = _create_memory(_query_layout(descriptor, _SCRATCH_LAYOUT), _ALLOCATE)
+    scratch = create_buffer(query_layout(descriptor, _SCRATCH_LAYOUT))
     arguments = {**memories, _SCRATCH: scratch}
-    self._primitive = _create("dnnl_primitive_create", descriptor)
+    self._primitive = create("dnnl_primitive_create", descriptor)
     self._arguments = (_Argument * len(arguments))(*(_Argument(*a) for a in arguments.items()))
 
   def run(self, stream: c_void_p) -> None:
+    """Enqueues the primitive."""
     arguments = self._arguments
-    _call("dnnl_primitive_execute", self._primitive, stream, len(arguments), arguments)
+    call("dnnl_primitive_execute", self._primitive, stream, len(arguments), arguments)
 
 
-class _Convolver:
-  """Computes one Convolution: call it with the addresses of operands and result."""
+class Program:
+  """Steps, one after the other; call it with the addresses of its slots, in their order."""
 
-  def __init__(self, c: Convolution):
-    self._lock = threading.Lock()  # its scratch memory serves one call at a time
-    self._stream = _create("dnnl_stream_create", _engine(), c_int(_IN_ORDER))
-    descriptor = _create_descriptor(c)
-    outer_layout = _describe_kernel(c)
-    inner_layout = _query_layout(descriptor, _KERNEL_LAYOUT[c.kind])
-    images = _create_memory(_describe_images(c.input_shape, c.data_type), _NO_ADDRESS)
-    output = _create_memory(_describe_images(c.output_shape, c.data_type), _NO_ADDRESS)
-    outer = _create_memory(outer_layout, _NO_ADDRESS)
-    inner = _create_memory(inner_layout, _ALLOCATE)
-    if c.kind == KERNEL_GRADIENT:
-      memories = {_SRC: images, _DIFF_DST: output, _DIFF_WEIGHTS: inner}
-      reorder = _create_reorder(inner_layout, inner, outer_layout, outer)
-      self._memories = images, output, outer
-      self._steps = _Step(descriptor, memories), reorder
-      return
-    reorder = _create_reorder(outer_layout, outer, inner_layout, inner)
-    if c.kind == FORWARD:
-      memories = {_SRC: images, _WEIGHTS: inner, _DST: output}
-      self._memories = images, outer, output
-    else:
-      memories = {_DIFF_DST: output, _WEIGHTS: inner, _DIFF_SRC: images}
-      self._memories = output, outer, images
-    self._steps = reorder, _Step(descriptor, memories)
+  def __init__(self, slots: Sequence[c_void_p], steps: Sequence[Step]):
+    self._lock = threading.Lock()  # its buffers serve one call at a time
+    self._stream = create("dnnl_stream_create", get_engine(), c_int(_IN_ORDER))
+    self._slots, self._steps = slots, steps
 
   def __call__(self, addresses: Sequence[int]) -> None:
     with self._lock:
-      for memory, address in zip(self._memories, addresses, strict=True):
-        _call("dnnl_memory_set_data_handle", memory, c_void_p(address))
+      for slot, address in zip(self._slots, addresses, strict=True):
+        call("dnnl_memory_set_data_handle", slot, c_void_p(address))
       for step in self._steps:
         step.run(self._stream)
-      _call("dnnl_stream_wait", self._stream)
-
-
-def _create_memory(layout: c_void_p, address: c_void_p) -> c_void_p:
-  return _create("dnnl_memory_create", layout, _engine(), address)
-
-
-def _create_reorder(
-  from_layout: c_void_p, source: c_void_p, to_layout: c_void_p, target: c_void_p
-) -> _Step:
-  descriptor = _create(
-    "dnnl_reorder_primitive_desc_create",
-    from_layout,
-    _engine(),
-    to_layout,
-    _engine(),
-    _attributes(),
-  )
-  return _Step(descriptor, {_SRC: source, _DST: target})
-
-
-_get_convolver = functools.cache(_Convolver)
-
-
-def _execute(key: tuple[int, ...], addresses: list[int]) -> None:
-  _get_convolver(Convolution(*key))(addresses)
-
-
-# ---- As a function of JAX
-
-
-@functools.cache
-def _register() -> None:
-  xla_ffi.register(TARGET, _execute)
-
-
-def convolve(
-  images: jax.Array,
-  kernel: jax.Array,
-  strides: Sequence[int],
-  padding: Sequence[Sequence[int]],
-  dilation: Sequence[int],
-  groups: int,
-) -> jax.Array:
-  """The convolution of images NHWC with a kernel HWIO; differentiable once.
-
-  Args:
-    images: float32 or bfloat16 (N, H, W, C).
-    kernel: of the same type, (height, width, C / groups, out).
-    strides: of rows and columns.
-    padding: ((top, bottom), (left, right)) pixels of zeros.
-    dilation: distance of the kernel's taps in rows and columns.
-    groups: into which the channels are split.
-  """
-  _register()
-  window = (*strides, *padding[0], *padding[1], *dilation)
-  shape = (*images.shape, kernel.shape[-1], *kernel.shape[:2])
-  key = (FORWARD, DATA_TYPES[images.dtype], *shape, *window, groups)
-  return _convolve(images, kernel, Convolution(*key))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(images: jax.Array, kernel: jax.Array, c: Convolution) -> jax.Array:
-  return xla_ffi.call(TARGET, c.output_shape, images.dtype, c, images, kernel)
-
-
-def _convolve_forward(images: jax.Array, kernel: jax.Array, c: Convolution) -> Any:
-  return _convolve(images, kernel, c), (images, kernel)
-
-
-def _convolve_backward(c: Convolution, saved: Any, gradient: jax.Array) -> Any:
-  images, kernel = saved
-  to_images, to_kernel = c._replace(kind=INPUT_GRADIENT), c._replace(kind=KERNEL_GRADIENT)
-  return (
-    xla_ffi.call(TARGET, c.input_shape, images.dtype, to_images, gradient, kernel),
-    xla_ffi.call(TARGET, c.kernel_shape, kernel.dtype, to_kernel, images, gradient),
-  )
-
-
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+      call("dnnl_stream_wait", self._stream)

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-# (the integers given to `call`, the address of each operand and of the result) -> None
+# (the integers given to `call`, the addresses of the operands, then of the results) -> None
 Function = Callable[[tuple[int, ...], list[int]], None]
+Results = jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct]
 
 _METADATA, _EXECUTE, _INTERNAL = 1, 3, 13
 _HEAD = (("struct_size", c_size_t), ("extension", c_void_p))
@@ -108,7 +109,10 @@ def register(target: str, function: Function) -> None:
 
 def _read(frame: _CallFrame) -> tuple[tuple[int, ...], list[int]]:
   key = frame.attributes.items[0].contents
-  buffers = [*frame.operands.items[: frame.operands.size], frame.results.items[0]]
+  buffers = [
+    *frame.operands.items[: frame.operands.size],
+    *frame.results.items[: frame.results.size],
+  ]
   return tuple(key.data[: key.size]), [buffer.contents.data for buffer in buffers]
 
 
@@ -126,10 +130,14 @@ def _create_error(frame: _CallFrame, message: str) -> int:
   return create(ctypes.addressof(error))
 
 
-def call(
-  target: str, shape: Sequence[int], dtype: Any, key: Sequence[int], *operands: jax.Array
-) -> jax.Array:
-  """An array of `shape` and `dtype` that the function registered as `target` fills."""
-  result = jax.ShapeDtypeStruct(tuple(shape), dtype)
-  caller = jax.ffi.ffi_call(target, result, vmap_method="sequential")
+def call(target: str, key: Sequence[int], operands: Sequence[jax.Array], results: Results) -> Any:
+  """Arrays of the shapes and types of `results`, filled by the function registered as `target`.
+
+  Args:
+    target: the function's name.
+    key: integers for the function.
+    operands: arrays for it to read.
+    results: a jax.ShapeDtypeStruct, or a sequence of them for a sequence of arrays.
+  """
+  caller = jax.ffi.ffi_call(target, results, vmap_method="sequential")
   return caller(*operands, key=np.asarray(key, np.int64))

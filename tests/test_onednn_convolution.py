@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flax_cifar.models import lowering, onednn, xla_ffi
+from flax_cifar.models import lowering, onednn, onednn_convolution, xla_ffi
 
 if onednn.load_library() is None:
   pytest.skip("oneDNN is not installed: pip install .[onednn]", allow_module_level=True)
@@ -50,7 +50,7 @@ def test_equals_lax_in_value_and_gradients(case, dtype):
   images, kernel = get_operands(shape, kernel_shape, dtype)
 
   def ours(images, kernel):
-    return onednn.convolve(images, kernel, strides, padding, dilation, groups)
+    return onednn_convolution.convolve(images, kernel, strides, padding, dilation, groups)
 
   def theirs(images, kernel):
     return lax.conv_general_dilated(
@@ -76,7 +76,7 @@ def test_is_bit_for_bit_repeatable():
   images, kernel = get_operands((4, 16, 16, 32), (3, 3, 32, 32))
   function = jax.jit(
     lambda *operands: get_value_and_gradients(
-      lambda i, k: onednn.convolve(i, k, (1, 1), SAME, (1, 1), 1), *operands
+      lambda i, k: onednn_convolution.convolve(i, k, (1, 1), SAME, (1, 1), 1), *operands
     )
   )
   first, second = function(images, kernel), function(images, kernel)
@@ -88,7 +88,7 @@ def test_vmap_equals_one_by_one():
   images, kernels = get_operands((2, 3, 6, 6, 4), (2, 3, 3, 4, 5))
 
   def convolve(i, k):
-    return onednn.convolve(i, k, (1, 1), SAME, (1, 1), 1)
+    return onednn_convolution.convolve(i, k, (1, 1), SAME, (1, 1), 1)
 
   both = jax.vmap(lambda i, k: get_value_and_gradients(convolve, i, k))(images, kernels)
   for member in range(2):
@@ -99,15 +99,15 @@ def test_vmap_equals_one_by_one():
 
 def test_what_onednn_refuses_is_an_error_with_its_name():
   images, kernel = get_operands((1, 3, 3, 2), (3, 3, 2, 2))
-  onednn.convolve(images, kernel, (1, 1), SAME, (1, 1), 1)  # registers the target
+  onednn_convolution.convolve(images, kernel, (1, 1), SAME, (1, 1), 1)  # registers the target
   no_type = 99
-  key = onednn.Convolution(
-    onednn.FORWARD, no_type, *images.shape, 2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1
+  key = onednn_convolution.Convolution(
+    onednn_convolution.FORWARD, no_type, *images.shape, 2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1
   )
-  with pytest.raises(jax.errors.JaxRuntimeError, match=f"{onednn.TARGET}: dnnl_.*status"):
-    jax.block_until_ready(
-      xla_ffi.call(onednn.TARGET, (1, 3, 3, 2), kernel.dtype, key, images, kernel)
-    )
+  with pytest.raises(
+    jax.errors.JaxRuntimeError, match=f"{onednn_convolution.TARGET}: dnnl_.*status"
+  ):
+    jax.block_until_ready(xla_ffi.call(onednn_convolution.TARGET, key, (images, kernel), images))
 
 
 def test_the_variable_chooses_it(monkeypatch):
@@ -130,26 +130,28 @@ def test_the_variable_chooses_it(monkeypatch):
       )(images, kernel)
     )
 
-  assert onednn.TARGET in trace("onednn")
-  assert onednn.TARGET not in trace("xla")
+  assert onednn_convolution.TARGET in trace("onednn")
+  assert onednn_convolution.TARGET not in trace("xla")
   # Four devices here, over which XLA cannot split a custom call.
-  assert onednn.TARGET not in trace("auto")
+  assert onednn_convolution.TARGET not in trace("auto")
 
 
 def test_a_primitive_may_run_in_another_thread_than_the_one_that_created_it():
   """XLA calls from threads of its own; oneDNN's scratch memory would be that of the creator."""
   images, kernel = get_operands((8, 12, 12, 32), (3, 3, 32, 64))
   output = jnp.sin(jnp.arange(8 * 12 * 12 * 64.0)).reshape(8, 12, 12, 64)
-  key = onednn.Convolution(
-    onednn.KERNEL_GRADIENT, 3, *images.shape, 64, 3, 3, 1, 1, 2, 2, 2, 2, 2, 2, 1
+  key = onednn_convolution.Convolution(
+    onednn_convolution.KERNEL_GRADIENT, 3, *images.shape, 64, 3, 3, 1, 1, 2, 2, 2, 2, 2, 2, 1
   )
   operands = [np.asarray(images), np.asarray(output), np.empty((3, 3, 32, 64), np.float32)]
-  onednn._get_convolver(key)
+  onednn_convolution._get_program(key)
   thread = threading.Thread(
-    target=onednn._execute, args=(tuple(key), [array.ctypes.data for array in operands])
+    target=onednn_convolution._execute, args=(tuple(key), [array.ctypes.data for array in operands])
   )
   thread.start()
   thread.join()
   padding, dilation = ((2, 2), (2, 2)), (2, 2)
-  _, backward = jax.vjp(lambda k: onednn.convolve(images, k, (1, 1), padding, dilation, 1), kernel)
+  _, backward = jax.vjp(
+    lambda k: onednn_convolution.convolve(images, k, (1, 1), padding, dilation, 1), kernel
+  )
   np.testing.assert_allclose(operands[2], backward(output)[0], rtol=1e-5, atol=1e-4)

@@ -1,0 +1,208 @@
+"""Convolutions by oneDNN, forward and backward, for float32 and bfloat16."""
+
+import functools
+from collections.abc import Sequence
+from ctypes import c_void_p
+from typing import Any, NamedTuple
+
+import jax
+
+from flax_cifar.models import onednn, xla_ffi
+from flax_cifar.models.onednn import create, describe, describe_images, int64s
+
+TARGET = "flax_cifar_onednn_convolution"
+FORWARD, INPUT_GRADIENT, KERNEL_GRADIENT = range(3)
+
+# Constants of oneDNN's dnnl_types.h, version 3.
+_DIRECT, _ANY_LAYOUT = 1, 1
+_SRC, _DST, _WEIGHTS, _DIFF_SRC, _DIFF_DST, _DIFF_WEIGHTS = 1, 17, 33, 129, 145, 161
+_KERNEL_LAYOUT = {FORWARD: 131, INPUT_GRADIENT: 131, KERNEL_GRADIENT: 132}
+
+
+# ---- One convolution
+
+
+class Convolution(NamedTuple):
+  """All that determines a primitive, as integers, so that it travels as one key of the call."""
+
+  kind: int  # FORWARD, INPUT_GRADIENT or KERNEL_GRADIENT
+  data_type: int  # a value of onednn.DATA_TYPES
+  batch: int
+  height: int
+  width: int
+  in_channels: int
+  out_channels: int
+  kernel_height: int
+  kernel_width: int
+  stride_y: int
+  stride_x: int
+  top: int  # pixels of padding
+  bottom: int
+  left: int
+  right: int
+  dilation_y: int
+  dilation_x: int
+  groups: int
+
+  @property
+  def input_shape(self) -> tuple[int, int, int, int]:
+    """NHWC."""
+    return self.batch, self.height, self.width, self.in_channels
+
+  @property
+  def kernel_shape(self) -> tuple[int, int, int, int]:
+    """HWIO."""
+    ins = self.in_channels // self.groups
+    return self.kernel_height, self.kernel_width, ins, self.out_channels
+
+  @property
+  def output_shape(self) -> tuple[int, int, int, int]:
+    """NHWC."""
+    extent_y = (self.kernel_height - 1) * self.dilation_y + 1
+    extent_x = (self.kernel_width - 1) * self.dilation_x + 1
+    height = (self.height + self.top + self.bottom - extent_y) // self.stride_y + 1
+    width = (self.width + self.left + self.right - extent_x) // self.stride_x + 1
+    return self.batch, height, width, self.out_channels
+
+
+def _kernel_dims(c: Convolution) -> tuple[int, ...]:
+  """oneDNN's order: groups, output channels and input channels of a group, height, width."""
+  height, width, ins, outs = c.kernel_shape
+  return c.groups, outs // c.groups, ins, height, width
+
+
+def _describe_kernel(c: Convolution) -> c_void_p:
+  """HWIO in memory, the groups side by side in O."""
+  _, width, ins, outs = c.kernel_shape
+  strides = (outs // c.groups, 1, outs, width * ins * outs, ins * outs)
+  return describe(_kernel_dims(c), strides, c.data_type)
+
+
+def _create_descriptor(c: Convolution) -> c_void_p:
+  """The convolution, with its kernel in the layout that oneDNN likes best."""
+  dims = _kernel_dims(c)
+  kernel = create(
+    "dnnl_memory_desc_create_with_tag", len(dims), int64s(dims), c.data_type, _ANY_LAYOUT
+  )
+  images = describe_images(c.input_shape, c.data_type)
+  output = describe_images(c.output_shape, c.data_type)
+  window = (
+    int64s((c.stride_y, c.stride_x)),
+    int64s((c.dilation_y - 1, c.dilation_x - 1)),
+    int64s((c.top, c.left)),
+    int64s((c.bottom, c.right)),
+  )
+  engine, attributes = onednn.get_engine(), onednn.get_attributes()
+  name = "dnnl_convolution_{}_primitive_desc_create".format
+  operands: tuple[c_void_p | None, ...] = (images, kernel, None, output)  # None: no bias
+  forward = create(
+    name("forward"), engine, onednn.TRAINING, _DIRECT, *operands, *window, attributes
+  )
+  if c.kind == FORWARD:
+    return forward
+  if c.kind == INPUT_GRADIENT:
+    kind, operands = "backward_data", (images, kernel, output)
+  else:
+    kind = "backward_weights"
+  return create(name(kind), engine, _DIRECT, *operands, *window, forward, attributes)
+
+
+def _create_program(c: Convolution) -> onednn.Program:
+  """With the addresses of the operands and the result, it computes one Convolution."""
+  descriptor = _create_descriptor(c)
+  outer_layout = _describe_kernel(c)
+  inner_layout = onednn.query_layout(descriptor, _KERNEL_LAYOUT[c.kind])
+  images = onednn.create_slot(describe_images(c.input_shape, c.data_type))
+  output = onednn.create_slot(describe_images(c.output_shape, c.data_type))
+  outer, inner = onednn.create_slot(outer_layout), onednn.create_buffer(inner_layout)
+  if c.kind == KERNEL_GRADIENT:
+    memories = {_SRC: images, _DIFF_DST: output, _DIFF_WEIGHTS: inner}
+    reorder = _create_reorder(inner_layout, inner, outer_layout, outer)
+    return onednn.Program((images, output, outer), (onednn.Step(descriptor, memories), reorder))
+  reorder = _create_reorder(outer_layout, outer, inner_layout, inner)
+  if c.kind == FORWARD:
+    memories, slots = {_SRC: images, _WEIGHTS: inner, _DST: output}, (images, outer, output)
+  else:
+    memories = {_DIFF_DST: output, _WEIGHTS: inner, _DIFF_SRC: images}
+    slots = output, outer, images
+  return onednn.Program(slots, (reorder, onednn.Step(descriptor, memories)))
+
+
+def _create_reorder(
+  from_layout: c_void_p, source: c_void_p, to_layout: c_void_p, target: c_void_p
+) -> onednn.Step:
+  engine = onednn.get_engine()
+  descriptor = create(
+    "dnnl_reorder_primitive_desc_create",
+    from_layout,
+    engine,
+    to_layout,
+    engine,
+    onednn.get_attributes(),
+  )
+  return onednn.Step(descriptor, {_SRC: source, _DST: target})
+
+
+_get_program = functools.cache(_create_program)
+
+
+def _execute(key: tuple[int, ...], addresses: list[int]) -> None:
+  _get_program(Convolution(*key))(addresses)
+
+
+# ---- As a function of JAX
+
+
+@functools.cache
+def _register() -> None:
+  xla_ffi.register(TARGET, _execute)
+
+
+def convolve(
+  images: jax.Array,
+  kernel: jax.Array,
+  strides: Sequence[int],
+  padding: Sequence[Sequence[int]],
+  dilation: Sequence[int],
+  groups: int,
+) -> jax.Array:
+  """The convolution of images NHWC with a kernel HWIO; differentiable once.
+
+  Args:
+    images: float32 or bfloat16 (N, H, W, C).
+    kernel: of the same type, (height, width, C / groups, out).
+    strides: of rows and columns.
+    padding: ((top, bottom), (left, right)) pixels of zeros.
+    dilation: distance of the kernel's taps in rows and columns.
+    groups: into which the channels are split.
+  """
+  _register()
+  window = (*strides, *padding[0], *padding[1], *dilation)
+  shape = (*images.shape, kernel.shape[-1], *kernel.shape[:2])
+  key = (FORWARD, onednn.DATA_TYPES[images.dtype], *shape, *window, groups)
+  return _convolve(images, kernel, Convolution(*key))
+
+
+def _like(array: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, array.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(images: jax.Array, kernel: jax.Array, c: Convolution) -> jax.Array:
+  return xla_ffi.call(TARGET, c, (images, kernel), _like(images, c.output_shape))
+
+
+def _convolve_forward(images: jax.Array, kernel: jax.Array, c: Convolution) -> Any:
+  return _convolve(images, kernel, c), (images, kernel)
+
+
+def _convolve_backward(c: Convolution, saved: Any, gradient: jax.Array) -> Any:
+  images, kernel = saved
+  to_images, to_kernel = c._replace(kind=INPUT_GRADIENT), c._replace(kind=KERNEL_GRADIENT)
+  return (
+    xla_ffi.call(TARGET, to_images, (gradient, kernel), _like(images, c.input_shape)),
+    xla_ffi.call(TARGET, to_kernel, (images, gradient), _like(kernel, c.kernel_shape)),
+  )
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
