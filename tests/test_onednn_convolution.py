@@ -50,7 +50,7 @@ def test_equals_lax_in_value_and_gradients(case, dtype):
   images, kernel = get_operands(shape, kernel_shape, dtype)
 
   def ours(images, kernel):
-    return onednn_convolution.convolve(images, kernel, strides, padding, dilation, groups)
+    return onednn_convolution.convolve(images, kernel, None, strides, padding, dilation, groups)
 
   def theirs(images, kernel):
     return lax.conv_general_dilated(
@@ -76,7 +76,7 @@ def test_is_bit_for_bit_repeatable():
   images, kernel = get_operands((4, 16, 16, 32), (3, 3, 32, 32))
   function = jax.jit(
     lambda *operands: get_value_and_gradients(
-      lambda i, k: onednn_convolution.convolve(i, k, (1, 1), SAME, (1, 1), 1), *operands
+      lambda i, k: onednn_convolution.convolve(i, k, None, (1, 1), SAME, (1, 1), 1), *operands
     )
   )
   first, second = function(images, kernel), function(images, kernel)
@@ -88,7 +88,7 @@ def test_vmap_equals_one_by_one():
   images, kernels = get_operands((2, 3, 6, 6, 4), (2, 3, 3, 4, 5))
 
   def convolve(i, k):
-    return onednn_convolution.convolve(i, k, (1, 1), SAME, (1, 1), 1)
+    return onednn_convolution.convolve(i, k, None, (1, 1), SAME, (1, 1), 1)
 
   both = jax.vmap(lambda i, k: get_value_and_gradients(convolve, i, k))(images, kernels)
   for member in range(2):
@@ -99,10 +99,10 @@ def test_vmap_equals_one_by_one():
 
 def test_what_onednn_refuses_is_an_error_with_its_name():
   images, kernel = get_operands((1, 3, 3, 2), (3, 3, 2, 2))
-  onednn_convolution.convolve(images, kernel, (1, 1), SAME, (1, 1), 1)  # registers the target
+  onednn_convolution.convolve(images, kernel, None, (1, 1), SAME, (1, 1), 1)  # registers the target
   no_type = 99
   key = onednn_convolution.Convolution(
-    onednn_convolution.FORWARD, no_type, *images.shape, 2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1
+    onednn_convolution.FORWARD, no_type, *images.shape, 2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0
   )
   with pytest.raises(
     jax.errors.JaxRuntimeError, match=f"{onednn_convolution.TARGET}: dnnl_.*status"
@@ -122,9 +122,7 @@ def test_the_variable_chooses_it(monkeypatch):
           k,
           (1, 1),
           "SAME",
-          lhs_dilation=(1, 1),
           rhs_dilation=(1, 1),
-          dimension_numbers=("NHWC", "HWIO", "NHWC"),
           feature_group_count=1,
         )
       )(images, kernel)
@@ -141,7 +139,7 @@ def test_a_primitive_may_run_in_another_thread_than_the_one_that_created_it():
   images, kernel = get_operands((8, 12, 12, 32), (3, 3, 32, 64))
   output = jnp.sin(jnp.arange(8 * 12 * 12 * 64.0)).reshape(8, 12, 12, 64)
   key = onednn_convolution.Convolution(
-    onednn_convolution.KERNEL_GRADIENT, 3, *images.shape, 64, 3, 3, 1, 1, 2, 2, 2, 2, 2, 2, 1
+    onednn_convolution.KERNEL_GRADIENT, 3, *images.shape, 64, 3, 3, 1, 1, 2, 2, 2, 2, 2, 2, 1, 0
   )
   operands = [np.asarray(images), np.asarray(output), np.empty((3, 3, 32, 64), np.float32)]
   onednn_convolution._get_program(key)
@@ -152,6 +150,6 @@ def test_a_primitive_may_run_in_another_thread_than_the_one_that_created_it():
   thread.join()
   padding, dilation = ((2, 2), (2, 2)), (2, 2)
   _, backward = jax.vjp(
-    lambda k: onednn_convolution.convolve(images, k, (1, 1), padding, dilation, 1), kernel
+    lambda k: onednn_convolution.convolve(images, k, None, (1, 1), padding, dilation, 1), kernel
   )
   np.testing.assert_allclose(operands[2], backward(output)[0], rtol=1e-5, atol=1e-4)

@@ -83,6 +83,25 @@ def test_layer_norm_equals_float64_in_value_and_gradient(shape, dtype):
     assert_close(a, e, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scale_and_shift_equals_float64_in_value_and_gradients(shape, dtype):
+  operands = get_operands(shape, dtype)
+
+  @jax.jit
+  def run(x, direction, scale, bias):
+    y, backward = jax.vjp(onednn_norm.scale_and_shift, x, scale, bias)
+    return y, *backward(direction)
+
+  actual = run(*operands)
+  assert [a.dtype for a in actual] == [dtype, dtype, jnp.float32, jnp.float32]
+  x, direction, scale, bias = (np.asarray(a, np.float64) for a in operands)
+  axes = tuple(range(x.ndim - 1))
+  sums = (direction * x).sum(axes), direction.sum(axes)
+  for a, e in zip(actual, (x * scale + bias, direction * scale, *sums), strict=True):
+    assert_close(a, e, TOLERANCE[dtype])
+
+
 def test_is_bit_for_bit_repeatable():
   x, _, scale, bias = get_operands((64, 8, 8, 32), jnp.float32)
   function = jax.jit(

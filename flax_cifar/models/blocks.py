@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flax_cifar.errors import UserError, choose
 from flax_cifar.models.dropout import Dropout
-from flax_cifar.models.lowering import conv_general_dilated, max_pool, pad_reflect
+from flax_cifar.models.lowering import Conv, max_pool, pad_reflect
 from flax_cifar.models.norms import Norm
 
 Initializer = nn.initializers.Initializer
@@ -79,17 +79,14 @@ class Unit(nn.Module):
     """(N, H, W, C) -> (N, H', W', features)."""
     raise NotImplementedError
 
-  def create_conv(
-    self, features: int, sides: tuple[int, int], fan_in: int, **options: Any
-  ) -> nn.Conv:
+  def create_conv(self, features: int, sides: tuple[int, int], fan_in: int, **options: Any) -> Conv:
     """A convolution with the unit's initialisers and dtype; `fan_in` is what an output reads."""
-    return nn.Conv(
+    return Conv(
       features,
       sides,
       kernel_init=self.kernel_init,
       bias_init=get_bias_init(self.kernel_init, fan_in),
       dtype=self.dtype,
-      conv_general_dilated=conv_general_dilated,
       **options,
     )
 
@@ -243,13 +240,12 @@ class Transition(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = nn.Conv(
+    x = Conv(
       self.features,
       (1, 1),
       use_bias=False,
       kernel_init=self.kernel_init,
       dtype=self.dtype,
-      conv_general_dilated=conv_general_dilated,
       name="conv",
     )(x)
     return MaxPool(2, name="pool")(x) if self.pool else x

@@ -157,21 +157,26 @@ class GroupNorm(nn.Module):
       self.num_groups,
       f"a divisor of the layer's {channels} channels",
     )
-    scale, bias = jnp.ones(()), jnp.zeros(())
-    if self.affine:
-      scale = self.param("scale", nn.initializers.ones, (channels,))
-      bias = self.param("bias", nn.initializers.zeros, (channels,))
     y = normalize_groups(x, epsilon=self.epsilon, num_groups=self.num_groups)
+    if not self.affine:
+      return y.astype(x.dtype)
+    scale = self.param("scale", nn.initializers.ones, (channels,))
+    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    if is_served_by_onednn(x.dtype):
+      return onednn_norm.scale_and_shift(y, scale, bias)
     return (y * scale + bias).astype(x.dtype)
 
 
 def normalize_groups(x: jax.Array, *, epsilon: float, num_groups: int) -> jax.Array:
-  """(N, ..., C) -> the same, normalised over positions and channels of each group of channels.
+  """Normalises each example over all positions and the channels of each group.
 
   Args:
-    x: N examples.
+    x: (N, ..., C).
     epsilon: added to the variance.
     num_groups: must divide C.
+
+  Returns:
+    An array of the same shape; its type is that of x or float32.
   """
   groups = x.reshape(len(x), -1, num_groups, x.shape[-1] // num_groups)
   if is_served_by_onednn(x.dtype):

@@ -6,6 +6,7 @@ from ctypes import c_void_p
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from flax_cifar.models import onednn, xla_ffi
 from flax_cifar.models.onednn import create, describe, describe_images, int64s
@@ -15,7 +16,8 @@ FORWARD, INPUT_GRADIENT, KERNEL_GRADIENT = range(3)
 
 # Constants of oneDNN's dnnl_types.h, version 3.
 _DIRECT, _ANY_LAYOUT = 1, 1
-_SRC, _DST, _WEIGHTS, _DIFF_SRC, _DIFF_DST, _DIFF_WEIGHTS = 1, 17, 33, 129, 145, 161
+_SRC, _DST, _WEIGHTS, _BIAS = 1, 17, 33, 41
+_DIFF_SRC, _DIFF_DST, _DIFF_WEIGHTS, _DIFF_BIAS = 129, 145, 161, 169
 _KERNEL_LAYOUT = {FORWARD: 131, INPUT_GRADIENT: 131, KERNEL_GRADIENT: 132}
 
 
@@ -43,6 +45,7 @@ class Convolution(NamedTuple):
   dilation_y: int
   dilation_x: int
   groups: int
+  has_bias: int  # 0 or 1
 
   @property
   def input_shape(self) -> tuple[int, int, int, int]:
@@ -78,6 +81,10 @@ def _describe_kernel(c: Convolution) -> c_void_p:
   return describe(_kernel_dims(c), strides, c.data_type)
 
 
+def _describe_bias(c: Convolution) -> c_void_p:
+  return describe((c.out_channels,), (1,), onednn.FLOAT32)
+
+
 def _create_descriptor(c: Convolution) -> c_void_p:
   """The convolution, with its kernel in the layout that oneDNN likes best."""
   dims = _kernel_dims(c)
@@ -94,7 +101,8 @@ def _create_descriptor(c: Convolution) -> c_void_p:
   )
   engine, attributes = onednn.get_engine(), onednn.get_attributes()
   name = "dnnl_convolution_{}_primitive_desc_create".format
-  operands: tuple[c_void_p | None, ...] = (images, kernel, None, output)  # None: no bias
+  bias = _describe_bias(c) if c.has_bias else None
+  operands: tuple[c_void_p | None, ...] = (images, kernel, bias, output)
   forward = create(
     name("forward"), engine, onednn.TRAINING, _DIRECT, *operands, *window, attributes
   )
@@ -108,20 +116,25 @@ def _create_descriptor(c: Convolution) -> c_void_p:
 
 
 def _create_program(c: Convolution) -> onednn.Program:
-  """With the addresses of the operands and the result, it computes one Convolution."""
+  """Slots: images, kernel, bias -> output; output, kernel -> images; images, output -> both."""
   descriptor = _create_descriptor(c)
   outer_layout = _describe_kernel(c)
   inner_layout = onednn.query_layout(descriptor, _KERNEL_LAYOUT[c.kind])
   images = onednn.create_slot(describe_images(c.input_shape, c.data_type))
   output = onednn.create_slot(describe_images(c.output_shape, c.data_type))
   outer, inner = onednn.create_slot(outer_layout), onednn.create_buffer(inner_layout)
+  bias = [onednn.create_slot(_describe_bias(c))] * c.has_bias
   if c.kind == KERNEL_GRADIENT:
     memories = {_SRC: images, _DIFF_DST: output, _DIFF_WEIGHTS: inner}
+    memories.update(zip([_DIFF_BIAS], bias, strict=False))
     reorder = _create_reorder(inner_layout, inner, outer_layout, outer)
-    return onednn.Program((images, output, outer), (onednn.Step(descriptor, memories), reorder))
+    steps = onednn.Step(descriptor, memories), reorder
+    return onednn.Program((images, output, outer, *bias), steps)
   reorder = _create_reorder(outer_layout, outer, inner_layout, inner)
   if c.kind == FORWARD:
-    memories, slots = {_SRC: images, _WEIGHTS: inner, _DST: output}, (images, outer, output)
+    memories = {_SRC: images, _WEIGHTS: inner, _DST: output}
+    memories.update(zip([_BIAS], bias, strict=False))
+    slots = images, outer, *bias, output
   else:
     memories = {_DIFF_DST: output, _WEIGHTS: inner, _DIFF_SRC: images}
     slots = output, outer, images
@@ -161,6 +174,7 @@ def _register() -> None:
 def convolve(
   images: jax.Array,
   kernel: jax.Array,
+  bias: jax.Array | None,
   strides: Sequence[int],
   padding: Sequence[Sequence[int]],
   dilation: Sequence[int],
@@ -171,38 +185,50 @@ def convolve(
   Args:
     images: float32 or bfloat16 (N, H, W, C).
     kernel: of the same type, (height, width, C / groups, out).
+    bias: float32 (out,), or None.
     strides: of rows and columns.
     padding: ((top, bottom), (left, right)) pixels of zeros.
     dilation: distance of the kernel's taps in rows and columns.
     groups: into which the channels are split.
   """
   _register()
+  reach = [(k - 1) * d for k, d in zip(kernel.shape, dilation, strict=False)]
+  if any(max(pair) > r for pair, r in zip(padding, reach, strict=True)):
+    # For windows that may lie in the padding altogether, the library has slow kernels only.
+    images, padding = jnp.pad(images, ((0, 0), *padding, (0, 0))), ((0, 0), (0, 0))
   window = (*strides, *padding[0], *padding[1], *dilation)
   shape = (*images.shape, kernel.shape[-1], *kernel.shape[:2])
-  key = (FORWARD, onednn.DATA_TYPES[images.dtype], *shape, *window, groups)
-  return _convolve(images, kernel, Convolution(*key))
+  key = (FORWARD, onednn.DATA_TYPES[images.dtype], *shape, *window, groups, int(bias is not None))
+  return _convolve(images, kernel, bias, Convolution(*key))
 
 
 def _like(array: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, array.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(images: jax.Array, kernel: jax.Array, c: Convolution) -> jax.Array:
-  return xla_ffi.call(TARGET, c, (images, kernel), _like(images, c.output_shape))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _convolve(
+  images: jax.Array, kernel: jax.Array, bias: jax.Array | None, c: Convolution
+) -> jax.Array:
+  operands = (images, kernel) if bias is None else (images, kernel, bias)
+  return xla_ffi.call(TARGET, c, operands, _like(images, c.output_shape))
 
 
-def _convolve_forward(images: jax.Array, kernel: jax.Array, c: Convolution) -> Any:
-  return _convolve(images, kernel, c), (images, kernel)
+def _convolve_forward(
+  images: jax.Array, kernel: jax.Array, bias: jax.Array | None, c: Convolution
+) -> Any:
+  return _convolve(images, kernel, bias, c), (images, kernel, bias)
 
 
 def _convolve_backward(c: Convolution, saved: Any, gradient: jax.Array) -> Any:
-  images, kernel = saved
+  images, kernel, bias = saved
   to_images, to_kernel = c._replace(kind=INPUT_GRADIENT), c._replace(kind=KERNEL_GRADIENT)
-  return (
-    xla_ffi.call(TARGET, to_images, (gradient, kernel), _like(images, c.input_shape)),
-    xla_ffi.call(TARGET, to_kernel, (images, gradient), _like(kernel, c.kernel_shape)),
-  )
+  image_gradient = xla_ffi.call(TARGET, to_images, (gradient, kernel), _like(images, c.input_shape))
+  results = [_like(kernel, c.kernel_shape)]
+  if bias is not None:
+    results.append(_like(bias, bias.shape))
+  kernel_gradient, *bias_gradient = xla_ffi.call(TARGET, to_kernel, (images, gradient), results)
+  return image_gradient, kernel_gradient, *(bias_gradient or [None])
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)

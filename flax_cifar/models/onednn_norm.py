@@ -22,7 +22,7 @@ LAYER_TARGET = "flax_cifar_onednn_layer_norm"
 # Constants of oneDNN's dnnl_types.h, version 3.
 _SRC, _DST, _DIFF_SRC, _DIFF_DST = 1, 17, 129, 145
 _MEAN, _VARIANCE, _SCALE, _SHIFT, _DIFF_SCALE, _DIFF_SHIFT = 49, 50, 51, 52, 255, 256
-_USE_SCALE_AND_SHIFT, _BACKWARD_DATA = 2 | 4, 160
+_FIXED_STATISTICS, _SCALE_AND_SHIFT, _BACKWARD_DATA = 1, 2 | 4, 160
 
 
 def _encode(epsilon: float) -> int:
@@ -49,6 +49,7 @@ class BatchNorm(NamedTuple):
   """All that determines a primitive, as integers, so that it travels as one key of the call."""
 
   backward: int  # 0 or 1
+  fixed: int  # whether mean and variance are given, 0 or 1; of backward only
   data_type: int  # a value of onednn.DATA_TYPES
   batch: int
   positions: int  # height x width
@@ -61,7 +62,7 @@ def _get_batch_program(n: BatchNorm) -> onednn.Program:
   images = describe_images((n.batch, n.positions, 1, n.channels), n.data_type)
   vector = describe((n.channels,), (1,), onednn.FLOAT32)
   engine, attributes = onednn.get_engine(), onednn.get_attributes()
-  flags = _decode(n.epsilon), c_uint(_USE_SCALE_AND_SHIFT)
+  flags = _decode(n.epsilon), c_uint(_SCALE_AND_SHIFT | _FIXED_STATISTICS * n.fixed)
   name = "dnnl_batch_normalization_{}_primitive_desc_create".format
   forward = create(name("forward"), engine, onednn.TRAINING, images, images, *flags, attributes)
   statistics = (_MEAN, vector), (_VARIANCE, vector)
@@ -95,11 +96,14 @@ def batch_norm(
   Returns:
     y like x; the mean and the biased variance, float32 (C,), through which no gradient flows.
   """
+  return _batch_norm(x, scale, bias, _describe_batch_norm(x, epsilon))
+
+
+def _describe_batch_norm(x: jax.Array, epsilon: float) -> BatchNorm:
   _register_batch_norm()
-  shape = x.shape[0], x.size // (x.shape[0] * x.shape[-1]), x.shape[-1]
-  return _batch_norm(
-    x, scale, bias, BatchNorm(0, onednn.DATA_TYPES[x.dtype], *shape, _encode(epsilon))
-  )
+  positions = x.size // (x.shape[0] * x.shape[-1])
+  data_type = onednn.DATA_TYPES[x.dtype]
+  return BatchNorm(0, 0, data_type, x.shape[0], positions, x.shape[-1], _encode(epsilon))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -115,14 +119,45 @@ def _batch_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, n: Batc
 
 
 def _batch_norm_backward(n: BatchNorm, saved: Any, gradients: Any) -> Any:
-  x, scale = saved[0], saved[-1]
-  vector = jax.ShapeDtypeStruct(scale.shape, jnp.float32)
+  return _differentiate(n._replace(backward=1), gradients[0], *saved)
+
+
+def _differentiate(n: BatchNorm, gradient: jax.Array, x: jax.Array, *others: jax.Array) -> Any:
+  """Gradients of x, scale and bias; `others` are mean, variance and scale."""
+  vector = jax.ShapeDtypeStruct((n.channels,), jnp.float32)
   results = jax.ShapeDtypeStruct(x.shape, x.dtype), vector, vector
-  operands = gradients[0], *saved
-  return tuple(xla_ffi.call(BATCH_TARGET, n._replace(backward=1), operands, results))
+  return tuple(xla_ffi.call(BATCH_TARGET, n, (gradient, x, *others), results))
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+@jax.custom_vjp
+def scale_and_shift(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+  """x * scale + bias of each channel; differentiable once.
+
+  XLA makes the value, fused with what follows, and oneDNN the gradients, in one pass: those of a
+  batch norm whose mean is 0 and whose variance is 1.
+
+  Args:
+    x: float32 or bfloat16 (N, ..., C).
+    scale: float32 (C,).
+    bias: float32 (C,).
+  """
+  return (x * scale + bias).astype(x.dtype)
+
+
+def _scale_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
+  return scale_and_shift(x, scale, bias), (x, scale)
+
+
+def _scale_backward(saved: Any, gradient: jax.Array) -> Any:
+  x, scale = saved
+  n = _describe_batch_norm(x, 0.0)._replace(backward=1, fixed=1)
+  return _differentiate(n, gradient, x, jnp.zeros_like(scale), jnp.ones_like(scale), scale)
+
+
+scale_and_shift.defvjp(_scale_forward, _scale_backward)
 
 
 # ---- Layer norm
