@@ -55,24 +55,24 @@ def draw_batch(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def create_ours(
-  network: str, batch_size: int, *, convolution: str = "auto", dtype: str = "float32"
+  network: str, batch_size: int, *, kernels: str = "auto", dtype: str = "float32"
 ) -> Step:
   """The step of `flax_cifar.train` under the settings of main.py."""
   from flax_cifar.settings import apply_settings
 
-  os.environ["FLAX_CIFAR_CONVOLUTION"] = convolution
+  os.environ["FLAX_CIFAR_KERNELS"] = kernels
   apply_settings()
   return _create_flax_step(network, batch_size, dtype)
 
 
 def create_xla(network: str, batch_size: int) -> Step:
   """As ours where oneDNN is not installed."""
-  return create_ours(network, batch_size, convolution="xla")
+  return create_ours(network, batch_size, kernels="xla")
 
 
 def create_naive(network: str, batch_size: int) -> Step:
   """What Flax gives out of the box: lax convolutions, Flax's dropout, no settings."""
-  os.environ["FLAX_CIFAR_CONVOLUTION"] = "definition"
+  os.environ["FLAX_CIFAR_KERNELS"] = "definition"
   import flax.linen as nn
 
   from flax_cifar.models import blocks

@@ -46,7 +46,7 @@ def describe_run(
     "augment": f"{ops} ({config.augment.backend}), mixing {config.mixing.name}",
     "data": f"{config.data.name}: {', '.join(sizes)} images",
     "device": hardware,
-    "convolution": describe_way(),
+    "kernels": describe_way(),
     "settings": describe_settings(os.environ),
     "workdir": str(workdir),
   }

@@ -1,7 +1,7 @@
 """Faster functions equal to the library's, for platforms where the library's are slow.
 
-`feature_group_count` and `kernel_dilation` remain the definition of the layers: what stands here is
-passed to `nn.Conv` and tested against it.
+`nn.Conv` with `feature_group_count` and `kernel_dilation` remains the definition of the layers:
+what stands here is tested against it.
 """
 
 import itertools
@@ -19,13 +19,14 @@ from jax import lax
 from flax_cifar.errors import choose, require
 from flax_cifar.models import onednn, onednn_convolution
 
-# How convolutions are computed. The environment variable VARIABLE holds a key of WAYS.
-VARIABLE = "FLAX_CIFAR_CONVOLUTION"
+# How convolutions, norms, padding and pooling are computed: the environment variable VARIABLE holds
+# a key of WAYS.
+VARIABLE = "FLAX_CIFAR_KERNELS"
 WAYS = {
   "auto": "onednn on a single CPU device, if it is installed; else xla on CPUs, else definition",
   "onednn": "kernels of oneDNN, from the extra `onednn`",
   "xla": "operations of XLA, put together for CPUs",
-  "definition": "lax.conv_general_dilated",
+  "definition": "the plain operations of JAX",
 }
 
 
