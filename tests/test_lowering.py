@@ -142,7 +142,7 @@ def apply(conv, variables, x):
   return y, *jax.tree.leaves(backward(jnp.sin(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype)))
 
 
-@pytest.mark.parametrize("way", ["definition", "xla", "onednn"])
+@pytest.mark.parametrize("way", ["xla", "onednn"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
   "options",
@@ -211,6 +211,16 @@ def test_pad_reflect_equals_numpy_and_so_does_its_gradient(padding):
     np.add.at(expected[batch], shown, direction[batch].reshape(-1, 3))
   (gradient,) = backward(direction.astype(np.float32))
   np.testing.assert_allclose(gradient, expected.reshape(x.shape), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_pad_reflect_in_bfloat16_is_rounded_once(monkeypatch):
+  monkeypatch.setenv(VARIABLE, "xla")
+  x = jnp.ones((2, 8, 8, 3), jnp.bfloat16)
+  y, backward = jax.vjp(lambda x: pad_reflect(x, 3), x)
+  direction = jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(jnp.bfloat16)
+  _, exact = jax.vjp(lambda x: pad_reflect(x, 3), x.astype(jnp.float32))
+  (expected,) = exact(direction.astype(jnp.float32))
+  np.testing.assert_array_equal(backward(direction)[0], expected.astype(jnp.bfloat16))
 
 
 def test_pad_reflect_of_an_image_smaller_than_its_padding_equals_numpy():
