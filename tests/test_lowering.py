@@ -18,6 +18,7 @@ from flax_cifar.models.lowering import (
   conv_general_dilated,
   max_pool,
   pad_reflect,
+  relu,
 )
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -178,6 +179,16 @@ def test_conv_equals_that_of_flax(options, dtype, way, monkeypatch):
     tolerance = 1e-5 if dtype == jnp.float32 else 0.05  # lax sums in bfloat16
     a, e = np.asarray(a, np.float32), np.asarray(e, np.float32)
     assert np.abs(a - e).max() <= tolerance * np.abs(e).max()
+
+
+@pytest.mark.parametrize("way", ["xla", "definition"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_relu_equals_flax_in_value_and_gradient(dtype, way, monkeypatch):
+  monkeypatch.setenv(VARIABLE, way)
+  x = jnp.asarray([-jnp.inf, -2, -1e-30, -0.0, 0.0, 1e-30, 3, jnp.inf, jnp.nan], dtype)
+  for ours, theirs in ((relu(x), nn.relu(x)), (jax.vmap(jax.grad(relu))(x[:-1]), x[:-1] > 0)):
+    assert ours.dtype == dtype
+    np.testing.assert_array_equal(ours.astype(jnp.float32), theirs.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("window", [2, 3])

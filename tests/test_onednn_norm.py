@@ -1,11 +1,14 @@
 """Norms of oneDNN against float64, in value and gradients, and as functions of JAX."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cifar.models import onednn, onednn_norm
+from flax_cifar.models import lowering, onednn, onednn_norm
+from flax_cifar.models.norms import normalize_batch
 
 if onednn.load_library() is None:
   pytest.skip("oneDNN is not installed: pip install .[onednn]", allow_module_level=True)
@@ -100,6 +103,20 @@ def test_scale_and_shift_equals_float64_in_value_and_gradients(shape, dtype):
   sums = (direction * x).sum(axes), direction.sum(axes)
   for a, e in zip(actual, (x * scale + bias, direction * scale, *sums), strict=True):
     assert_close(a, e, TOLERANCE[dtype])
+
+
+def test_what_is_slow_in_the_library_is_left_to_xla(monkeypatch):
+  """24 channels of bfloat16 take it ten times as long."""
+  monkeypatch.setenv(lowering.VARIABLE, "onednn")
+
+  def is_served(channels, dtype):
+    x, _, scale, bias = get_operands((2, 3, 3, channels), dtype)
+    normalize = partial(normalize_batch, epsilon=EPSILON, num_splits=1)
+    return onednn_norm.BATCH_TARGET in str(jax.make_jaxpr(normalize)(x, scale, bias))
+
+  assert is_served(32, jnp.bfloat16)
+  assert is_served(24, jnp.float32)
+  assert not is_served(24, jnp.bfloat16)
 
 
 def test_is_bit_for_bit_repeatable():

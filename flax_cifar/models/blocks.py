@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flax_cifar.errors import UserError, choose
 from flax_cifar.models.dropout import Dropout
-from flax_cifar.models.lowering import Conv, max_pool, pad_reflect
+from flax_cifar.models.lowering import Conv, max_pool, pad_reflect, relu
 from flax_cifar.models.norms import Norm
 
 Initializer = nn.initializers.Initializer
@@ -72,7 +72,7 @@ class Unit(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     x = _check_map(self.convolve(x), self.name)
     norm_first = self.order == "conv_norm_relu"
-    x = self.norm(name="norm")(x if norm_first else nn.relu(x), train)
+    x = self.norm(name="norm")(x if norm_first else relu(x), train)
     return Dropout(self.dropout_rate, relu=norm_first, name="dropout")(x, train)
 
   def convolve(self, x: jax.Array) -> jax.Array:

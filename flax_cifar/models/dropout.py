@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flax_cifar.models.lowering import relu
+
 
 def _mix(x: jax.Array) -> jax.Array:
   """A bijection of uint32 that flips every output bit with probability near one half.
@@ -56,7 +58,7 @@ class Dropout(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     if train and self.rate > 0:
       return _drop(x, self.make_rng("dropout"), self.rate, self.relu)
-    return nn.relu(x) if self.relu else x
+    return relu(x) if self.relu else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

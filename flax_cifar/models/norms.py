@@ -120,7 +120,7 @@ def normalize_batch(
     y like x; the parts' means and biased variances, float32 (num_splits, C).
   """
   parts = x.reshape(-1, num_splits, *x.shape[1:])
-  if is_served_by_onednn(x.dtype):
+  if is_served_by_onednn(x.dtype) and onednn_norm.has_fast_kernels(x):
     results = [onednn_norm.batch_norm(parts[:, i], scale, bias, epsilon) for i in range(num_splits)]
     ys, means, variances = zip(*results, strict=True)
     return jnp.stack(ys, axis=1).reshape(x.shape), jnp.stack(means), jnp.stack(variances)
@@ -162,7 +162,7 @@ class GroupNorm(nn.Module):
       return y.astype(x.dtype)
     scale = self.param("scale", nn.initializers.ones, (channels,))
     bias = self.param("bias", nn.initializers.zeros, (channels,))
-    if is_served_by_onednn(x.dtype):
+    if is_served_by_onednn(x.dtype) and onednn_norm.has_fast_kernels(x):
       return onednn_norm.scale_and_shift(y, scale, bias)
     return (y * scale + bias).astype(x.dtype)
 

@@ -34,6 +34,11 @@ def _decode(bits: int) -> c_float:
   return c_float(float(np.int32(bits).view(np.float32)))
 
 
+def has_fast_kernels(x: jax.Array) -> bool:
+  """Whether batch_norm and scale_and_shift of `x` are fast: in bfloat16 if channels come in 16s."""
+  return x.dtype == jnp.float32 or x.shape[-1] % 16 == 0
+
+
 def _create_program(
   descriptor: c_void_p, layouts: Sequence[tuple[int, c_void_p]]
 ) -> onednn.Program:
