@@ -33,10 +33,10 @@ def _ours(config: ConfigDict) -> None:
   config.total_epochs = 25
   # Two layers have no norm: at 0.03 validation accuracy fell from 72 to 70 % in epochs 2 to 3.
   config.optimizer.learning_rate = 0.01
-  # Without these, training accuracy ended at 93.0 % and validation stood at 89.2 % for 5 epochs.
-  config.model.dropout_rate = 0.05
+  # Without the squares, training accuracy ended at 93.0 % and validation stood at 89.2 % for five
+  # epochs; with p=1 and dropout of 0.05, validation was 2.8 points behind that run at epoch 11.
   config.augment.ops = ("random_crop", "alternating_flip", "coarse_dropout")
-  config.augment.coarse_dropout.update({"height": 8, "width": 8, "p": 1.0})
+  config.augment.coarse_dropout.update({"height": 8, "width": 8, "p": 0.5})
 
 
 def _published(config: ConfigDict) -> None:
