@@ -1,7 +1,7 @@
 """Normalisation by oneDNN, forward and backward, for float32 and bfloat16.
 
 Statistics and parameters are float32. A kernel reads the data two or three times; what XLA makes of
-the same formula stores it in float32 in between and takes twenty times as long.
+the same formula stores it in float32 in between, several times over.
 """
 
 import functools
