@@ -14,7 +14,7 @@ XLA_FLAGS = {
   "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 # A step asks for a gigabyte of memory. Given back to the system after it, it would come back
-# cleared, page by page, which takes a quarter of the step.
+# cleared, page by page, at each step.
 MALLOC = {
   "hugetlb": 1,  # pages of 2 MiB
   "arena_max": 1,  # one heap for all threads: that of a thread may not grow beyond 64 MiB

@@ -66,7 +66,7 @@ class Conv(nn.Conv):
   """nn.Conv of two dimensions for (N, H, W, C), in the way of `choose_way`.
 
   The bias is added by the convolution itself: its gradient is a by-product of the kernel's, and one
-  more pass over the data otherwise, for which XLA:CPU takes a third of a step in bfloat16.
+  more pass over the data otherwise, for which XLA:CPU is slow in bfloat16.
   """
 
   @nn.compact
@@ -105,7 +105,7 @@ def conv_general_dilated(
   """`lax.conv_general_dilated` for NHWC and HWIO, in the way of `choose_way`, plus a bias (O,)."""
   way = choose_way()
   if isinstance(padding, str):
-    extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape, rhs_dilation, strict=False)]
+    extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
   if is_served_by_onednn(lhs.dtype):
     return onednn_convolution.convolve(
@@ -249,7 +249,7 @@ def relu(x: jax.Array) -> jax.Array:
   """max(x, 0), with the gradient 0 at 0; NaN stays NaN."""
   if choose_way() == "definition":
     return nn.relu(x)
-  # XLA:CPU compares bfloat16 four times more slowly than float32.
+  # XLA:CPU compares bfloat16 more slowly than float32.
   return jnp.where(x.astype(jnp.float32) <= 0, jnp.zeros_like(x), x)
 
 
@@ -297,7 +297,7 @@ def _pad_reflect_backward(padding: int, saved: None, gradient: jax.Array) -> tup
   """Adds up, for each pixel, the gradients of all places of the padded image that show it."""
   del saved
   rows, columns = (_list_places(n - 2 * padding, padding) for n in gradient.shape[1:3])
-  total = jnp.zeros(())  # float32: XLA:CPU adds bfloat16 three times more slowly
+  total = jnp.zeros(())  # float32: XLA:CPU adds bfloat16 more slowly
   for (row, has_row), (column, has_column) in itertools.product(rows, columns):
     shown = (has_row[:, None] & has_column)[:, :, None]
     part = _gather_pixels(gradient, row, column).astype(jnp.float32)

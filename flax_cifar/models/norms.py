@@ -104,6 +104,10 @@ class BatchNorm(nn.Module):
     running.value = self.momentum * running.value + (1 - self.momentum) * parts.mean(0)
 
 
+def _is_served_by_onednn(x: jax.Array) -> bool:
+  return is_served_by_onednn(x.dtype) and onednn_norm.has_fast_kernels(x)
+
+
 def normalize_batch(
   x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, num_splits: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -120,7 +124,7 @@ def normalize_batch(
     y like x; the parts' means and biased variances, float32 (num_splits, C).
   """
   parts = x.reshape(-1, num_splits, *x.shape[1:])
-  if is_served_by_onednn(x.dtype) and onednn_norm.has_fast_kernels(x):
+  if _is_served_by_onednn(x):
     results = [onednn_norm.batch_norm(parts[:, i], scale, bias, epsilon) for i in range(num_splits)]
     ys, means, variances = zip(*results, strict=True)
     return jnp.stack(ys, axis=1).reshape(x.shape), jnp.stack(means), jnp.stack(variances)
@@ -162,7 +166,7 @@ class GroupNorm(nn.Module):
       return y.astype(x.dtype)
     scale = self.param("scale", nn.initializers.ones, (channels,))
     bias = self.param("bias", nn.initializers.zeros, (channels,))
-    if is_served_by_onednn(x.dtype) and onednn_norm.has_fast_kernels(x):
+    if _is_served_by_onednn(x):
       return onednn_norm.scale_and_shift(y, scale, bias)
     return (y * scale + bias).astype(x.dtype)
 

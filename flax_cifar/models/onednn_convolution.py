@@ -123,18 +123,19 @@ def _create_program(c: Convolution) -> onednn.Program:
   images = onednn.create_slot(describe_images(c.input_shape, c.data_type))
   output = onednn.create_slot(describe_images(c.output_shape, c.data_type))
   outer, inner = onednn.create_slot(outer_layout), onednn.create_buffer(inner_layout)
-  bias = [onednn.create_slot(_describe_bias(c))] * c.has_bias
+  bias = {}
+  if c.has_bias:
+    argument = _DIFF_BIAS if c.kind == KERNEL_GRADIENT else _BIAS
+    bias[argument] = onednn.create_slot(_describe_bias(c))
   if c.kind == KERNEL_GRADIENT:
-    memories = {_SRC: images, _DIFF_DST: output, _DIFF_WEIGHTS: inner}
-    memories.update(zip([_DIFF_BIAS], bias, strict=False))
+    memories = {_SRC: images, _DIFF_DST: output, _DIFF_WEIGHTS: inner, **bias}
     reorder = _create_reorder(inner_layout, inner, outer_layout, outer)
     steps = onednn.Step(descriptor, memories), reorder
-    return onednn.Program((images, output, outer, *bias), steps)
+    return onednn.Program((images, output, outer, *bias.values()), steps)
   reorder = _create_reorder(outer_layout, outer, inner_layout, inner)
   if c.kind == FORWARD:
-    memories = {_SRC: images, _WEIGHTS: inner, _DST: output}
-    memories.update(zip([_BIAS], bias, strict=False))
-    slots = images, outer, *bias, output
+    memories = {_SRC: images, _WEIGHTS: inner, _DST: output, **bias}
+    slots = images, outer, *bias.values(), output
   else:
     memories = {_DIFF_DST: output, _WEIGHTS: inner, _DIFF_SRC: images}
     slots = output, outer, images
@@ -192,7 +193,7 @@ def convolve(
     groups: into which the channels are split.
   """
   _register()
-  reach = [(k - 1) * d for k, d in zip(kernel.shape, dilation, strict=False)]
+  reach = [(k - 1) * d for k, d in zip(kernel.shape[:2], dilation, strict=True)]
   if any(max(pair) > r for pair, r in zip(padding, reach, strict=True)):
     # For windows that may lie in the padding altogether, the library has slow kernels only.
     images, padding = jnp.pad(images, ((0, 0), *padding, (0, 0))), ((0, 0), (0, 0))

@@ -39,6 +39,12 @@ def has_fast_kernels(x: jax.Array) -> bool:
   return x.dtype == jnp.float32 or x.shape[-1] % 16 == 0
 
 
+def _describe_results(x: jax.Array, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """An array like `x` and two float32 vectors."""
+  vector = jax.ShapeDtypeStruct((length,), jnp.float32)
+  return jax.ShapeDtypeStruct(x.shape, x.dtype), vector, vector
+
+
 def _create_program(
   descriptor: c_void_p, layouts: Sequence[tuple[int, c_void_p]]
 ) -> onednn.Program:
@@ -113,8 +119,7 @@ def _describe_batch_norm(x: jax.Array, epsilon: float) -> BatchNorm:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, n: BatchNorm) -> Any:
-  vector = jax.ShapeDtypeStruct(scale.shape, jnp.float32)
-  results = jax.ShapeDtypeStruct(x.shape, x.dtype), vector, vector
+  results = _describe_results(x, n.channels)
   return tuple(xla_ffi.call(BATCH_TARGET, n, (x, scale, bias), results))
 
 
@@ -129,8 +134,7 @@ def _batch_norm_backward(n: BatchNorm, saved: Any, gradients: Any) -> Any:
 
 def _differentiate(n: BatchNorm, gradient: jax.Array, x: jax.Array, *others: jax.Array) -> Any:
   """Gradients of x, scale and bias; `others` are mean, variance and scale."""
-  vector = jax.ShapeDtypeStruct((n.channels,), jnp.float32)
-  results = jax.ShapeDtypeStruct(x.shape, x.dtype), vector, vector
+  results = _describe_results(x, n.channels)
   return tuple(xla_ffi.call(BATCH_TARGET, n, (gradient, x, *others), results))
 
 
@@ -216,9 +220,7 @@ def _layer_norm(x: jax.Array, n: LayerNorm) -> jax.Array:
 
 
 def _layer_norm_forward(x: jax.Array, n: LayerNorm) -> Any:
-  vector = jax.ShapeDtypeStruct((n.rows,), jnp.float32)
-  results = jax.ShapeDtypeStruct(x.shape, x.dtype), vector, vector
-  y, mean, var = xla_ffi.call(LAYER_TARGET, n, (x,), results)
+  y, mean, var = xla_ffi.call(LAYER_TARGET, n, (x,), _describe_results(x, n.rows))
   return y, (x, mean, var)
 
 
