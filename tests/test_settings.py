@@ -56,11 +56,12 @@ def test_no_restart_where_glibc_is_set_already():
 
 
 def test_flags_of_the_user_stay_and_ours_are_added_once():
-  (flag,) = XLA_FLAGS
-  seen = run(XLA_FLAGS=f"{flag}=true")["environ"]["XLA_FLAGS"]
-  assert seen == f"{flag}=true"
-  seen = run(XLA_FLAGS="--xla_force_host_platform_device_count=2")["environ"]["XLA_FLAGS"]
-  assert seen == f"--xla_force_host_platform_device_count=2 {flag}=false"
+  own, *others = (f"{flag}={value}" for flag, value in XLA_FLAGS.items())
+  theirs = own.replace("=false", "=true")
+  assert theirs != own
+  assert run(XLA_FLAGS=theirs)["environ"]["XLA_FLAGS"].split() == [theirs, *others]
+  theirs = "--xla_force_host_platform_device_count=2"
+  assert run(XLA_FLAGS=theirs)["environ"]["XLA_FLAGS"].split() == [theirs, own, *others]
 
 
 def test_the_banner_names_what_holds():
