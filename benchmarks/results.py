@@ -98,8 +98,8 @@ def add(folders: Iterable[pathlib.Path], docs: pathlib.Path, *, force: bool) -> 
   """Copies finished runs, all or none, and returns the files.
 
   Raises:
-    UserError: a folder holds no finished run, its code was not committed, it names a path of this
-      machine, its name hides what it changed, or its file is there already.
+    UserError: a folder holds no finished run, or a trial, its code was not committed, it names a
+      path of this machine, its name hides what it changed, or its file is there already.
   """
   texts: dict[pathlib.Path, str] = {}
   for folder in folders:
@@ -150,7 +150,9 @@ def create_run(content: Mapping[str, Any]) -> Run:
 
 
 def check_content(folder: pathlib.Path, content: Mapping[str, Any], *, force: bool) -> None:
-  """Raises a UserError where the content cannot be repeated, or names a path of this machine."""
+  """Raises a UserError for a trial, what cannot be repeated, or a path of this machine."""
+  if content["protocol"] == "trial":
+    raise UserError(f"{str(folder)!r} is a trial: it has no test accuracy.")
   commit = content["commit"]
   if not force and (commit.endswith("+") or commit == "unknown"):
     raise UserError(

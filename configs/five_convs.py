@@ -7,8 +7,9 @@ Protocol    validation on 5,000 images taken from train; the test split is read 
 Command     python main.py --config=configs/five_convs.py
 Variants    published   our reading: the recipe of configs/keras_fcn.py:published, 50 epochs
             full        trains on all 50,000 images and validates on none
+            trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data
-            norm=batch|layer|group|ghost|none, seed=N, epochs=N
+            norm=batch|layer|group|ghost|none, seed=N, epochs=N, lr=R
 """
 
 from ml_collections import ConfigDict

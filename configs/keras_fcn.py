@@ -10,8 +10,9 @@ Variants    published   our reading of "augmentation, light dropout, one schedul
                         epochs; trains on all 50,000 images and validates on the test split, which
                         steers nothing
             full        trains on all 50,000 images and validates on none
+            trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data
-            norm=batch|layer|group|ghost|none, seed=N, epochs=N
+            norm=batch|layer|group|ghost|none, seed=N, epochs=N, lr=R
 """
 
 from ml_collections import ConfigDict

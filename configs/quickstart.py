@@ -3,7 +3,7 @@
 Parameters  48,656
 Expected    over 95 % validation accuracy; README.md has the measured figure and time
 Command     python main.py --config=configs/quickstart.py
-Variants    norm=batch|layer|group|ghost|none, seed=N, epochs=N, smoke
+Variants    norm=batch|layer|group|ghost|none, seed=N, epochs=N, lr=R, smoke
 """
 
 from ml_collections import ConfigDict

@@ -16,8 +16,9 @@ Variants    published   replays the source (A): trains on all 50,000 images, the
             study       replays its study of normalisations (B1), which validates on the test split
                         but does not let it steer
             full        trains on all 50,000 images and validates on none
+            trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data
-            norm=batch|layer|group|ghost|none, seed=N, epochs=N
+            norm=batch|layer|group|ghost|none, seed=N, epochs=N, lr=R
 """
 
 from ml_collections import ConfigDict

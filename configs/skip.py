@@ -9,8 +9,9 @@ Variants    published   replays the source: trains on all 50,000 images, and the
                         follows the test loss. Known difference: an epoch leaves out its incomplete
                         last batch (16 of 50,000 images, others each epoch)
             full        trains on all 50,000 images and validates on none
+            trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data
-            norm=batch|layer|group|ghost|none, seed=N, epochs=N
+            norm=batch|layer|group|ghost|none, seed=N, epochs=N, lr=R
 """
 
 from ml_collections import ConfigDict

@@ -10,8 +10,9 @@ Variants    published   our reading of the source, which gives the epochs and "A
                         its session 9 (configs/s9.py). It trains on all 50,000 images, and the
                         learning rate follows the test loss
             full        trains on all 50,000 images and validates on none
+            trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data
-            norm=batch|layer|group|ghost|none, seed=N, epochs=N
+            norm=batch|layer|group|ghost|none, seed=N, epochs=N, lr=R
 """
 
 from ml_collections import ConfigDict

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,19 +53,19 @@ def describe_run(
   }
 
 
-def score(test: Split, logits: np.ndarray) -> dict[str, Any]:
-  """Accuracy in [0, 1] and loss in nats of logits (N, classes) on the test split.
+def score(judge: str, split: Split, logits: np.ndarray) -> dict[str, Any]:
+  """Accuracy in [0, 1] and loss in nats of logits (N, classes) on `split`, which is called `judge`.
 
   Of logits (seeds, N, classes): the mean, the sample standard deviation `..._sd`, and a list.
   """
-  labels, outputs = jnp.asarray(test.labels), jnp.asarray(logits)
+  labels, outputs = jnp.asarray(split.labels), jnp.asarray(logits)
   targets = create_targets(labels, logits.shape[-1], label_smoothing=0.0)
-  totals = compute_totals(cross_entropy(outputs, targets), outputs, labels, jnp.ones(len(test)))
+  totals = compute_totals(cross_entropy(outputs, targets), outputs, labels, jnp.ones(len(split)))
   fields: dict[str, Any] = {}
   for name, values in compute_means(add_totals(create_totals(1), totals)).items():
-    fields |= describe_seeds(f"test_{name}", values)
+    fields |= describe_seeds(f"{judge}_{name}", values)
     if values.ndim:
-      fields[f"test_{name}_sd"] = float(np.std(values, ddof=1))
+      fields[f"{judge}_{name}_sd"] = float(np.std(values, ddof=1))
   return fields
 
 
@@ -74,7 +75,7 @@ def summarise(config: ConfigDict, records: list[Record]) -> dict[str, Any]:
   best = max(validated, key=lambda record: record["validation_accuracy"], default=None)
   return {
     "protocol": config.protocol,
-    "test_weights": "moving average, last epoch" if config.ema.decay else "last epoch",
+    "scored_weights": "moving average, last epoch" if config.ema.decay else "last epoch",
     "best_validation": best and {"epoch": best["epoch"], "accuracy": best["validation_accuracy"]},
     "epochs": records[-1]["epoch"],
     "train_seconds": sum(record["seconds"] for record in records),
@@ -90,9 +91,9 @@ def summarise(config: ConfigDict, records: list[Record]) -> dict[str, Any]:
 
 
 def say_result(log: RunLog, result: dict[str, Any], workdir: pathlib.Path) -> None:
-  """Shows test and best validation accuracy and what the run has written."""
+  """Shows the final and the best validation accuracy, and what the run has written."""
   accuracy, loss = format_score(result, "accuracy", ".2%"), format_score(result, "loss", ".4f")
-  log.say(f"test accuracy {accuracy}, loss {loss}")
+  log.say(f"{get_judge(result)} accuracy {accuracy}, loss {loss}")
   if result["best_validation"]:
     best = result["best_validation"]
     peeked = " (on the test split)" if result["protocol"] == "published" else ""
@@ -103,9 +104,15 @@ def say_result(log: RunLog, result: dict[str, Any], workdir: pathlib.Path) -> No
     log.say(f"picture   {picture}")
 
 
-def format_score(result: dict[str, Any], name: str, spec: str) -> str:
-  """The test's `name` in the format `spec`; of several seeds as `mean ± sd (n=k)`."""
-  text = format(result[f"test_{name}"], spec)
+def get_judge(result: Mapping[str, Any]) -> str:
+  """The split that the run was scored on at its end: "test", or "validation" of a trial."""
+  return "test" if "test_accuracy" in result else "validation"
+
+
+def format_score(result: dict[str, Any], metric: str, spec: str) -> str:
+  """The final `metric` in the format `spec`; of several seeds as `mean ± sd (n=k)`."""
+  name = f"{get_judge(result)}_{metric}"
+  text = format(result[name], spec)
   if result["num_seeds"] > 1:
-    text += f" ± {format(result[f'test_{name}_sd'], spec)} (n={result['num_seeds']})"
+    text += f" ± {format(result[f'{name}_sd'], spec)} (n={result['num_seeds']})"
   return text

@@ -43,7 +43,7 @@ from flax_cifar.models import DTYPES, create_model
 from flax_cifar.optimizers import create_optimizer
 from flax_cifar.partition import check_batch_size, create_mesh, replicated
 from flax_cifar.post_mortem import NonFinite, save_post_mortem
-from flax_cifar.result import describe_run, format_score, say_result, score, summarise
+from flax_cifar.result import describe_run, format_score, get_judge, say_result, score, summarise
 from flax_cifar.run_log import Report, RunLog
 from flax_cifar.schedules import create_plateau, create_schedule
 from flax_cifar.seeds import first_seed, over_seeds, stack_seeds, take_seed
@@ -224,7 +224,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   check_workdir(workdir, config.to_dict())
   result = read_result(workdir)
   if result and result["epochs"] >= config.total_epochs:
-    print(f"{workdir} is finished: test accuracy {format_score(result, 'accuracy', '.2%')}")
+    accuracy = format_score(result, "accuracy", ".2%")
+    print(f"{workdir} is finished: {get_judge(result)} accuracy {accuracy}")
     return result
 
   #### Data
@@ -359,10 +360,11 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       if epoch == 0 and config.log.pictures:  # not earlier, lest the first step wait for it
         pictures.save_augmented(workdir / "augmented.png", feed.look_up(0), splits.class_names)
 
-    #### Test, once
+    #### Test, once; a trial does not
+    judge = splits.get_judge()
     try:
       logits = predict(
-        eval_step, state.eval_variables, splits.test, config.eval_batch_size, stop=guard.is_caught
+        eval_step, state.eval_variables, judge, config.eval_batch_size, stop=guard.is_caught
       )
     except Stopped:
       raise Interrupted(guard.signum or 0, done) from None
@@ -377,7 +379,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     )
     checkpoints.wait()  # a run is not finished before its last checkpoint is written
     result = {
-      **score(splits.test, logits),
+      **score(splits.judge, judge, logits),
       **summarise(config, log.records),
       "parameters": parameters,
       "hardware": hardware,
@@ -385,9 +387,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     write_json(workdir / "result.json", result)
     if config.log.pictures:
       first = first_seed(logits, num_seeds)
-      pictures.save_misclassified(
-        workdir / "misclassified.png", splits.test, first, splits.class_names
-      )
+      pictures.save_misclassified(workdir / "misclassified.png", judge, first, splits.class_names)
       pictures.save_curves(workdir / "curves.png", log.records)
       pictures.save_learning_rate(workdir / "learning_rate.png", log.records)
     say_result(log, result, workdir)

@@ -204,11 +204,22 @@ def test_full_holds_nothing_out():
   assert config.name == "skip-full-norm-group"
 
 
+def test_a_trial_may_be_of_any_recipe():
+  assert load("skip", "trial").protocol == "trial"
+  config = load("skip", "published,trial,lr=0.5")
+  assert (config.protocol, config.schedule.name) == ("trial", "plateau")
+  assert config.optimizer.learning_rate == 0.5
+  assert config.name == "skip-published-trial-lr-0.5"
+
+
 def test_two_recipes_are_refused():
   with pytest.raises(ValueError, match="'published' and 'study' are both recipes"):
     load("s9", "published,study")
 
 
-def test_seed_must_be_a_number():
-  with pytest.raises((TypeError, ValueError)):
-    load("s9", "seed=one")
+@pytest.mark.parametrize(
+  ("arg", "kind"), [("seed=one", "int"), ("epochs=²", "int"), ("lr=x", "float")]
+)
+def test_values_of_the_wrong_type_are_quoted(arg, kind):
+  with pytest.raises(ValueError, match=f"'{arg}' needs a value of type {kind}"):
+    load("s9", arg)

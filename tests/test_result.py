@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flax_cifar.data.dataset import Split
-from flax_cifar.result import format_score, score
+from flax_cifar.result import format_score, get_judge, score
 
 LABELS = np.array([0, 1, 2, 1], np.int32)
 SPLIT = Split(np.zeros((4, 2, 2, 3), np.uint8), LABELS)
@@ -17,15 +17,22 @@ def make_logits(*wrong):
 
 
 def test_one_seed_has_no_deviation():
-  result = score(SPLIT, make_logits(2))
+  result = score("test", SPLIT, make_logits(2))
   assert result == {"test_loss": 12.5, "test_accuracy": 0.75}
   assert format_score(result | {"num_seeds": 1}, "accuracy", ".2%") == "75.00%"
 
 
 def test_several_seeds_have_mean_and_sample_deviation():
-  result = score(SPLIT, np.stack([make_logits(), make_logits(1), make_logits(0, 3)]))
+  result = score("test", SPLIT, np.stack([make_logits(), make_logits(1), make_logits(0, 3)]))
   assert result["test_accuracy_per_seed"] == [1.0, 0.75, 0.5]
   assert result["test_accuracy"] == 0.75
   assert result["test_accuracy_sd"] == pytest.approx(0.25)
   assert result["test_loss"] == pytest.approx(12.5)
   assert format_score(result | {"num_seeds": 3}, "accuracy", ".2%") == "75.00% ± 25.00% (n=3)"
+
+
+def test_a_trial_is_scored_on_validation_images_and_has_no_test_score():
+  result = score("validation", SPLIT, np.stack([make_logits(2), make_logits()]))
+  assert not any("test" in name for name in result)
+  assert get_judge(result) == "validation"
+  assert format_score(result | {"num_seeds": 2}, "accuracy", ".1%") == "87.5% ± 17.7% (n=2)"

@@ -345,6 +345,11 @@ def test_force_takes_any_commit_but_no_path(add):
     add(seed=1, command="/x", force=True)
 
 
+def test_a_trial_is_no_result(add):
+  with pytest.raises(UserError, match="is a trial: it has no test accuracy"):
+    add(protocol="trial", force=True)
+
+
 def test_a_file_is_replaced_only_by_force(add):
   add(tests=[0.8])
   with pytest.raises(UserError, match=r"pyramid-seed-0\.json is there already"):

@@ -44,6 +44,18 @@ def test_published_trains_on_all_and_validates_on_test(archive):
   assert indices(splits.validation) == indices(splits.test)
 
 
+def test_a_trial_is_split_as_honest_and_judged_by_validation(archive):
+  trial, honest = load(archive, protocol="trial"), load(archive)
+  assert indices(trial.train) == indices(honest.train)
+  assert indices(trial.get_judge()) == indices(trial.validation) == indices(honest.validation)
+  assert indices(honest.get_judge()) == indices(honest.test)
+
+
+def test_a_trial_needs_validation_images(archive):
+  with pytest.raises(UserError, match=r"data\.validation_size=0 .*positive where protocol='trial'"):
+    load(archive, protocol="trial", validation_size=0)
+
+
 def test_normalisation_is_of_the_whole_train_split(archive):
   expected = np.arange(100).mean() / 255, np.arange(100).std() / 255
   for splits in (load(archive), load(archive, limit=10)):
@@ -60,7 +72,7 @@ def test_limit_shortens_every_split(archive):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"protocol": "peek"}, "protocol='peek' is unknown; choose one of honest, published"),
+    ({"protocol": "peek"}, "protocol='peek' is unknown; choose one of honest, published, trial"),
     ({"limit": -1}, "data.limit=-1"),
     ({"validation_size": 100}, "validation_size=100"),
     ({"name": "imagenet"}, "'imagenet'"),

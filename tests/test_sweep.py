@@ -105,6 +105,8 @@ def test_more_values_are_the_same_sweep_and_other_overrides_another():
     ([CONFIG, "--over=norm=batch,gruop"], "--over=norm='gruop' is unknown.*'group'"),
     ([CONFIG, "--over=seed=0,one"], "--over=seed='one' is not valid"),
     ([CONFIG, "--over=seed=1,01"], "--over=seed='01' is not valid"),
+    ([CONFIG, "--over=lr=0.1,big"], "--over=lr='big' is not valid.*a positive number"),
+    ([CONFIG, "--over=lr=-1"], "--over=lr='-1' is not valid"),
     ([CONFIG, "--over=seed=1", "--config.seed=3"], "would hold for every run"),
     ([CONFIG, "--over=norm=batch", "--config.model.norm=layer"], "would hold for every run"),
     ([CONFIG, "--over=seed=1", "--config.num_seeds=2"], "would hold for every run"),
@@ -166,6 +168,14 @@ def test_one_run_has_no_deviation_and_no_validation_is_a_dash():
   text = sweep.format_table([row])
   assert "| all seeds | 1,234 | – | – | 55.00 (n = 1) | 50.00 (n = 1) | 60 |" in text
   assert "validation is on the test split" in text
+
+
+def test_a_trial_has_no_test_accuracy():
+  run = create_run("lr=0.1", [0.5], [0.6], None, protocol="trial")
+  del run.result["test_accuracy"]
+  text = sweep.format_table([sweep.summarise("lr=0.1", [run])])
+  assert "| lr=0.1 | 1,234 | 60.00 (n = 1) | 60.00 (n = 1) | – | 50.00 (n = 1) | 60 |" in text
+  assert "the test split was not looked at" in text
 
 
 def test_seeds_trained_at_once_count_as_seeds():

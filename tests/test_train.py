@@ -313,6 +313,22 @@ def test_published_protocol_says_so(tmp_path, data):
   assert lines(tmp_path / "run")[0]["step"] == 6  # all 96 train images, not 80
 
 
+def test_a_trial_does_not_depend_on_the_test_split(tmp_path, data):
+  with np.load(data.removeprefix("npz:")) as arrays:
+    other = dict(arrays) | {"test_images": 255 - arrays["test_images"]}
+  np.savez(tmp_path / "other.npz", **other)
+  names = {"one": data, "other": f"npz:{tmp_path / 'other.npz'}"}
+  trials = [run(tmp_path / n, d, protocol="trial") for n, d in names.items()]
+  last = lines(tmp_path / "one")[-1]
+  for trial in trials:
+    assert trial["validation_accuracy"] == last["validation_accuracy"]
+    assert trial["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert not {"test_accuracy", "test_loss"} & set(trial)
+  assert trials[0]["best_validation"] == trials[1]["best_validation"]
+  honest = [run(tmp_path / f"{n}-honest", d)["test_loss"] for n, d in names.items()]
+  assert honest[0] != honest[1]  # where it is looked at, it shows
+
+
 def test_without_validation_the_run_ends_with_the_test(tmp_path, data):
   result = run(tmp_path / "run", data, **{"data.validation_size": 0})
   assert result["best_validation"] is None

@@ -9,6 +9,7 @@ from flax_cifar.errors import choose, require
 PROTOCOLS = {
   "honest": "validation images come from train; the test split is read once, at the end",
   "published": "trains on all of train and validates on the test split, as the source did",
+  "trial": "validation images come from train; the test split is not looked at",
 }
 
 
@@ -19,6 +20,7 @@ class Splits:
   train: Split
   validation: Split  # may be empty
   test: Split
+  judge: str  # the split that the finished network is scored on: "test", or "validation" in a trial
   class_names: tuple[str, ...]
   mean: tuple[float, ...]
   std: tuple[float, ...]
@@ -28,6 +30,10 @@ class Splits:
     """(H, W, C)."""
     height, width, channels = self.train.images.shape[1:]
     return height, width, channels
+
+  def get_judge(self) -> Split:
+    """The split that the finished network is scored on."""
+    return self.validation if self.judge == "validation" else self.test
 
 
 def load_splits(
@@ -40,7 +46,7 @@ def load_splits(
     name: of the data set.
     dir: where CIFAR-10 is.
     image_size: pixels.
-    validation_size: images held out of train, with the protocol "honest".
+    validation_size: images held out of train, unless the protocol is "published".
     limit: images to keep of each split; 0 keeps all.
 
   Raises:
@@ -54,10 +60,14 @@ def load_splits(
     train, validation = dataset.train, dataset.test
   else:
     train, validation = split_validation(dataset.train, validation_size=validation_size)
+  is_trial = protocol == "trial"
+  sufficient = validation_size > 0 or not is_trial
+  require(sufficient, "data.validation_size", validation_size, "positive where protocol='trial'")
   return Splits(
     train=_first(train, limit),
     validation=_first(validation, limit),
     test=_first(dataset.test, limit),
+    judge="validation" if is_trial else "test",
     class_names=dataset.class_names,
     mean=mean,
     std=std,

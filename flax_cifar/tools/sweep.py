@@ -2,10 +2,10 @@
 
   python -m flax_cifar.tools.sweep --config=configs/pyramid.py --over=norm=batch,layer,group,ghost
 
-Each --over names a short key that config files take after the colon (norm, seed, epochs) and its
-values; the runs are the product of all --over. Any --config.KEY=VALUE of main.py is passed on. The
-same command again goes on where it stopped. The workdir gets a folder per run, table.md, table.json
-(accuracies in [0, 1]) and curves.png; seeds are averaged.
+Each --over names a short key that config files take after the colon (norm, seed, epochs, lr) and
+its values; the runs are the product of all --over. Any --config.KEY=VALUE of main.py is passed on.
+The same command again goes on where it stopped. The workdir gets a folder per run, table.md,
+table.json (accuracies in [0, 1]) and curves.png; seeds are averaged.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import shlex
 import signal
@@ -162,6 +163,15 @@ def _check_value(key: str, value: str) -> None:
     # "01" would be another name of the run "1".
     plain = value.isdecimal() and str(int(value)) == value
     require(plain, f"--over={key}", value, "a whole number")
+  else:
+    require(_is_positive(value), f"--over={key}", value, "a positive number")
+
+
+def _is_positive(text: str) -> bool:
+  try:
+    return 0 < float(text) < math.inf
+  except ValueError:
+    return False
 
 
 def check_overrides(overrides: Sequence[str], over: Mapping[str, object]) -> None:
@@ -269,11 +279,12 @@ def per_seed(record: Record, name: str) -> list[float]:
 def get_scores(result: Record, records: Sequence[Record]) -> dict[str, list[float]]:
   """Accuracies in [0, 1] of a finished run, a list over its seeds for each name of SCORES.
 
-  Those of validation are missing where the run had no validation images.
+  Those of validation are missing where the run had no validation images, that of test in a trial.
   """
   last = records[-1]
-  scores = {"test_accuracy": per_seed(result, "test_accuracy")}
-  scores["train_accuracy"] = per_seed(last, "train_accuracy")
+  scores = {"train_accuracy": per_seed(last, "train_accuracy")}
+  if "test_accuracy" in result:
+    scores["test_accuracy"] = per_seed(result, "test_accuracy")
   if "validation_accuracy" in last:
     scores["validation_accuracy"] = per_seed(last, "validation_accuracy")
     epochs = (per_seed(record, "validation_accuracy") for record in records)
@@ -333,6 +344,8 @@ def format_table(rows: Sequence[Summary]) -> str:
   text += "deviation over the seeds. Seconds of training, without evaluation, of one run.\n"
   if any(row["protocol"] == "published" for row in rows):
     text += "The protocol is `published`: validation is on the test split.\n"
+  if any(row["protocol"] == "trial" for row in rows):
+    text += "The protocol is `trial`: the test split was not looked at.\n"
   return text
 
 
