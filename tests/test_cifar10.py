@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import struct
 import tarfile
 import threading
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import requests
 import tensorflow_datasets as tfds
+from tensorboardX.record_writer import RecordWriter
 
 from flax_cifar.data import cifar10
 from flax_cifar.data.cifar10_builder import CLASS_NAMES, prepare_cifar10
@@ -208,14 +208,16 @@ def shard(folder, split="train"):
 
 
 def to_tfrecord(folder):
-  """Rewrites a prepared directory in the other format, frame by frame."""
+  """Rewrites a prepared directory in the other format, by the writer of another library."""
   source_ = tfds.builder_from_directory(folder).as_data_source(
     deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )
   for split, records in source_.items():
-    frames = [struct.pack("<QI", len(r), 0) + r + struct.pack("<I", 0) for r in records]
     old = shard(folder, split)
-    (folder / old.name.replace("array_record", "tfrecord")).write_bytes(b"".join(frames))
+    writer = RecordWriter(str(folder / old.name.replace("array_record", "tfrecord")))
+    for record in records:
+      writer.write(record)
+    writer.close()
     old.unlink()
   info = folder / "dataset_info.json"
   info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
@@ -252,6 +254,17 @@ def test_damaged_shard_is_named(tmp_path, prepared, convert, damage):
   with pytest.raises(UserError, match=f"{path.name} .*delete the directory {prepared}") as caught:
     cifar10.load_cifar10(dir=str(tmp_path))
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["length", "payload", "checksum"])
+def test_a_changed_bit_in_a_tfrecord_is_noticed(tmp_path, prepared, place):
+  to_tfrecord(prepared)
+  path = shard(prepared)
+  blob = bytearray(path.read_bytes())
+  blob[{"length": 0, "payload": 100, "checksum": 9}[place]] ^= 1
+  path.write_bytes(blob)
+  with pytest.raises(UserError, match=f"{path.name} .*checksum of the record at byte"):
+    cifar10.read_prepared(prepared)
 
 
 def test_damaged_metadata_and_other_counts(tmp_path, prepared, monkeypatch):

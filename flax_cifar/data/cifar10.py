@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import sys
 import tarfile
 import urllib.parse
@@ -21,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
+import google_crc32c
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
@@ -204,17 +204,27 @@ def _read_array_record(path: Path) -> Sequence[bytes]:
 
 
 def _read_tfrecord(path: Path) -> Sequence[bytes]:
-  """Reads frames of <u64 length, u32 crc, payload, u32 crc>."""
+  """Reads frames of <u64 length, u32 checksum of it, payload, u32 checksum of it>."""
   blob = path.read_bytes()
   records, start = [], 0
   while start < len(blob):
-    (length,) = struct.unpack_from("<Q", blob, start)
-    end = start + 12 + length + 4
-    if end > len(blob):
-      raise EOFError("the last record is cut off")
-    records.append(blob[start + 12 : end - 4])
-    start = end
+    length = int.from_bytes(_take_checked(blob, start, 8), "little")
+    records.append(_take_checked(blob, start + 12, length))
+    start += 12 + length + 4
   return records
+
+
+def _take_checked(blob: bytes, start: int, length: int) -> bytes:
+  """The `length` bytes from `start` on, which the masked CRC-32C behind them must match."""
+  part, checksum = blob[start : start + length], blob[start + length : start + length + 4]
+  if len(checksum) < 4:
+    raise EOFError("the last record is cut off")
+  crc = google_crc32c.value(part)
+  # TFRecord turns the sum by 15 bits and adds a constant, for data that contain sums themselves.
+  masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+  if masked != int.from_bytes(checksum, "little"):
+    raise ValueError(f"the checksum of the record at byte {start} is wrong")
+  return part
 
 
 _SHARD_READERS = {"array_record": _read_array_record, "tfrecord": _read_tfrecord}
