@@ -3,11 +3,13 @@
 Command     python -m benchmarks.step_worker MODE NETWORK BATCH
 
 It prints one line of JSON when it is ready, and then, for each line with a number that it reads,
-the seconds that so many steps took. MODE is a key of MODES.
+the seconds that so many steps took; at the end of its input, the most memory it had, in MiB. MODE
+is a key of MODES.
 """
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +44,13 @@ def main() -> None:
     for _ in range(int(line)):
       step()
     print(time.perf_counter() - started, flush=True)
+  print(get_peak_memory())
+
+
+def get_peak_memory() -> float:
+  """Of this process, resident, in MiB."""
+  units = 2**20 if sys.platform == "darwin" else 2**10  # that a MiB has
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
 def draw_batch(batch_size: int) -> tuple[np.ndarray, np.ndarray]:

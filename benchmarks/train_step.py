@@ -59,10 +59,13 @@ class Worker:
     self._process.stdin.flush()
     return float(self._read()) / steps
 
-  def close(self) -> None:
+  def close(self) -> float:
+    """Ends the process; the most memory it had, in MiB."""
     assert self._process.stdin
     self._process.stdin.close()
+    peak_memory = float(self._read())
     self._process.wait()
+    return peak_memory
 
 
 def main() -> None:
@@ -96,12 +99,15 @@ def measure_network(network: str, options: argparse.Namespace) -> list[Row]:
     python = options.torch_python if mode.startswith("PyTorch") else sys.executable
     workers[mode] = Worker(python, mode, network, options.batch)
   seconds = take_turns(workers, options.repeats, options.seconds)
-  for worker in workers.values():
-    worker.close()
+  memory = {mode: worker.close() for mode, worker in workers.items()}
   peak = MATMUL_FLOP / statistics.median(seconds.pop(MATMUL))
   flop = 6 * count_multiply_adds(network) * options.batch
   return [
-    describe(network, mode, seconds, workers[mode].first_step, options.batch, flop, peak)
+    {
+      **describe(network, mode, seconds, options.batch, flop, peak),
+      "first step s": workers[mode].first_step,
+      "peak MiB": memory[mode],
+    }
     for mode in seconds
   ]
 
@@ -120,7 +126,6 @@ def describe(
   network: str,
   mode: str,
   seconds: Mapping[str, Sequence[float]],
-  first_step: float,
   batch_size: int,
   flop: int,
   peak: float,
@@ -140,7 +145,6 @@ def describe(
     "x best PyTorch f32": statistics.median(ratios) if ratios else None,
     "GFLOP/s": flop / median / 1e9,
     "% of matmul": 100 * flop / median / peak,
-    "first step s": first_step,
   }
 
 
