@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks import faults, faults_worker, soak
+from benchmarks import soak
+from benchmarks.faults import bench, compare, damages, kills, worker
+from benchmarks.faults.__main__ import format_rows
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ from benchmarks import faults, faults_worker, soak
   ],
 )
 def test_a_call_is_of_a_phase(call, path, phases):
-  assert faults_worker.name_phases(call, pathlib.PurePath(path)) == phases
+  assert worker.name_phases(call, pathlib.PurePath(path)) == phases
 
 
 class Listener:
@@ -55,7 +57,7 @@ class Listener:
 
 def test_a_wrapped_rename_says_where_it_is_and_what_is_saved():
   trace, calls = Listener(), []
-  rename = faults_worker.wrap(lambda *paths: calls.append(paths), "rename", trace)
+  rename = worker.wrap(lambda *paths: calls.append(paths), "rename", trace)
   paths = ("run/checkpoints/12.orbax-checkpoint-tmp", pathlib.Path("run/checkpoints/12"))
   rename(*paths)
   assert calls == [paths]
@@ -73,36 +75,36 @@ def test_a_failed_deletion_ends_its_phase_for_the_thread():
 
   trace = Listener()
   with pytest.raises(OSError, match="9"):
-    faults_worker.wrap(fail, "rmtree", trace)("run/checkpoints/9")
+    worker.wrap(fail, "rmtree", trace)("run/checkpoints/9")
   assert trace.lines == ["phase deleting an old one", "deleted 9"]
   assert not trace.deletes
 
 
 def test_steps_are_counted_as_they_begin():
   trace = Listener()
-  calls = faults_worker.report_calls(lambda self, steps: iter([(2, "a"), (1, "b")]), trace)
+  calls = worker.report_calls(lambda self, steps: iter([(2, "a"), (1, "b")]), trace)
   assert list(calls(None, range(7, 10))) == [(2, "a"), (1, "b")]
   assert trace.lines == ["from 7", "step 9", "step 10"]
 
 
 def test_damages_change_the_file_and_differ():
-  damages = faults.list_damages({"empty": b"", "one": b"a", "four": b"abcd"})
-  assert [how for file, how in damages if file == "empty"] == ["deleted"]
-  assert [how for file, how in damages if file == "one"] == [
+  cases = damages.list_damages({"empty": b"", "one": b"a", "four": b"abcd"})
+  assert [how for file, how in cases if file == "empty"] == ["deleted"]
+  assert [how for file, how in cases if file == "one"] == [
     "cut to 0 bytes",
     "deleted",
     "a bit flipped",
   ]
-  assert [how for file, how in damages if file == "four"] == list(faults.DAMAGES)
-  assert faults.flip_bit(b"abcd") == b"abbd"
+  assert [how for file, how in cases if file == "four"] == list(damages.DAMAGES)
+  assert damages.flip_bit(b"abcd") == b"abbd"
 
 
 def test_drawn_damages_take_turns_between_the_files():
-  damages = faults.list_damages(dict.fromkeys("xyz", b"abcd"))
-  drawn = faults.draw_damages(damages, 4, random.Random(0))
+  cases = damages.list_damages(dict.fromkeys("xyz", b"abcd"))
+  drawn = damages.draw_damages(cases, 4, random.Random(0))
   assert {file for file, _ in drawn[:3]} == set("xyz")
   assert len(drawn) == 4
-  assert sorted(faults.draw_damages(damages, 0, random.Random(0))) == sorted(damages)
+  assert sorted(damages.draw_damages(cases, 0, random.Random(0))) == sorted(cases)
 
 
 def write_run(folder, *, accuracy=0.5, seconds=1.0):
@@ -114,20 +116,20 @@ def write_run(folder, *, accuracy=0.5, seconds=1.0):
 
 
 def test_runs_are_compared_but_for_their_clocks(tmp_path, monkeypatch):
-  monkeypatch.setattr(faults, "compare_arrays", lambda *folders: [])
+  monkeypatch.setattr(compare, "compare_arrays", lambda *folders: [])
   reference = write_run(tmp_path / "reference")
-  assert faults.compare(reference, write_run(tmp_path / "slow", seconds=9.0)) == []
+  assert compare.compare(reference, write_run(tmp_path / "slow", seconds=9.0)) == []
   other = write_run(tmp_path / "other", accuracy=0.6)
-  assert faults.compare(reference, other) == ["metrics.jsonl differs"]
+  assert compare.compare(reference, other) == ["metrics.jsonl differs"]
   (other / "metrics.jsonl").write_text("{")
-  assert "cannot be read" in faults.compare(reference, other)[0]
+  assert "cannot be read" in compare.compare(reference, other)[0]
 
 
 def test_bits_are_compared_with_their_type():
   nan = np.array([np.nan, 0.0], np.float32)
-  assert faults.same_bits(nan, nan.copy())
-  assert not faults.same_bits(nan, np.array([np.nan, -0.0], np.float32))
-  assert not faults.same_bits(nan, nan.astype(np.float64))
+  assert compare.same_bits(nan, nan.copy())
+  assert not compare.same_bits(nan, np.array([np.nan, -0.0], np.float32))
+  assert not compare.same_bits(nan, nan.astype(np.float64))
 
 
 class Ended:
@@ -138,7 +140,7 @@ class Ended:
 
 
 def test_a_round_remembers_what_was_saved():
-  run = faults.Round(pathlib.Path("run"))
+  run = kills.Round(pathlib.Path("run"))
   run.add(Ended(start=0, steps=8, saved=[3, 6], deleted=[3]))
   run.add(Ended(start=None, steps=0))  # killed before it trained
   run.add(Ended(start=6, steps=4, saved=[9]))
@@ -148,14 +150,14 @@ def test_a_round_remembers_what_was_saved():
 
 
 def test_goodput_counts_steps_made_again():
-  assert faults.describe_goodput(80, 100) == "20 steps repeated, goodput 80.0%"
-  assert faults.describe_goodput(40, 40) == "0 steps repeated, goodput 100.0%"
+  assert kills.describe_goodput(80, 100) == "20 steps repeated, goodput 80.0%"
+  assert kills.describe_goodput(40, 40) == "0 steps repeated, goodput 100.0%"
 
 
 def test_rows_add_up():
-  rows = [faults.describe("a", [[], ["broken"]], "note"), faults.describe("b", [[]])]
+  rows = [bench.describe("a", [[], ["broken"]], "note"), bench.describe("b", [[]])]
   assert (rows[0]["survived"], rows[0]["lost"], rows[0]["problems"]) == (1, 1, ["broken"])
-  lines = faults.format_rows(rows).splitlines()
+  lines = format_rows(rows).splitlines()
   assert lines[2] == "| a | 2 | 1 | 1 | note |"
   assert lines[-1] == "| all | 3 | 2 | 1 |  |"
 

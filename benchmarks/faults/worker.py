@@ -1,6 +1,6 @@
 """main.py in a process whose saves can be hit at any point; benchmarks.faults starts it.
 
-Command     python -m benchmarks.faults_worker [flags of main.py]
+Command     python -m benchmarks.faults.worker [flags of main.py]
 
 Wraps, in this process alone, what a save does to the disk: each such call first says on a pipe
 where the save is, and sleeps before and after, so that a kill falls between any two of them. Also
@@ -57,7 +57,7 @@ def main() -> None:
   for module, name in CALLS:
     setattr(module, name, wrap(getattr(module, name), name, trace))
   report_steps(trace)
-  root = pathlib.Path(__file__).parents[1]
+  root = pathlib.Path(__file__).parents[2]
   sys.argv[0] = "main.py"
   runpy.run_path(str(root / "main.py"), run_name="__main__")
 
