@@ -152,23 +152,6 @@ def test_the_gradient_is_the_mask_times_the_scale():
   assert 0 < keep.mean() < 1
 
 
-def test_with_relu_value_and_gradient_are_those_of_relu_and_then_dropout():
-  rng = np.random.default_rng(0)
-  x, weight = rng.normal(size=(2, 4, 8, 8, 16)).astype(np.float32)
-  rngs = {"dropout": jax.random.key(3)}
-
-  def joined(x):
-    return Dropout(0.2, relu=True).apply({}, x, True, rngs=rngs)
-
-  def apart(x):
-    return Dropout(0.2).apply({}, nn.relu(x), True, rngs=rngs)
-
-  np.testing.assert_allclose(joined(x), apart(x), rtol=1e-6)
-  gradients = [jax.jit(jax.grad(lambda x, f=f: (f(x) * weight).sum()))(x) for f in (joined, apart)]
-  np.testing.assert_allclose(*gradients, rtol=1e-6)
-  np.testing.assert_array_equal(Dropout(0.2, relu=True).apply({}, x, False), np.maximum(x, 0))
-
-
 def test_masks_do_not_depend_on_jit():
   x = np.ones((8, 4, 4, 8), np.float32)
   eager = Dropout(0.3).apply({}, x, True, rngs={"dropout": jax.random.key(1)})

@@ -10,9 +10,7 @@ import pytest
 
 from configs import common
 from flax_cifar.errors import UserError
-from flax_cifar.models import onednn
-from flax_cifar.models.lowering import VARIABLE
-from flax_cifar.models.norms import NORMS, BatchNorm, GroupNorm, compute_moments, get_norm
+from flax_cifar.models.norms import NORMS, BatchNorm, GroupNorm, Groups, Parts, get_norm, normalize
 from flax_cifar.partition import create_mesh, split_batch
 
 EPSILON = 1e-5
@@ -25,16 +23,6 @@ VARIABLES = {
   "batch_stats": {"mean": MEAN, "var": VAR},
 }
 GROUP_VARIABLES = {"params": VARIABLES["params"]}
-
-
-@pytest.fixture(params=["xla", "onednn"], autouse=True)
-def way(request, monkeypatch):
-  """Every test holds for both ways to compute a norm."""
-  if request.param == "onednn" and onednn.load_library() is None:
-    pytest.skip("oneDNN is not installed: pip install .[onednn]")
-  monkeypatch.setenv(VARIABLE, request.param)
-  train_step.clear_cache()
-  return request.param
 
 
 def batch_norm(num_splits=1):
@@ -181,8 +169,7 @@ def test_a_fixed_scale_is_one_and_has_no_gradient(num_splits):
 @pytest.mark.parametrize("name", ["batch", "ghost", "layer", "group"])
 def test_bfloat16_is_normalised_in_float32(name, train):
   norm = get_norm(name, common.get_config().norm)()
-  # Squares of this would lose all digits of the variance; oneDNN wants 16 channels.
-  x = jnp.tile(jnp.asarray(X + 100, jnp.bfloat16), 4)
+  x = jnp.asarray(X + 100, jnp.bfloat16)  # squares of this would lose all digits of the variance
   variables = norm.init(jax.random.key(0, impl="rbg"), x, train)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
   y, changed = norm.apply(variables, x, train, mutable=["batch_stats"])
@@ -263,21 +250,95 @@ def test_every_norm_has_arguments_in_the_config():
   assert set(common.get_config().norm) == set(NORMS)
 
 
-@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2)])
-def test_moments_and_their_gradients_equal_float64(axes):
+#### The function behind them
+
+
+TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}  # of the largest value
+SHAPES = [(4, 8, 8, 16), (8, 5, 7, 4), (4, 29, 2, 4), (16, 1, 1, 8), (2, 26, 3, 32)]
+
+
+def list_sets(x, sets):
+  """x with its sets side by side, and the axes of each."""
+  count, height, width, channels = x.shape
+  if isinstance(sets, Parts):
+    return x.reshape(-1, sets.number, height, width, channels), (0, 2, 3)
+  return x.reshape(count, height, width, sets.number, -1), (1, 2, 4)
+
+
+def normalize_in_float64(x, scale, bias, direction, sets, relu):
+  """The textbook's value, statistics and gradients of x, scale and bias along `direction`."""
+  parts, axes = list_sets(x, sets)
+  mean, var = parts.mean(axes, keepdims=True), parts.var(axes, keepdims=True)
+  normal = ((parts - mean) / np.sqrt(var + EPSILON)).reshape(x.shape)
+  y = normal * scale + bias
+  if relu:
+    direction, y = direction * (y > 0), np.maximum(y, 0)
+  to_normal, _ = list_sets(direction * scale, sets)
+  along = (to_normal * normal.reshape(parts.shape)).mean(axes, keepdims=True)
+  to_parts = to_normal - to_normal.mean(axes, keepdims=True) - normal.reshape(parts.shape) * along
+  to_x = (to_parts / np.sqrt(var + EPSILON)).reshape(x.shape)
+  sums = (direction * normal).sum((0, 1, 2)), direction.sum((0, 1, 2))
+  return y, mean.squeeze(axes), var.squeeze(axes), to_x, *sums
+
+
+def get_operands(shape, dtype):
+  """x, scale, bias and the gradient's direction."""
   rng = np.random.default_rng(0)
-  x = rng.normal(3.0, 2.0, size=(4, 5, 6, 3))
-  shape = compute_moments(jnp.asarray(x, jnp.float32), axes)[0].shape
-  weights = rng.normal(size=(2, *shape))
+  x, direction = rng.normal(1.5, 2, shape), rng.normal(size=shape)
+  scale, bias = rng.normal(1, 0.5, (2, shape[-1]))
+  return jnp.asarray(x, dtype), *jnp.float32([scale, bias]), jnp.asarray(direction, dtype)
 
-  def weighted(moments):
-    return sum((w * m).sum() for w, m in zip(weights, moments, strict=True))
 
-  gradient = jax.grad(lambda x: weighted(compute_moments(x, axes)))(jnp.asarray(x, jnp.float32))
-  count = x.size / weights[0].size
-  mean = x.mean(axes, keepdims=True)
-  expected = (weights[0] + 2 * weights[1] * (x - mean)) / count
-  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
-  np.testing.assert_allclose(
-    compute_moments(jnp.asarray(x, jnp.float32), axes)[1], x.var(axes, keepdims=True), rtol=1e-5
-  )
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sets", [Parts(1), Parts(2), Groups(1), Groups(4)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normalize_equals_float64_in_value_and_gradients(shape, sets, dtype, relu):
+  if shape[1:3] == (1, 1) and isinstance(sets, Groups):
+    shape = (*shape[:3], 32)  # of two values one is as far from the mean as the other
+  operands = get_operands(shape, dtype)
+
+  @jax.jit
+  def run(x, scale, bias, direction):
+    results, backward = jax.vjp(lambda *a: normalize(*a, sets, EPSILON, relu), x, scale, bias)
+    statistics = (jnp.ones_like(result) for result in results[1:])
+    return *results, *backward((direction, *statistics))
+
+  actual = run(*operands)
+  assert [a.dtype for a in actual] == [dtype, *2 * [jnp.float32], dtype, *2 * [jnp.float32]]
+  expected = normalize_in_float64(*(np.asarray(a, np.float64) for a in operands), sets, relu)
+  for name, a, e in zip(("y", "mean", "var", "x", "scale", "bias"), actual, expected, strict=True):
+    error = np.abs(np.asarray(a, np.float64) - e).max() / max(1, np.abs(e).max())
+    # Were the gradients of mean and var not ignored, that of x would differ.
+    assert error <= TOLERANCE[dtype], (name, error)
+
+
+def test_normalize_is_bit_for_bit_repeatable():
+  x, scale, bias, _ = get_operands((16, 8, 8, 32), jnp.float32)
+  function = jax.jit(jax.grad(lambda x: normalize(x, scale, bias, Parts(2), 1.0, True)[0].sum()))
+  np.testing.assert_array_equal(function(x), function(x))
+
+
+@pytest.mark.parametrize("sets", [Parts(2), Groups(2)])
+def test_vmap_equals_one_by_one(sets):
+  x, scale, bias, _ = get_operands((3, 4, 5, 5, 8), jnp.float32)
+  scales = scale * jnp.arange(1, 4)[:, None]
+
+  def run(x, scale):
+    y, backward = jax.vjp(lambda x: normalize(x, scale, bias, sets, EPSILON, True)[0], x)
+    return y, backward(jnp.sin(x))[0]
+
+  together = jax.jit(jax.vmap(run))(x, scales)
+  for member in range(3):
+    for t, a in zip(together, run(x[member], scales[member]), strict=True):
+      np.testing.assert_allclose(t[member], a, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", NORMS)
+def test_with_relu_a_norm_is_itself_and_then_relu(name, train):
+  plain, joined = (get_norm(name, common.get_config().norm)(relu=relu) for relu in (False, True))
+  variables = plain.init(jax.random.key(0, impl="rbg"), X, train)
+  (y, _), (z, _) = (n.apply(variables, X, train, mutable=["batch_stats"]) for n in (plain, joined))
+  np.testing.assert_allclose(z, np.maximum(y, 0), rtol=1e-6, atol=1e-6)
+  assert 0 < (np.asarray(z) == 0).mean() < 1

@@ -72,8 +72,8 @@ class Unit(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     x = _check_map(self.convolve(x), self.name)
     norm_first = self.order == "conv_norm_relu"
-    x = self.norm(name="norm")(x if norm_first else relu(x), train)
-    return Dropout(self.dropout_rate, relu=norm_first, name="dropout")(x, train)
+    x = self.norm(relu=norm_first, name="norm")(x if norm_first else relu(x), train)
+    return Dropout(self.dropout_rate, name="dropout")(x, train)
 
   def convolve(self, x: jax.Array) -> jax.Array:
     """(N, H, W, C) -> (N, H', W', features)."""

@@ -7,8 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_cifar.models.lowering import relu
-
 
 def _mix(x: jax.Array) -> jax.Array:
   """A bijection of uint32 that flips every output bit with probability near one half.
@@ -48,39 +46,29 @@ class Dropout(nn.Module):
 
   Attributes:
     rate: in [0, 1).
-    relu: whether ReLU comes first; done together, one mask serves both.
   """
 
   rate: float
-  relu: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    if train and self.rate > 0:
-      return _drop(x, self.make_rng("dropout"), self.rate, self.relu)
-    return relu(x) if self.relu else x
+    return _drop(x, self.make_rng("dropout"), self.rate) if train and self.rate > 0 else x
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _drop(x: jax.Array, key: jax.Array, rate: float, relu: bool) -> jax.Array:
-  return jnp.where(_get_mask(x, key, rate, relu), x / (1 - rate), jnp.zeros_like(x))
-
-
-def _get_mask(x: jax.Array, key: jax.Array, rate: float, relu: bool) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
   keep = hash_bits(key, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-  return keep & (x > 0) if relu else keep
+  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
-def _drop_forward(x: jax.Array, key: jax.Array, rate: float, relu: bool) -> Any:
-  return _drop(x, key, rate, relu), (x, key)  # to hash again is cheaper than to keep the mask
+def _drop_forward(x: jax.Array, key: jax.Array, rate: float) -> Any:
+  return _drop(x, key, rate), key  # to hash again is cheaper than to keep the mask
 
 
-def _drop_backward(rate: float, relu: bool, saved: Any, gradient: jax.Array) -> Any:
-  x, key = saved
-  scaled = gradient / (1 - rate)
-  dropped = jnp.where(_get_mask(x, key, rate, relu), scaled, jnp.zeros_like(scaled))
+def _drop_backward(rate: float, key: jax.Array, gradient: jax.Array) -> Any:
+  dropped = _drop(gradient, key, rate)
   if jax.default_backend() == "cpu":
-    # Or XLA:CPU hashes again in each of the three loops that read it.
+    # Or XLA:CPU hashes again in each of the loops that read it.
     dropped = jax.lax.optimization_barrier(dropped)
   return dropped, None
 

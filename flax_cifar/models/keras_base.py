@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax_cifar.errors import require
 from flax_cifar.models.blocks import ConvUnit, DType, MaxPool, Network, get_bias_init
 from flax_cifar.models.dropout import Dropout
+from flax_cifar.models.lowering import relu
 
 
 class KerasBase(Network):
@@ -37,7 +38,7 @@ class KerasBase(Network):
     x = x.reshape(len(x), -1)
     for number, features in enumerate((512, 256), start=1):
       x = self._dense(x, features, name=f"dense{number}", dtype=self.dtype)
-      x = Dropout(2 * rate, relu=True, name=f"dense{number}_dropout")(x, train)
+      x = Dropout(2 * rate, name=f"dense{number}_dropout")(relu(x), train)
     return self._dense(x, self.num_classes, name="head", dtype=jnp.float32)
 
   def _dense(self, x: jax.Array, features: int, *, name: str, dtype: DType) -> jax.Array:

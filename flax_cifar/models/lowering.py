@@ -48,11 +48,6 @@ def choose_way() -> str:
   return "onednn" if available and jax.local_device_count() == 1 else "xla"
 
 
-def is_served_by_onednn(dtype: Any) -> bool:
-  """Whether oneDNN computes with arrays of `dtype` in this process."""
-  return choose_way() == "onednn" and dtype in onednn.DATA_TYPES
-
-
 def describe_way() -> str:
   """For the banner: what holds, and how to have it faster."""
   way = choose_way()
@@ -107,7 +102,7 @@ def conv_general_dilated(
   if isinstance(padding, str):
     extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-  if is_served_by_onednn(lhs.dtype):
+  if way == "onednn" and lhs.dtype in onednn.DATA_TYPES:
     return onednn_convolution.convolve(
       lhs, rhs, bias, window_strides, padding, rhs_dilation, feature_group_count
     )
@@ -231,11 +226,11 @@ def _depthwise_backward(dilation: tuple[int, int], saved: Any, gradient: jax.Arr
   (x_gradient,) = jax.vjp(lambda x: _shifted_sum(x, kernel, dilation), x)[1](gradient)
   products = [tap * gradient for tap in _taps(x, kernel.shape[:2], dilation)]
   zeros = [jnp.zeros((), x.dtype)] * len(products)
-  sums = lax.reduce(products, zeros, _add_each, (0, 1, 2))  # all taps in one pass over the data
+  sums = lax.reduce(products, zeros, add_each, (0, 1, 2))  # all taps in one pass over the data
   return x_gradient, jnp.stack(sums).reshape(kernel.shape)
 
 
-def _add_each(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
+def add_each(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
   return [a + b for a, b in zip(left, right, strict=True)]
 
 

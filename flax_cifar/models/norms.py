@@ -1,51 +1,162 @@
 """Normalisation layers behind one call: `norm(x_NxHxWxC, train)`; chosen by name in the config.
 
-All of them compute in float32 and return the type of their input.
+All of them compute in float32 and return the type of their input, of which ReLU may be a part: in
+`normalize` it costs no pass over the data of its own.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flax_cifar.errors import choose, require
-from flax_cifar.models import onednn_norm
-from flax_cifar.models.lowering import is_served_by_onednn
+from flax_cifar.models.lowering import add_each, relu
 
-Norm = Callable[..., nn.Module]  # a class or partial; called as norm(name=...)(x, train)
+# A class or partial; called as norm(relu=..., name=...)(x, train).
+Norm = Callable[..., nn.Module]
 
 # The name of a parameter that keeps its first value; the optimiser leaves such leaves alone.
 FIXED_SCALE = "fixed_scale"
 
+ROWS = 8  # to add at once: so few XLA:CPU keeps side by side
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def compute_moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-  """Mean and biased variance of float32 `x` over `axes`, which are kept with length 1.
 
-  In two passes: E[x^2] - E[x]^2 can turn negative in float32. Its gradient is written out, lest
-  x - mean be kept from the forward pass to the backward pass.
+class Parts(NamedTuple):
+  """Statistics per channel of each of the interleaved parts of a batch."""
+
+  number: int
+
+  def pool(self, values: jax.Array) -> jax.Array:
+    """Means over each part of (N, C), as (parts, C)."""
+    return values.reshape(-1, self.number, values.shape[-1]).mean(0)
+
+  def spread(self, pooled: jax.Array, count: int, channels: int) -> jax.Array:
+    """What each example has of (parts, C): (N or 1, C)."""
+    return pooled if self.number == 1 else jnp.tile(pooled, (count // self.number, 1))
+
+
+class Groups(NamedTuple):
+  """Statistics per example of each group of channels."""
+
+  number: int
+
+  def pool(self, values: jax.Array) -> jax.Array:
+    """Means over each group of (N, C), as (N, groups)."""
+    return values.reshape(len(values), self.number, -1).mean(-1)
+
+  def spread(self, pooled: jax.Array, count: int, channels: int) -> jax.Array:
+    """What each channel has of (N, groups): (N, C)."""
+    return jnp.repeat(pooled, channels // self.number, axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def normalize(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  sets: Parts | Groups,
+  epsilon: float,
+  relu: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Subtracts the mean and divides by the standard deviation of each set; differentiable once.
+
+  Args:
+    x: (N, H, W, C).
+    scale: float32 (C,), a factor of the result.
+    bias: float32 (C,), added at the end.
+    sets: which elements share mean and variance.
+    epsilon: added to the variance.
+    relu: whether ReLU comes last.
+
+  Returns:
+    y like x; means and biased variances, float32 as `sets.pool` has them, through which no
+    gradient flows.
   """
-  mean = x.mean(axes, keepdims=True)
-  return mean, jnp.square(x - mean).mean(axes, keepdims=True)
+  mean, var = _compute_moments(x, sets)
+  slope = jax.lax.rsqrt(_spread(var, x, sets) + epsilon) * scale
+  y = (x.astype(jnp.float32) - _spread(mean, x, sets)) * slope + bias
+  return (nn.relu(y) if relu else y).astype(x.dtype), mean, var
 
 
-def _moments_forward(x: jax.Array, axes: tuple[int, ...]) -> Any:
-  mean, var = compute_moments(x, axes)
-  return (mean, var), (x, mean)
+def _spread(pooled: jax.Array, x: jax.Array, sets: Parts | Groups) -> jax.Array:
+  """What holds for each element of (N, H, W, C) `x`: (N or 1, 1, 1, C)."""
+  return sets.spread(pooled, x.shape[0], x.shape[-1])[:, None, None]
 
 
-def _moments_backward(axes: tuple[int, ...], saved: Any, gradients: Any) -> tuple[jax.Array]:
-  x, mean = saved
-  to_mean, to_var = gradients
-  count = math.prod(x.shape[axis] for axis in axes)
-  return ((x - mean) * (2 / count * to_var) + to_mean / count,)
+def _compute_moments(x: jax.Array, sets: Parts | Groups) -> tuple[jax.Array, jax.Array]:
+  """Mean and biased variance of each set, in one pass over the data.
+
+  First of each channel of an image, from the distance to its first pixel, because E[x^2] - E[x]^2
+  can turn negative in float32; then of those that share, which weigh the same. Source: Chan, Golub
+  and LeVeque 1983 (The American Statistician 37).
+  """
+  first = x[:, :1, :1].astype(jnp.float32)
+  distance = x.astype(jnp.float32) - _as_row(first, x)
+  positions = x.shape[1] * x.shape[2]
+  shift, square = (total / positions for total in _sum_positions(distance, jnp.square(distance)))
+  means, variances = first[:, 0, 0] + shift, square - jnp.square(shift)  # (N, C)
+  mean = sets.pool(means)
+  return mean, sets.pool(variances + jnp.square(means - _spread(mean, x, sets)[:, 0, 0]))
 
 
-compute_moments.defvjp(_moments_forward, _moments_backward)
+def _as_row(values: jax.Array, x: jax.Array) -> jax.Array:
+  """A row of `x` with `values`, in memory: what `_sum_positions` may find in its terms."""
+  shape = jnp.broadcast_shapes(values.shape, (1, 1, *x.shape[2:]))
+  return jax.lax.optimization_barrier(jnp.broadcast_to(values, shape))
+
+
+def _sum_positions(*terms: jax.Array) -> list[jax.Array]:
+  """Sums over H and W of float32 (N, H, W, C), several at once, as (N, C).
+
+  XLA:CPU adds a few long rows at the speed of memory, and takes several times as long for a sum
+  of many rows, of columns, or without another sum beside it.
+  """
+  count, _, _, channels = terms[0].shape
+  sums = _sum_rows(terms, length=terms[0].shape[2] * channels)
+  while sums[0].size > count * channels:
+    sums = _sum_rows(sums, length=channels)
+  return [total.reshape(count, channels) for total in sums]
+
+
+def _sum_rows(terms: Sequence[jax.Array], length: int) -> Sequence[jax.Array]:
+  """Of float32 terms (N, ...) in rows of `length`, the sums of each few rows, (N, rows, length)."""
+  count = len(terms[0])
+  rows = terms[0].size // (count * length)
+  divisors = [n for n in range(2, rows + 1) if rows % n == 0]
+  few = min(divisors, key=lambda n: abs(math.log(n / ROWS)), default=1)
+  parts = [term.reshape(count, rows // few, few, length) for term in terms]
+  return jax.lax.reduce(parts, [jnp.zeros((), jnp.float32)] * len(parts), add_each, (2,))
+
+
+def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, *arguments: Any) -> Any:
+  y, mean, var = normalize(x, scale, bias, *arguments)
+  return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _normalize_backward(
+  sets: Parts | Groups, epsilon: float, relu: bool, saved: Any, gradients: Any
+) -> Any:
+  """With v = (x - mean) / sd: scale / sd * gradient, less its projections on 1 and on v."""
+  x, scale, bias, mean, var = saved
+  gradient = gradients[0].astype(jnp.float32)
+  inverse = jax.lax.rsqrt(_spread(var, x, sets) + epsilon)
+  distance = x.astype(jnp.float32) - _as_row(_spread(mean, x, sets), x)
+  if relu:
+    y = distance * _as_row(inverse * scale, x) + _as_row(bias, x)
+    gradient = jnp.where(y > 0, gradient, 0.0)
+  to_bias, products = _sum_positions(gradient, gradient * distance)  # (N, C)
+  to_scale = products * inverse[:, 0, 0]
+  positions = x.shape[1] * x.shape[2]
+  shift, slope = (_spread(sets.pool(g * scale), x, sets) / positions for g in (to_bias, to_scale))
+  to_x = inverse * (gradient * scale - shift - distance * (inverse * slope))
+  return to_x.astype(x.dtype), to_scale.sum(0), to_bias.sum(0)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class BatchNorm(nn.Module):
@@ -63,12 +174,14 @@ class BatchNorm(nn.Module):
     epsilon: added to the variance.
     num_splits: ghost batches per batch; must divide the batch size.
     train_scale: False keeps the scale at 1, a parameter called FIXED_SCALE.
+    relu: whether ReLU comes last.
   """
 
   momentum: float
   epsilon: float
   num_splits: int = 1
   train_scale: bool = True
+  relu: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -79,7 +192,8 @@ class BatchNorm(nn.Module):
     var = self.variable("batch_stats", "var", jnp.ones, (channels,))
     if not train:
       slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
-      return ((x.astype(jnp.float32) - mean.value) * slope + bias).astype(x.dtype)
+      y = (x.astype(jnp.float32) - mean.value) * slope + bias
+      return (nn.relu(y) if self.relu else y).astype(x.dtype)
 
     require(
       self.num_splits > 0 and x.shape[0] % self.num_splits == 0,
@@ -87,8 +201,8 @@ class BatchNorm(nn.Module):
       self.num_splits,
       f"a divisor of the batch size {x.shape[0]}",
     )
-    y, part_mean, part_var = normalize_batch(
-      x, scale, bias, epsilon=self.epsilon, num_splits=self.num_splits
+    y, part_mean, part_var = normalize(
+      x, scale, bias, Parts(self.num_splits), self.epsilon, self.relu
     )
     count = x.size // (self.num_splits * channels)
     self._update(mean, part_mean)
@@ -104,37 +218,6 @@ class BatchNorm(nn.Module):
     running.value = self.momentum * running.value + (1 - self.momentum) * parts.mean(0)
 
 
-def _is_served_by_onednn(x: jax.Array) -> bool:
-  return is_served_by_onednn(x.dtype) and onednn_norm.has_fast_kernels(x)
-
-
-def normalize_batch(
-  x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, num_splits: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Normalises each channel of each of the interleaved parts of the batch.
-
-  Args:
-    x: (N, ..., C).
-    scale: float32 (C,).
-    bias: float32 (C,).
-    epsilon: added to the variance.
-    num_splits: parts; example i belongs to part i mod num_splits.
-
-  Returns:
-    y like x; the parts' means and biased variances, float32 (num_splits, C).
-  """
-  parts = x.reshape(-1, num_splits, *x.shape[1:])
-  if _is_served_by_onednn(x):
-    results = [onednn_norm.batch_norm(parts[:, i], scale, bias, epsilon) for i in range(num_splits)]
-    ys, means, variances = zip(*results, strict=True)
-    return jnp.stack(ys, axis=1).reshape(x.shape), jnp.stack(means), jnp.stack(variances)
-  parts = parts.astype(jnp.float32)
-  mean, var = compute_moments(parts, (0, *range(2, parts.ndim - 1)))
-  slope = jax.lax.rsqrt(var + epsilon) * scale
-  y = (parts * slope + (bias - mean * slope)).reshape(x.shape).astype(x.dtype)
-  return y, mean.reshape(num_splits, -1), var.reshape(num_splits, -1)
-
-
 class GroupNorm(nn.Module):
   """Group normalisation over (H, W, C / groups) of each example, then scale and bias per channel.
 
@@ -145,11 +228,13 @@ class GroupNorm(nn.Module):
     num_groups: must divide the number of channels.
     epsilon: added to the variance.
     affine: False leaves out scale and bias.
+    relu: whether ReLU comes last.
   """
 
   num_groups: int
   epsilon: float
   affine: bool = True
+  relu: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -161,43 +246,21 @@ class GroupNorm(nn.Module):
       self.num_groups,
       f"a divisor of the layer's {channels} channels",
     )
-    y = normalize_groups(x, epsilon=self.epsilon, num_groups=self.num_groups)
-    if not self.affine:
-      return y.astype(x.dtype)
-    scale = self.param("scale", nn.initializers.ones, (channels,))
-    bias = self.param("bias", nn.initializers.zeros, (channels,))
-    if _is_served_by_onednn(x):
-      return onednn_norm.scale_and_shift(y, scale, bias)
-    return (y * scale + bias).astype(x.dtype)
-
-
-def normalize_groups(x: jax.Array, *, epsilon: float, num_groups: int) -> jax.Array:
-  """Normalises each example over all positions and the channels of each group.
-
-  Args:
-    x: (N, ..., C).
-    epsilon: added to the variance.
-    num_groups: must divide C.
-
-  Returns:
-    An array of the same shape; its type is that of x or float32.
-  """
-  groups = x.reshape(len(x), -1, num_groups, x.shape[-1] // num_groups)
-  if is_served_by_onednn(x.dtype):
-    rows = groups.swapaxes(1, 2).reshape(len(x) * num_groups, -1)
-    y = onednn_norm.layer_norm(rows, epsilon).reshape(len(x), num_groups, *groups.shape[1::2])
-    return y.swapaxes(1, 2).reshape(x.shape)
-  groups = groups.astype(jnp.float32)
-  mean, var = compute_moments(groups, (1, 3))
-  return ((groups - mean) * jax.lax.rsqrt(var + epsilon)).reshape(x.shape)
+    scale, bias = jnp.ones(channels), jnp.zeros(channels)
+    if self.affine:
+      scale = self.param("scale", nn.initializers.ones, (channels,))
+      bias = self.param("bias", nn.initializers.zeros, (channels,))
+    return normalize(x, scale, bias, Groups(self.num_groups), self.epsilon, self.relu)[0]
 
 
 class NoNorm(nn.Module):
-  """The identity, so that a network can be built without normalisation."""
+  """The identity, or ReLU alone, so that a network can be built without normalisation."""
+
+  relu: bool = False
 
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     del train
-    return x
+    return relu(x) if self.relu else x
 
 
 NORMS: dict[str, Norm] = {

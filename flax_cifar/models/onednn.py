@@ -1,8 +1,8 @@
 """The library oneDNN through its C interface: the optional extra `onednn`, for CPUs.
 
-XLA:CPU computes the kernel gradient of a small convolution, and the statistics of a norm, at a
-tenth of the processor's rate, and oneDNN at full rate. A primitive is one of its kernels, made for
-given shapes; a Program runs primitives on the buffers of XLA.
+XLA:CPU computes the kernel gradient of a small convolution at a tenth of the processor's rate, and
+oneDNN at full rate. A primitive is one of its kernels, made for given shapes; a Program runs
+primitives on the buffers of XLA.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 _CPU, _IN_ORDER, _OWN_SCRATCH = 1, 1, 1
 _SCRATCH, _SCRATCH_LAYOUT = 80, 136
 _NO_ADDRESS, _ALLOCATE = c_void_p(0), c_void_p(2**64 - 1)
-TRAINING, BACKWARD = 64, 128  # what a primitive is for
+TRAINING = 64  # what a primitive is for
 FLOAT32 = 3
 DATA_TYPES = {jnp.dtype(jnp.float32): FLOAT32, jnp.dtype(jnp.bfloat16): 2}
 
