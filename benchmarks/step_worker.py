@@ -80,20 +80,34 @@ def create_xla(network: str, batch_size: int) -> Step:
 
 
 def create_naive(network: str, batch_size: int) -> Step:
-  """What Flax gives out of the box: lax convolutions, Flax's dropout, no settings."""
+  """What Flax gives out of the box: lax convolutions, Flax's norm and dropout, no settings.
+
+  The ghost norm is ours: Flax has none.
+  """
   os.environ["FLAX_CIFAR_KERNELS"] = "definition"
   import flax.linen as nn
 
-  from flax_cifar.models import blocks
+  from flax_cifar.models import blocks, norms
 
-  class Dropout(nn.Module):
-    rate: float
+  class BatchNorm(nn.Module):
+    momentum: float
+    epsilon: float
+    train_scale: bool
     relu: bool
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
-      return nn.Dropout(self.rate, deterministic=not train)(nn.relu(x) if self.relu else x)
+      norm = nn.BatchNorm(not train, momentum=self.momentum, epsilon=self.epsilon)
+      return nn.relu(norm(x)) if self.relu else norm(x)
 
+  class Dropout(nn.Module):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+      return nn.Dropout(self.rate, deterministic=not train)(x)
+
+  norms.NORMS["batch"] = BatchNorm
   blocks.Dropout = Dropout
   return _create_flax_step(network, batch_size, "float32")
 
