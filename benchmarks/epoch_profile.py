@@ -3,7 +3,7 @@
 Command     python -m benchmarks.epoch_profile [--network dilated] [--steps N] [--json FILE]
 
 Runs the loop of flax_cifar.train over noise on the device, with the augmentation of
-configs/s9.py:published, under JAX's profiler, after one step to compile.
+configs/s9.py:published, under JAX's profiler, after some steps to compile and to get memory.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.common import Row, print_table, write_json
 from benchmarks.step_worker import NORMS
 
+WARM_UP = 10  # steps
 Event = Mapping[str, Any]
 
 
@@ -30,8 +31,8 @@ def main() -> None:
   apply_settings()
   options = parse_options()
   run = create_epoch(options.network, options.batch)
-  run(range(0, 2))
-  events, seconds = profile(lambda: run(range(2, 2 + options.steps)))
+  run(range(WARM_UP))
+  events, seconds = profile(lambda: run(range(WARM_UP, WARM_UP + options.steps)))
   operations = [event for event in events if "hlo_op" in event.get("args", {})]
   compiled = union_seconds(operations)
   print(f"{options.steps} steps of {options.network} took {seconds:.2f} s with the profiler on")
