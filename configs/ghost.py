@@ -32,10 +32,12 @@ def get_config(arg: str = "") -> ConfigDict:
 def _ours(config: ConfigDict) -> None:
   common.use_our_recipe(config)
   config.total_epochs = 25
-  # Two layers have no norm: at 0.03 validation accuracy fell from 72 to 70 % in epochs 2 to 3.
-  config.optimizer.learning_rate = 0.01
-  # Validation at the end, n = 1: 89.2 % without the squares (train 93.0), 89.4 % with (train 91.0),
-  # which is within the noise; with p=1 and dropout of 0.05 it was 2.8 points behind at epoch 11.
+  # Two layers have no norm, so the rate is lower than elsewhere. Validation after 8 epochs as
+  # `:trial`, n = 1, commit 3a99bcf: 0.01 86.4, 0.005 86.8, 0.0025 87.2 %, all at this decay.
+  config.optimizer.learning_rate = 0.0025
+  config.optimizer.weight_decay = 0.1
+  # Squares left out, n = 1, 25 epochs at a rate of 0.01 and a decay of 0.02: in no image 89.2 %
+  # of validation (train 93.0), in half of them 89.4 % (train 91.0), which is within the noise.
   config.augment.ops = ("random_crop", "alternating_flip", "coarse_dropout")
   config.augment.coarse_dropout.update({"height": 8, "width": 8, "p": 0.5})
 
