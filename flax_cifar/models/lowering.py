@@ -231,6 +231,7 @@ def _depthwise_backward(dilation: tuple[int, int], saved: Any, gradient: jax.Arr
 
 
 def add_each(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
+  """What `lax.reduce` calls to make several sums at once."""
   return [a + b for a, b in zip(left, right, strict=True)]
 
 

@@ -78,8 +78,15 @@ def normalize(
   """
   mean, var = _compute_moments(x, sets)
   slope = jax.lax.rsqrt(_spread(var, x, sets) + epsilon) * scale
-  y = (x.astype(jnp.float32) - _spread(mean, x, sets)) * slope + bias
-  return (nn.relu(y) if relu else y).astype(x.dtype), mean, var
+  return _transform(x, _spread(mean, x, sets), slope, bias, relu), mean, var
+
+
+def _transform(
+  x: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array, relu: bool
+) -> jax.Array:
+  """What every norm does to an element once it has its statistics."""
+  y = (x.astype(jnp.float32) - mean) * slope + bias
+  return (nn.relu(y) if relu else y).astype(x.dtype)
 
 
 def _spread(pooled: jax.Array, x: jax.Array, sets: Parts | Groups) -> jax.Array:
@@ -192,8 +199,7 @@ class BatchNorm(nn.Module):
     var = self.variable("batch_stats", "var", jnp.ones, (channels,))
     if not train:
       slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
-      y = (x.astype(jnp.float32) - mean.value) * slope + bias
-      return (nn.relu(y) if self.relu else y).astype(x.dtype)
+      return _transform(x, mean.value, slope, bias, self.relu)
 
     require(
       self.num_splits > 0 and x.shape[0] % self.num_splits == 0,
