@@ -38,12 +38,15 @@ def lowbias32(x):
   return x ^ (x >> np.uint64(16))
 
 
-def test_bits_are_lowbias32_of_the_flat_index_and_the_key():
-  key = jax.random.key(5)
-  first, second = np.asarray(jax.random.key_data(jax.random.fold_in(key, 3)), np.uint64)
-  index = np.arange(4 * 5 * 6, dtype=np.uint64)
-  expected = lowbias32(lowbias32((index + first) % np.uint64(2**32)) ^ second)
-  actual = hash_bits(jax.random.fold_in(key, 3), (4, 5, 6))
+@pytest.mark.parametrize("words", [(4_000_000_000, 3_000_000_001), (5, 6)])
+def test_bits_are_lowbias32_of_a_sequence_with_an_odd_step(words):
+  key = jax.random.wrap_key_data(np.array(words, np.uint32))
+  first, second = np.array(words, np.uint64)
+  start = lowbias32(lowbias32(first) ^ second)
+  step = lowbias32(start ^ first) | np.uint64(1)
+  counter = [(int(start) + int(step) * index) % 2**32 for index in range(4 * 5 * 6)]
+  expected = lowbias32(np.array(counter, np.uint64))
+  actual = hash_bits(key, (4, 5, 6))
   assert actual.dtype == jnp.uint32
   np.testing.assert_array_equal(actual, expected.reshape(4, 5, 6))
 
