@@ -82,7 +82,8 @@ def get_config() -> ConfigDict:
         "workers": 0,  # processes for albumentations; 0 is one background thread
         "ops": (),  # of the names below, in order
         # `border`, what lies outside the image, is "reflect" or "fill"; `fill` is "mean" (the data
-        # set's), "black", or a value per channel in 0..255, as in "125,30,200".
+        # set's), "black", or a value per channel in 0..255, as in "125,30,200"; `interpolation` is
+        # "bilinear", as Albumentations has it, or "nearest", as torchvision has it.
         "horizontal_flip": {"p": 0.5},
         "alternating_flip": {},  # a random side first, then the other one every other epoch
         # Fractions of the image, fraction of the scale, degrees.
@@ -90,11 +91,18 @@ def get_config() -> ConfigDict:
           "shift": 0.09,
           "scale": 0.09,
           "rotate": 6.0,
+          "interpolation": "bilinear",
           "border": "reflect",
           "fill": "black",
           "p": 0.5,
         },
-        "rotate": {"limit": 6.0, "border": "reflect", "fill": "black", "p": 0.5},  # degrees
+        "rotate": {
+          "limit": 6.0,  # degrees
+          "interpolation": "bilinear",
+          "border": "reflect",
+          "fill": "black",
+          "p": 0.5,
+        },
         # Pixels added on each side before the crop back to the image's size.
         "random_crop": {"padding": 4, "border": "reflect", "fill": "black"},
         # Sizes in pixels.
@@ -235,7 +243,14 @@ def use_study_recipe(config: ConfigDict) -> None:
   config.schedule.name = "step"
   config.schedule.step.update({"factor": 0.1, "every": 6.0})
   config.augment.ops = ("rotate",)
-  config.augment.rotate.update({"limit": 6.0, "border": "fill", "fill": "black", "p": 1.0})
+  rotate_as_torchvision(config, limit=6.0)
+
+
+def rotate_as_torchvision(config: ConfigDict, *, limit: float) -> None:
+  """transforms.RandomRotation, its defaults included: every image, black outside, no blur."""
+  config.augment.rotate.update(
+    {"limit": limit, "interpolation": "nearest", "border": "fill", "fill": "black", "p": 1.0}
+  )
 
 
 def use_keras_recipe(config: ConfigDict) -> None:

@@ -53,5 +53,5 @@ def _published(config: ConfigDict) -> None:
   config.schedule.step.update({"factor": 0.92, "every": 2.0})
   config.augment.ops = ("random_crop", "horizontal_flip", "rotate")
   config.augment.random_crop.update({"padding": 4, "border": "fill", "fill": "black"})
-  config.augment.rotate.update({"limit": 8.0, "border": "fill", "fill": "black", "p": 1.0})
+  common.rotate_as_torchvision(config, limit=8.0)
   config.augment.std = (0.2023, 0.1994, 0.2010)

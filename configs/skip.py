@@ -45,5 +45,5 @@ def _published(config: ConfigDict) -> None:
   config.augment.color_jitter.update(
     {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.1, "p": 1.0}
   )
-  config.augment.rotate.update({"limit": 7.0, "border": "fill", "fill": "black", "p": 1.0})
+  common.rotate_as_torchvision(config, limit=7.0)
   config.augment.mean = config.augment.std = (0.5, 0.5, 0.5)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from configs.common import get_config
@@ -150,6 +151,7 @@ def test_pixels_are_albumentations(name, changes, size):
     ("shift_scale_rotate", {**COLOURED, **WILD}, (32, 32)),
     ("rotate", {"border": "reflect", "limit": 6.0}, (32, 32)),
     ("rotate", {**COLOURED, "limit": 90.0}, (32, 32)),
+    ("rotate", {**COLOURED, "limit": 8.0, "interpolation": "nearest"}, (32, 32)),
   ],
 )
 def test_affine_pixels_are_albumentations(name, changes, size):
@@ -158,6 +160,17 @@ def test_affine_pixels_are_albumentations(name, changes, size):
   found = difference(apply_on_device(name, images, params, p=1.0, **changes), expected)
   assert found.max() <= 1
   assert (found > 0).mean() < 1e-4
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_nearest_rotation_is_that_of_torchvision(size):
+  """Which rotates by PIL."""
+  images = make_images(200, *size)
+  angles = np.random.default_rng(0).uniform(-180, 180, len(images))
+  expected = [Image.fromarray(i).rotate(a) for i, a in zip(images, angles, strict=True)]
+  changes = {"border": "fill", "fill": "black", "interpolation": "nearest"}
+  found = apply_on_device("rotate", images, {"angle": angles}, **changes)
+  assert (found != expected).any(-1).mean() < 1e-3  # where a point is halfway between two pixels
 
 
 @pytest.mark.parametrize("kept", [*STRONG, "all"])
@@ -380,6 +393,7 @@ def test_no_ops_is_none():
     ("shift_scale_rotate", {"shift": 1.5}, "augment.shift_scale_rotate.shift=1.5"),
     ("shift_scale_rotate", {"border": "wrap"}, "augment.shift_scale_rotate.border='wrap'"),
     ("rotate", {"limit": 181.0}, "augment.rotate.limit=181.0"),
+    ("rotate", {"interpolation": "cubic"}, "augment.rotate.interpolation='cubic'"),
     ("rotate", {"fill": (0, 0, 256)}, r"\(0, 0, 256\)"),
     ("random_crop", {"padding": 0}, "augment.random_crop.padding=0"),
     ("random_crop", {"border": "wrap"}, "augment.random_crop.border='wrap'"),

@@ -89,7 +89,7 @@ def test_only_replays_peek_and_ours_is_within_the_epochs_of_the_source(name):
   assert ours.norm == replay.norm
 
 
-# What section 3 of the sources' summary states, as `config file:variant` -> keys and values.
+# What the sources state, or imply by calling torchvision: `config file:variant` -> keys, values.
 RECIPES = {
   "s9:published": {
     "batch_size": 128,
@@ -126,6 +126,7 @@ RECIPES = {
     "augment.ops": ("random_crop", "horizontal_flip", "rotate"),
     "augment.random_crop.padding": 4,
     "augment.rotate.limit": 8.0,
+    "augment.rotate.interpolation": "nearest",
     "augment.rotate.p": 1.0,
     "augment.std": (0.2023, 0.1994, 0.2010),
   },
@@ -146,6 +147,7 @@ RECIPES = {
     "augment.color_jitter.hue": 0.1,
     "augment.color_jitter.p": 1.0,
     "augment.rotate.limit": 7.0,
+    "augment.rotate.interpolation": "nearest",
     "augment.rotate.p": 1.0,
     "augment.mean": (0.5, 0.5, 0.5),  # to (-1, 1)
     "augment.std": (0.5, 0.5, 0.5),
@@ -166,6 +168,7 @@ STUDY = {
   "norm.group.num_groups": 2,
   "augment.ops": ("rotate",),
   "augment.rotate.limit": 6.0,
+  "augment.rotate.interpolation": "nearest",
   "augment.rotate.p": 1.0,
 }
 RECIPES |= {"s9:study": STUDY, "pyramid:published": STUDY}

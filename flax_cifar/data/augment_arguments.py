@@ -9,6 +9,7 @@ from flax_cifar.errors import require
 Fill = str | Sequence[float]
 Rule = tuple[Callable[[Any], bool], str]  # what holds for a valid value, and how to say it
 BORDERS = ("fill", "reflect")
+INTERPOLATIONS = ("nearest", "bilinear")
 MAX_PIXELS = 512  # of an image's side, and of what an op adds to it or cuts out
 MAX_HOLES = 100  # each is a part of the compiled program
 
@@ -21,9 +22,14 @@ def _below_one(unit: str) -> Rule:
   return lambda value: 0 <= value < 1, f"{unit} in [0, 1)"
 
 
+def _one_of(choices: tuple[str, ...]) -> Rule:
+  return lambda value: value in choices, " or ".join(map(repr, choices))
+
+
 SHARED_RULES: dict[str, Rule] = {
   "p": _within(0, 1, "a probability"),
-  "border": (lambda value: value in BORDERS, " or ".join(map(repr, BORDERS))),
+  "border": _one_of(BORDERS),
+  "interpolation": _one_of(INTERPOLATIONS),
 }
 # Every op, with what holds for its arguments.
 RULES: dict[str, dict[str, Rule]] = {

@@ -23,6 +23,7 @@ Fill = tuple[float, ...]  # red, green, blue: whole numbers in 0..255
 Size = tuple[int, int]  # height, width
 Params = dict[str, jax.Array]  # name -> (N, ...)
 Drawn = tuple[jax.Array, Params]  # which images an op is applied to: bool (N,); its parameters
+Read = Callable[[jax.Array, jax.Array], jax.Array]  # row, column -> pixels, each (N, H, W)
 Channels = tuple[jax.Array, jax.Array, jax.Array]  # red, green, blue: float32 (N, H, W) in 0..255
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as A.ColorJitter numbers them
@@ -270,18 +271,18 @@ def apply_affine(
   scale_x: jax.Array,
   scale_y: jax.Array,
   angle: jax.Array,
+  interpolation: str,
   border: str,
   fill: Fill,
 ) -> jax.Array:
   """Scales, rotates counter-clockwise as displayed, then shifts, all about the centre.
-
-  Bilinear; each of the four neighbours may come from the border.
 
   Args:
     pixels: uint32 (N, H, W).
     shift_x, shift_y: float32 (N,), pixels to the right and down.
     scale_x, scale_y: float32 (N,), above 1 enlarges.
     angle: float32 (N,), degrees.
+    interpolation: a key of SAMPLERS.
     border: "fill" or "reflect".
     fill: of the border "fill".
   """
@@ -295,13 +296,31 @@ def apply_affine(
   # How far away the source is, not where: small numbers are more precise.
   away_x = (cos / scale_x - 1) * u - sin / scale_x * v - shift_x
   away_y = sin / scale_y * u + (cos / scale_y - 1) * v - shift_y
+  read = partial(_read, pixels, border=border, fill=fill)
+  return SAMPLERS[interpolation](read, row, column, away_x, away_y)
+
+
+def _sample_nearest(
+  read: Read, row: jax.Array, column: jax.Array, away_x: jax.Array, away_y: jax.Array
+) -> jax.Array:
+  """What `read` has nearest to the point that is `away` of each (row, column)."""
+  x, y = (jnp.floor(away + 0.5).astype(jnp.int32) for away in (away_x, away_y))
+  return read(row + y, column + x)
+
+
+def _sample_bilinear(
+  read: Read, row: jax.Array, column: jax.Array, away_x: jax.Array, away_y: jax.Array
+) -> jax.Array:
+  """The mean of its four neighbours, each of which may come from the border, by their areas."""
   floor_x, floor_y = jnp.floor(away_x), jnp.floor(away_y)
   row, column = row + floor_y.astype(jnp.int32), column + floor_x.astype(jnp.int32)
-  read = partial(_read, pixels, border=border, fill=fill)
   above = _mix(read(row, column), read(row, column + 1), away_x - floor_x)
   below = _mix(read(row + 1, column), read(row + 1, column + 1), away_x - floor_x)
   mixed = _lerp(above, below, away_y - floor_y)
   return _join_channels(_map(jnp.rint, mixed))
+
+
+SAMPLERS = {"nearest": _sample_nearest, "bilinear": _sample_bilinear}
 
 
 def _mix(left: jax.Array, right: jax.Array, weight: jax.Array) -> Channels:
@@ -319,28 +338,32 @@ def draw_rotate(uniforms: jax.Array, *, limit: float, p: float) -> Drawn:
   return _draw_coin(coin, p), {"angle": _draw_within(angle, 0, limit)}
 
 
-def apply_rotate(pixels: jax.Array, *, angle: jax.Array, border: str, fill: Fill) -> jax.Array:
+def apply_rotate(pixels: jax.Array, *, angle: jax.Array, **options: Any) -> jax.Array:
   """`apply_affine` with the angle alone."""
   zero, one = jnp.zeros_like(angle), jnp.ones_like(angle)
   shift, scale = {"shift_x": zero, "shift_y": zero}, {"scale_x": one, "scale_y": one}
-  return apply_affine(pixels, **shift, **scale, angle=angle, border=border, fill=fill)
+  return apply_affine(pixels, **shift, **scale, angle=angle, **options)
 
 
 def _shift_scale_rotate(
-  *, shift: float, scale: float, rotate: float, border: str, fill: Fill, p: float
+  *,
+  shift: float,
+  scale: float,
+  rotate: float,
+  interpolation: str,
+  border: str,
+  fill: Fill,
+  p: float,
 ) -> DeviceOp:
   draw = partial(draw_shift_scale_rotate, shift=shift, scale=scale, rotate=rotate, p=p)
-  return DeviceOp(
-    6, lambda u, epoch, size: draw(u, size), partial(apply_affine, border=border, fill=fill)
-  )
+  apply = partial(apply_affine, interpolation=interpolation, border=border, fill=fill)
+  return DeviceOp(6, lambda u, epoch, size: draw(u, size), apply)
 
 
-def _rotate(*, limit: float, border: str, fill: Fill, p: float) -> DeviceOp:
-  return DeviceOp(
-    2,
-    lambda u, epoch, size: draw_rotate(u, limit=limit, p=p),
-    partial(apply_rotate, border=border, fill=fill),
-  )
+def _rotate(*, limit: float, interpolation: str, border: str, fill: Fill, p: float) -> DeviceOp:
+  draw = partial(draw_rotate, limit=limit, p=p)
+  apply = partial(apply_rotate, interpolation=interpolation, border=border, fill=fill)
+  return DeviceOp(2, lambda u, epoch, size: draw(u), apply)
 
 
 # ---- Crop and holes

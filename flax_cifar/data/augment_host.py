@@ -18,6 +18,7 @@ from flax_cifar.data.augment_arguments import resolve_arguments
 from flax_cifar.errors import choose
 
 BORDERS = {"fill": cv2.BORDER_CONSTANT, "reflect": cv2.BORDER_REFLECT_101}
+INTERPOLATIONS = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR}
 # Stands for the epoch in streams that are the same in all epochs.
 EVERY_EPOCH = 2**32 - 1
 
@@ -93,7 +94,14 @@ def _alternating_flip() -> A.BasicTransform:
 
 
 def _shift_scale_rotate(
-  *, shift: float, scale: float, rotate: float, border: str, fill: tuple[float, ...], p: float
+  *,
+  shift: float,
+  scale: float,
+  rotate: float,
+  interpolation: str,
+  border: str,
+  fill: tuple[float, ...],
+  p: float,
 ) -> A.BasicTransform:
   """As A.ShiftScaleRotate, which is deprecated in favour of this."""
   return A.Affine(
@@ -101,7 +109,7 @@ def _shift_scale_rotate(
     translate_percent=(-shift, shift),
     rotate=(-rotate, rotate),
     shear=(0, 0),
-    interpolation=cv2.INTER_LINEAR,
+    interpolation=INTERPOLATIONS[interpolation],
     border_mode=BORDERS[border],
     fill=fill,
     p=p,
@@ -109,10 +117,12 @@ def _shift_scale_rotate(
   )
 
 
-def _rotate(*, limit: float, border: str, fill: tuple[float, ...], p: float) -> A.BasicTransform:
+def _rotate(
+  *, limit: float, interpolation: str, border: str, fill: tuple[float, ...], p: float
+) -> A.BasicTransform:
   return A.Rotate(
     limit=(-limit, limit),
-    interpolation=cv2.INTER_LINEAR,
+    interpolation=INTERPOLATIONS[interpolation],
     border_mode=BORDERS[border],
     fill=fill,
     p=p,
