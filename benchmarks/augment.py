@@ -7,7 +7,6 @@ Command     python -m benchmarks.augment [--images N] [--batch N] [--repeats N] 
 import argparse
 import dataclasses
 import math
-import runpy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.common import Row, interleave, print_table, write_json
+from benchmarks.common import Row, config_file, interleave, positive, print_table, write_json
 from flax_cifar.data.augment_device import DEVICE_OPS, create_device_augment
 from flax_cifar.data.augment_host import create_host_augment
 from flax_cifar.data.dataset import Split
@@ -41,9 +40,8 @@ class Case:
 def main() -> None:
   """Measures the op list of the config, and flip with crop, and reports both."""
   options = parse_options()
-  path, _, variant = options.config.partition(":")
-  config = runpy.run_path(path)["get_config"](variant).augment
-  count = options.images // options.batch * options.batch
+  config = options.config.augment
+  count = max(1, options.images // options.batch) * options.batch
   images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
   op_lists = [tuple(config.ops), ("horizontal_flip", "random_crop")]
   rows: list[Row] = []
@@ -57,12 +55,15 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
-    "--images", type=int, default=2560, help="per repeat; whole batches are taken"
+    "--images", type=positive, default=2560, help="per repeat; whole batches are taken"
   )
-  parser.add_argument("--batch", type=int, default=128, help="images per batch")
-  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--batch", type=positive, default=128, help="images per batch")
+  parser.add_argument("--repeats", type=positive, default=5)
   parser.add_argument(
-    "--config", default="configs/s9.py:published", help="whose augment.ops are measured"
+    "--config",
+    type=config_file,
+    default="configs/s9.py:published",
+    help="whose augment.ops are measured",
   )
   parser.add_argument("--json", default="", help="file for the record")
   return parser.parse_args()

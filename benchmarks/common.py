@@ -1,8 +1,11 @@
 """What the benchmarks share: taking turns, the table, and a record that names its origin."""
 
+import argparse
 import datetime
+import itertools
 import json
 import pathlib
+import runpy
 import shlex
 import sys
 import time
@@ -10,10 +13,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from flax_cifar.environment import get_commit, get_hardware, get_versions
 
 Row = Mapping[str, Any]
+PATH_FLAGS = ("--json", "--output", "--torch-python")  # which tell where and not what
+
+
+def positive(text: str) -> int:
+  """A type of argparse: a whole number above 0."""
+  number = int(text)
+  if number <= 0:
+    raise argparse.ArgumentTypeError(f"{text} is not above 0")
+  return number
+
+
+def config_file(text: str) -> ConfigDict:
+  """A type of argparse: the config that main.py would take, FILE or FILE:variant."""
+  path, _, variant = text.partition(":")
+  try:
+    return runpy.run_path(path)["get_config"](variant)
+  except (OSError, ValueError) as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def interleave(cases: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
@@ -51,10 +73,21 @@ def write_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes the rows with versions, hardware, commit, date and command."""
   record = {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    "command": get_command(sys.orig_argv[1:]),
     "commit": get_commit(),
     "hardware": get_hardware(len(jax.local_devices())),
     "versions": get_versions(),
     "rows": list(rows),
   }
   pathlib.Path(path).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def get_command(arguments: Sequence[str]) -> str:
+  """What to type, without PATH_FLAGS and their values."""
+  pairs = itertools.pairwise(["", *arguments])
+  kept = [
+    word
+    for before, word in pairs
+    if before not in PATH_FLAGS and word.split("=")[0] not in PATH_FLAGS
+  ]
+  return shlex.join(["python", *kept])

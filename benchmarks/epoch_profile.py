@@ -3,7 +3,7 @@
 Command     python -m benchmarks.epoch_profile [--network dilated] [--steps N] [--json FILE]
 
 Runs the loop of flax_cifar.train over noise on the device, with the augmentation of
-configs/s9.py:published, under JAX's profiler, after some steps to compile and to get memory.
+configs/s9.py:published, under JAX's profiler, after as many steps to compile and to get memory.
 """
 
 import argparse
@@ -18,10 +18,9 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.common import Row, print_table, write_json
+from benchmarks.common import Row, positive, print_table, write_json
 from benchmarks.step_worker import NORMS
 
-WARM_UP = 10  # steps
 Event = Mapping[str, Any]
 
 
@@ -31,8 +30,8 @@ def main() -> None:
   apply_settings()
   options = parse_options()
   run = create_epoch(options.network, options.batch)
-  run(range(WARM_UP))
-  events, seconds = profile(lambda: run(range(WARM_UP, WARM_UP + options.steps)))
+  run(range(options.steps))  # as many, because a GPU makes them in one program
+  events, seconds = profile(lambda: run(range(options.steps, 2 * options.steps)))
   operations = [event for event in events if "hlo_op" in event.get("args", {})]
   compiled = union_seconds(operations)
   print(f"{options.steps} steps of {options.network} took {seconds:.2f} s with the profiler on")
@@ -48,8 +47,8 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--network", default="dilated", choices=list(NORMS))
-  parser.add_argument("--batch", type=int, default=128)
-  parser.add_argument("--steps", type=int, default=12)
+  parser.add_argument("--batch", type=positive, default=128)
+  parser.add_argument("--steps", type=positive, default=12)
   parser.add_argument("--json", default="", help="file for the record")
   return parser.parse_args()
 

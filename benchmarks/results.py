@@ -24,6 +24,7 @@ from flax_cifar.workdir import FREE_KEYS, flatten, read_result, without
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 NOT_RUN = "not run"
 REPETITION_KEYS = ("name", "seed", "num_seeds", *FREE_KEYS)  # in which repetitions may differ
+SHOWN_KEYS = (*REPETITION_KEYS, "compute_dtype")  # that the page shows beside a run's name
 # A slash that starts a path: not that of a/b, ./a or https://a.
 ABSOLUTE_PATH = re.compile(r"(?<![\w./-])/\w|\b[A-Za-z]:\\")
 INTRODUCTION = """\
@@ -37,10 +38,13 @@ config and every epoch, and from `benchmarks/published.py`. Accuracies are perce
 - **Replay** is our run of the source's recipe and protocol: it trains on all 50,000 images and
   validates on the test split. We choose nothing by it, and yet report its **best epoch on test**,
   as the source did, beside the last epoch. Where the source's learning rate follows the test loss
-  (A and E1 to E4), that of the replay does too. No claim of ours rests on it.
+  (A and E1 to E4), that of the replay does too. No claim of ours rests on it. C0 to C2 and E4 state
+  only parts of their recipe: there the replay is our reading of it, as their configs say.
 - **Ours** is our recipe. Validation images come from train. The test split is read once, after the
   last epoch, with the moving average of the weights and without test-time augmentation. **Full**
   is the same recipe on all of train, as the sources trained, with nothing held out to choose by.
+- **B1**: an early text of its source has the figures of a study of norms beside this network; by
+  the study itself they are of B2's. We ran the study on both.
 - **Target** is what ours, or full where it has been run, is to reach; where we have set none, to
   beat the source.
 """
@@ -168,7 +172,7 @@ def check_name(folder: pathlib.Path, content: Mapping[str, Any], *, force: bool)
   words = shlex.split(content["command"])
   flags = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
   keys = [flag.split("=")[0] for flag in flags]
-  changes = without(dict.fromkeys(keys), REPETITION_KEYS)
+  changes = without(dict.fromkeys(keys), SHOWN_KEYS)
   if changes and "name" not in keys and not force:
     raise UserError(
       f"{str(folder)!r} is no plain run of {content['config']['name']!r}: its command changes "
@@ -335,7 +339,7 @@ def format_runs(runs: Sequence[Run]) -> str:
   """The table of runs."""
   if not runs:
     return "None yet.\n"
-  header = ["name", "seed", "command", "epochs", "test", "validation, last epoch"]
+  header = ["name", "seed", "command", "type", "epochs", "test", "validation, last epoch"]
   header += ["train, last epoch", "minutes of training", "hardware", "date", "commit", "JAX"]
   return format_table(header, [describe_run(run) for run in runs])
 
@@ -349,6 +353,7 @@ def describe_run(run: Run) -> list[str]:
     run.name,
     f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
     f"`{content['command']}`" if content.get("command") else "",
+    content["config"]["compute_dtype"],
     str(content["epochs"]),
     format_percent(collect([run], "test_accuracy")),
     f"{validation}{' on test' if content['protocol'] == 'published' else ''}",

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks.common import Row, print_table, write_json
+from benchmarks.common import Row, positive, print_table, write_json
 from benchmarks.step_worker import NORMS
 from benchmarks.train_step import Worker
 
@@ -38,7 +38,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--networks", nargs="+", default=["dilated", "pyramid"], choices=list(NORMS))
-  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--repeats", type=positive, default=3)
   parser.add_argument("--json", default="", help="file for the record")
   return parser.parse_args()
 

@@ -2,9 +2,9 @@
 
 Command     python -m benchmarks.step_worker MODE NETWORK BATCH
 
-It prints one line of JSON when it is ready, and then, for each line with a number that it reads,
-the seconds that so many steps took; at the end of its input, the most memory it had, in MiB. MODE
-is a key of MODES.
+It prints one line of JSON when it is ready, with the seconds of the first step and the library;
+then, for each line with a number that it reads, the seconds that so many steps took; at the end of
+its input, the most memory it had, in MiB. MODE is a key of MODES.
 """
 
 import json
@@ -38,13 +38,20 @@ def main() -> None:
   started = time.perf_counter()
   step = MODES[mode](network, int(batch_size))
   step()
-  print(json.dumps({"first_step": time.perf_counter() - started}), flush=True)
+  ready = {"first_step": time.perf_counter() - started, "library": get_library(mode)}
+  print(json.dumps(ready), flush=True)
   for line in sys.stdin:
     started = time.perf_counter()
     for _ in range(int(line)):
       step()
     print(time.perf_counter() - started, flush=True)
   print(get_peak_memory())
+
+
+def get_library(mode: str) -> str:
+  """The one that computes, with its version; it is imported by now."""
+  library = sys.modules["torch" if mode.startswith("PyTorch") else "jax"]
+  return f"{library.__name__} {library.__version__}"
 
 
 def get_peak_memory() -> float:
@@ -87,7 +94,7 @@ def create_naive(network: str, batch_size: int) -> Step:
   os.environ["FLAX_CIFAR_KERNELS"] = "definition"
   import flax.linen as nn
 
-  from flax_cifar.models import blocks, norms
+  from flax_cifar.models import blocks, keras_base, norms
 
   class BatchNorm(nn.Module):
     momentum: float
@@ -108,7 +115,7 @@ def create_naive(network: str, batch_size: int) -> Step:
       return nn.Dropout(self.rate, deterministic=not train)(x)
 
   norms.NORMS["batch"] = BatchNorm
-  blocks.Dropout = Dropout
+  blocks.Dropout = keras_base.Dropout = Dropout
   return _create_flax_step(network, batch_size, "float32")
 
 
@@ -178,6 +185,13 @@ def create_matmul(network: str, batch_size: int) -> Step:
 #### PyTorch
 
 
+def _count_cores() -> int:
+  """That this process may use."""
+  if hasattr(os, "sched_getaffinity"):  # not on macOS
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 def create_torch(
   network: str, batch_size: int, *, channels_last: bool = False, bfloat16: bool = False
 ) -> Step:
@@ -187,7 +201,7 @@ def create_torch(
 
   from benchmarks.torch_networks import TORCH_NETWORKS
 
-  torch.set_num_threads(os.cpu_count() or 1)
+  torch.set_num_threads(_count_cores())
   layout = torch.channels_last if channels_last else torch.contiguous_format
   model = TORCH_NETWORKS[network]().to(memory_format=layout)
   optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

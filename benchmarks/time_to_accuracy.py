@@ -23,7 +23,9 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder, "run")
     command = [sys.executable, "main.py", f"--config={options.config}", f"--workdir={workdir}"]
-    subprocess.run([*command, *options.flags], check=True)
+    status = subprocess.run([*command, *options.flags]).returncode
+    if status:
+      sys.exit(status)  # main.py has said why
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   rows = [describe(options.config, target, records) for target in options.targets]
   print_table(rows)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import Row, print_table, write_json
+from benchmarks.common import Row, positive, print_table, write_json
 from benchmarks.step_worker import MODES, NORMS
 
 NETWORKS = ("dilated", "ghost", "skip", "pyramid")  # of docs/performance.md
@@ -39,17 +39,17 @@ class Worker:
       command,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
       text=True,
       env=environment,
     )
-    self.first_step = json.loads(self._read())["first_step"]
+    ready = json.loads(self._read())
+    self.first_step, self.library = ready["first_step"], ready["library"]
 
   def _read(self) -> str:
     assert self._process.stdout
     line = self._process.stdout.readline()
     if not line:
-      raise RuntimeError(f"{' '.join(self._process.args)} ended early")  # type: ignore[arg-type]
+      sys.exit(f"error: {' '.join(self._process.args)} ended early")  # type: ignore[arg-type]
     return line
 
   def measure(self, steps: int) -> float:
@@ -70,6 +70,9 @@ class Worker:
 
 def main() -> None:
   options = parse_options()
+  if not has_torch(options.torch_python):
+    print(f"PyTorch is left out: {options.torch_python} has none; --torch-python names another")
+    options.modes = [mode for mode in options.modes if not mode.startswith("PyTorch")]
   rows: list[Row] = []
   for network in options.networks:
     rows += measure_network(network, options)
@@ -79,13 +82,17 @@ def main() -> None:
     write_json(options.json, rows)
 
 
+def has_torch(python: str) -> bool:
+  return subprocess.run([python, "-c", "import torch"], stderr=subprocess.DEVNULL).returncode == 0
+
+
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=list(NORMS))
   modes = [mode for mode in MODES if mode != MATMUL]
   parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
-  parser.add_argument("--batch", type=int, default=128)
-  parser.add_argument("--repeats", type=int, default=7, help="turns of each mode")
+  parser.add_argument("--batch", type=positive, default=128)
+  parser.add_argument("--repeats", type=positive, default=7, help="turns of each mode")
   parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
   parser.add_argument("--torch-python", default=sys.executable)
   parser.add_argument("--json", default="", help="file for the record")
@@ -107,6 +114,7 @@ def measure_network(network: str, options: argparse.Namespace) -> list[Row]:
       **describe(network, mode, seconds, options.batch, flop, peak),
       "first step s": workers[mode].first_step,
       "peak MiB": memory[mode],
+      "library": workers[mode].library,
     }
     for mode in seconds
   ]

@@ -1,7 +1,8 @@
 """Network D, `ghost`: ghost batch norm, dilated and spatially separable units.
 
-Source      EVA5, session 7: 657,146 parameters, 992 of them in the norms, whose 496 scales stay at
-            1; over 82 % test accuracy from epoch 20 (82.60 %), 82.96 % at best in 25 epochs
+Source      hardayaleva5/EVA5_Phase1_Assignment, Session_7: 657,146 parameters, 992 of them in the
+            norms, whose 496 scales stay at 1; over 82 % test accuracy from epoch 20 (82.60 %),
+            82.96 % at best in 25 epochs
 Recipe      ours: 25 epochs; docs/results.md has the figures
 Protocol    validation on 5,000 images taken from train; the test split is read once, at the end
 Command     python main.py --config=configs/ghost.py

@@ -2,8 +2,7 @@
 
 Source      niharikavadapalli/ERA-V1, session 9: 192,672 parameters, receptive field 99; test
             accuracy 87.31 % (best of 51 epochs on the test set), 45.0 56.7 62.2 70.2 % after
-            epochs 1 to 4. Session 8, the same network: 76.96 % with batch norm, layer norm 71.76,
-            group norm (2 groups) 70.41
+            epochs 1 to 4
 Recipe      ours: 12 epochs; docs/results.md has the figures
 Protocol    validation on 5,000 images taken from train; the test split is read once, at the end
 Command     python main.py --config=configs/s9.py
@@ -13,8 +12,9 @@ Variants    published   replays the source (A): trains on all 50,000 images, the
                         epoch leaves out its incomplete last batch (80 of 50,000 images, others
                         each epoch); Albumentations 2 shifts by whole pixels and zooms each
                         axis by itself
-            study       replays its study of normalisations (B1), which validates on the test split
-                        but does not let it steer
+            study       replays session 8's study of normalisations on this network (B1), which
+                        validates on the test split but does not let it steer. The source made it
+                        with B2's network, though an early text has its figures beside this one
             full        trains on all 50,000 images and validates on none
             trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data

@@ -11,7 +11,7 @@ import pytest
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 )
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # docs/gpu.md has tests for others
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 # Many tests train the same tiny network: compile it once, and never reuse old files.
 CACHE = tempfile.mkdtemp(prefix="flax_cifar_tests_")

@@ -1,6 +1,6 @@
 """Network D, `ghost`: ReLU before ghost batch norm, 1x1 convolutions that pad; 657,146 parameters.
 
-Source: EVA5, session 7.
+Source: hardayaleva5/EVA5_Phase1_Assignment, Session_7.
 """
 
 from functools import partial
