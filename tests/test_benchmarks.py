@@ -8,9 +8,7 @@ from benchmarks import common
 
 
 def test_the_command_of_a_record_leaves_out_paths_of_this_machine():
-  arguments = (
-    "-m benchmarks.x --json /tmp/a --batch 8 --output=/tmp/b --torch-python /p/python"
-  )
+  arguments = "-m benchmarks.x --json /tmp/a --batch 8 --output=/tmp/b --torch-python /p/python"
   assert common.get_command(arguments.split()) == "python -m benchmarks.x --batch 8"
 
 

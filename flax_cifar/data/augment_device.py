@@ -338,11 +338,22 @@ def draw_rotate(uniforms: jax.Array, *, limit: float, p: float) -> Drawn:
   return _draw_coin(coin, p), {"angle": _draw_within(angle, 0, limit)}
 
 
-def apply_rotate(pixels: jax.Array, *, angle: jax.Array, **options: Any) -> jax.Array:
+def apply_rotate(
+  pixels: jax.Array, *, angle: jax.Array, interpolation: str, border: str, fill: Fill
+) -> jax.Array:
   """`apply_affine` with the angle alone."""
   zero, one = jnp.zeros_like(angle), jnp.ones_like(angle)
-  shift, scale = {"shift_x": zero, "shift_y": zero}, {"scale_x": one, "scale_y": one}
-  return apply_affine(pixels, **shift, **scale, angle=angle, **options)
+  return apply_affine(
+    pixels,
+    shift_x=zero,
+    shift_y=zero,
+    scale_x=one,
+    scale_y=one,
+    angle=angle,
+    interpolation=interpolation,
+    border=border,
+    fill=fill,
+  )
 
 
 def _shift_scale_rotate(
