@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         "dir": "",
         "image_size": 32,  # pixels; shapes and folders are made this size
         "validation_size": 5000,  # images held out of train, unless published
-        "limit": 0,  # use only this many images of each split; 0 means all
+        "limit": 0,  # use only this many images of each split, always the same; 0 means all
       },
       "model": {
         # dilated | pyramid | keras_base | keras_fcn | five_convs | ghost | skip | skip_dilated
@@ -81,9 +81,10 @@ def get_config() -> ConfigDict:
         "backend": "device",
         "workers": 0,  # processes for albumentations; 0 is one background thread
         "ops": (),  # of the names below, in order
-        # `border`, what lies outside the image, is "reflect" or "fill"; `fill` is "mean" (the data
-        # set's), "black", or a value per channel in 0..255, as in "125,30,200"; `interpolation` is
-        # "bilinear", as Albumentations has it, or "nearest", as torchvision has it.
+        # `border`, what lies outside the image, is "reflect" or "fill"; `fill` is "mean" (what
+        # normalisation subtracts, cut to whole numbers in 0..255), "black", or a value per channel
+        # in 0..255, as in "125,30,200"; `interpolation` is "bilinear", as Albumentations has it, or
+        # "nearest", as torchvision has it.
         "horizontal_flip": {"p": 0.5},
         "alternating_flip": {},  # a random side first, then the other one every other epoch
         # Fractions of the image, fraction of the scale, degrees.

@@ -35,7 +35,7 @@ def test_ops_are_applied_independently():
   source = image()
   for example in range(400):
     out = flip_only(source, (0, 0, example))
-    hole = (out == 0).any() or (out == get_fill("mean", MEAN)).all(-1).sum() >= 256
+    hole = (out == 0).any() or (out == get_fill("fill", "mean", MEAN)).all(-1).sum() >= 256
     kept = out[:, :, 0] == source[:, :, 0]
     flipped = kept.mean() < 0.5
     seen[flipped, hole] = seen.get((flipped, hole), 0) + 1
@@ -94,7 +94,7 @@ def test_dropout_makes_one_square_hole_of_the_named_fill():
   [("black", (0, 0, 0)), ("mean", (125, 122, 113)), ((1, 2, 3), (1, 2, 3))],
 )
 def test_fills(fill, expected):
-  assert get_fill(fill, MEAN) == expected
+  assert get_fill("fill", fill, MEAN) == expected
   white = np.full((32, 32, 3), 255, np.uint8)
   out = create(("coarse_dropout",), coarse_dropout={"p": 1.0, "fill": fill})(white, (0, 0, 0))
   assert (out == np.uint8(expected)).all(-1).sum() == 256
@@ -215,8 +215,8 @@ def test_jitter_stays_within_its_limits():
 @pytest.mark.parametrize(
   ("op", "change", "message"),
   [
-    ("coarse_dropout", {"fill": "grey"}, "'grey'"),
-    ("coarse_dropout", {"fill": (1, 2)}, r"\(1, 2\)"),
+    ("coarse_dropout", {"fill": "grey"}, r"augment\.coarse_dropout\.fill='grey'"),
+    ("rotate", {"fill": (1, 2)}, r"augment\.rotate\.fill=\(1, 2\)"),
     ("coarse_dropout", {"holes": 0}, "augment.coarse_dropout.holes=0"),
     ("coarse_dropout", {"height": 0}, "augment.coarse_dropout.height=0"),
     ("shift_scale_rotate", {"border": "wrap"}, "border='wrap'"),

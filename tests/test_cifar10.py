@@ -1,15 +1,19 @@
 """CIFAR-10 from archives, prepared directories and mirrors, with a tiny stand-in of it."""
 
+import errno
+import fcntl
 import hashlib
 import http.server
 import io
 import json
 import os
 import pickle
+import queue
 import shutil
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -282,6 +286,23 @@ def test_damaged_metadata_and_other_counts(tmp_path, prepared, monkeypatch):
     cifar10.load_cifar10(dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("content", [None, b"\xff"])
+def test_damaged_class_names_are_named(prepared, content):
+  file = prepared / "label.labels.txt"
+  file.unlink() if content is None else file.write_bytes(content)
+  with pytest.raises(UserError, match=rf"label\.labels\.txt is missing, .*directory {prepared}"):
+    cifar10.read_prepared(prepared)
+
+
+@pytest.mark.parametrize("file_format", ["riegeli", "parquet", "later"])
+def test_another_format_is_sound_but_not_read(prepared, file_format):
+  info = prepared / "dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", file_format))
+  with pytest.raises(UserError, match=f"in the format '{file_format}'.*another --config") as caught:
+    cifar10.read_prepared(prepared)
+  assert "delete" not in str(caught.value)
+
+
 # ---- Downloads
 
 
@@ -304,7 +325,7 @@ def server(tmp_path, monkeypatch):
         body, status = body[int(asked.removeprefix("bytes=").rstrip("-")) :], 206
       self.send_response(status)
       if kind != "page":
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", "all" if kind == "vague" else str(len(body)))
       self.end_headers()
       sent = {"breaks": body[: len(body) // 2], "page": b"<html>log in</html>"}.get(kind, body)
       return self.wfile.write(sent)
@@ -336,12 +357,45 @@ def test_download_prepares_and_leaves_no_part(tmp_path, monkeypatch, server):
   assert len(server.seen) == 1
 
 
+def test_a_second_first_run_waits_for_the_first(tmp_path, monkeypatch, server):
+  use(monkeypatch, server, "good")
+  root, said = tmp_path / "new", queue.Queue()
+  monkeypatch.setattr(cifar10, "_say", said.put)
+  splits = cifar10.read_archive(tmp_path / "served" / cifar10.ARCHIVE)
+  with ThreadPoolExecutor(1) as pool:
+    with cifar10._lock(root):
+      second = pool.submit(cifar10.load_cifar10, dir=str(root))
+      assert said.get(timeout=10).startswith("Waiting for another process")
+      prepare_cifar10(train=splits[0], test=splits[1], data_dir=root)
+    train, test, _ = second.result(timeout=10)
+  assert (as_set(train), as_set(test)) == tuple(as_set(split) for split in splits)
+  assert said.empty()
+  assert server.seen == []
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+  def refuse(file, operation):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  write_archive(tmp_path / cifar10.ARCHIVE)
+  assert len(cifar10.load_cifar10(dir=str(tmp_path))[0]) == 20
+
+
+def test_an_archive_that_cannot_get_its_name_is_one_error(tmp_path, monkeypatch, server):
+  use(monkeypatch, server, "good")
+  (tmp_path / cifar10.ARCHIVE / "x").mkdir(parents=True)
+  with pytest.raises(UserError, match=r"cannot be written .*make room or choose another"):
+    cifar10.download_archive(tmp_path)
+
+
 def test_mirrors_fail_over_in_order(tmp_path, monkeypatch, server):
-  use(monkeypatch, server, "missing", "wrong", "page", "good", "unused")
+  kinds = ("missing", "wrong", "page", "vague", "good")
+  use(monkeypatch, server, *kinds, "unused")
   path = cifar10.download_archive(tmp_path)
   assert path.read_bytes() == server.blob
   # None of the wrong bytes were resumed from.
-  assert server.seen == [("/missing", None), ("/wrong", None), ("/page", None), ("/good", None)]
+  assert server.seen == [(f"/{kind}", None) for kind in kinds]
 
 
 def test_own_mirror_comes_first(tmp_path, monkeypatch, server):
@@ -376,13 +430,16 @@ def test_part_of_an_earlier_run(tmp_path, monkeypatch, server):
 def test_all_mirrors_dead_names_reasons_and_ways_out(tmp_path, monkeypatch, server):
   use(monkeypatch, server, "missing", "wrong")
   refused = "http://127.0.0.1:9/x"
-  monkeypatch.setattr(cifar10, "MIRRORS", (*cifar10.MIRRORS, refused, "no-url"))
+  odd = ("no-url", "http://[bad/x", "http://ü..x/y")
+  monkeypatch.setattr(cifar10, "MIRRORS", (*cifar10.MIRRORS, refused, *odd))
   start = time.monotonic()
   with pytest.raises(UserError) as caught:
     cifar10.load_cifar10(dir=str(tmp_path))
   assert time.monotonic() - start < 5
   text = str(caught.value)
   for part in ("HTTP 404", "wrong checksum", "127.0.0.1:9: no connection", "no-url: Invalid URL"):
+    assert part in text
+  for part in ("[bad: Failed to parse", "ü..x: Failed to parse"):
     assert part in text
   for way in (cifar10.ARCHIVE_MD5, "TFDS_DATA_DIR", "--config.data.name=shapes", str(tmp_path)):
     assert way in text

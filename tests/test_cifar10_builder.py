@@ -81,6 +81,29 @@ def test_interrupted_preparation_leaves_nothing_that_looks_prepared(splits, tmp_
   assert cifar10_builder.prepare_cifar10(**splits, data_dir=tmp_path).is_dir()
 
 
+FULL = """
+import resource, sys
+import numpy as np
+from flax_cifar.data.cifar10_builder import prepare_cifar10
+from flax_cifar.data.dataset import Split
+split = Split(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int32))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+  prepare_cifar10(train=split, test=split, data_dir=sys.argv[1])
+except OSError as error:
+  print(error)
+"""
+
+
+def test_a_write_that_fails_is_an_oserror(tmp_path):
+  """By a limit of files' sizes: what array_record makes of it is its own."""
+  command = [sys.executable, "-c", FULL, str(tmp_path)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert "File too large" in done.stdout, done.stderr
+  assert done.stdout.count("\n") == 1
+  assert list(tmp_path.glob("cifar10/*")) == []
+
+
 def test_existing_directory_is_not_taken_for_prepared(splits, tmp_path):
   (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
   with pytest.raises(FileExistsError, match="delete it"):

@@ -1,15 +1,24 @@
 """What the train steps are fed with: order, batches and calls, on the host and on the device."""
 
+import itertools
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from flax_cifar.data import augment_host
 from flax_cifar.data.augment_device import create_device_augment
 from flax_cifar.data.dataset import Split
-from flax_cifar.data.feeds import DeviceFeed, HostFeed, choose_steps_per_call, draw_order
+from flax_cifar.data.feeds import (
+  DeviceFeed,
+  HostFeed,
+  choose_steps_per_call,
+  create_feed,
+  draw_order,
+)
 from flax_cifar.data.pipeline import TrainBatches
 from flax_cifar.errors import UserError
 from flax_cifar.partition import create_mesh
@@ -33,6 +42,18 @@ def create(*, seed=0, num_seeds=1, augment=None, steps_per_call=1, devices=1):
     augment=augment,
     steps_per_call=steps_per_call,
     mesh=create_mesh(devices),
+  )
+
+
+def create_feed_of(steps, *, steps_per_call):
+  """Steps of one example."""
+  return DeviceFeed(
+    Split(np.zeros((steps, 1, 1, 3), np.uint8), np.zeros(steps, np.int32)),
+    batch_size=1,
+    keys=create_keys(0, 1),
+    augment=None,
+    steps_per_call=steps_per_call,
+    mesh=create_mesh(1),
   )
 
 
@@ -89,6 +110,22 @@ def test_calls_cover_the_steps(steps_per_call, steps, lengths):
   assert len({id(inputs["order"]) for _, inputs in calls}) <= 1  # drawn once per epoch
 
 
+def test_saves_within_epochs_need_few_programs():
+  """Each length of a call is one: here of 390 steps, saved every 100, or stopped anywhere."""
+  steps = 390
+  feed = create_feed_of(steps, steps_per_call=sys.maxsize)
+  cuts = sorted({*range(0, 10 * steps, 100), *range(0, 10 * steps, steps), 123, 1711})
+  lengths = []
+  for start, end in itertools.pairwise(cuts):
+    made = [length for length, _ in feed.calls(range(start, end))]
+    assert sum(made) == end - start
+    lengths += made
+  assert set(lengths) <= {2**power for power in range(9)}
+  assert [length for length, _ in feed.calls(range(steps, 2 * steps))] == [steps]
+  feed = create_feed_of(steps, steps_per_call=100)
+  assert [length for length, _ in feed.calls(range(steps))] == [100, 100, 100, 90]
+
+
 @pytest.mark.parametrize(("platform", "whole"), [("cpu", False), ("gpu", True), ("tpu", True)])
 def test_an_epoch_is_one_call_except_on_a_cpu(platform, whole):
   asked = choose_steps_per_call(platform)
@@ -136,7 +173,7 @@ def test_any_batch_can_be_looked_up(number):
 
 def test_the_host_feed_goes_on_where_it_was():
   batches = TrainBatches(make_split(), batch_size=BATCH, total_epochs=2, seed=0, augment=None)
-  feed = HostFeed(batches, workers=0, mesh=create_mesh(1))
+  feed = HostFeed(lambda: batches, workers=0, mesh=create_mesh(1))
   calls = [*feed.calls(range(3, 5)), *feed.calls(range(5, 10))]
   feed.close()
   assert [length for length, _ in calls] == [1] * 7
@@ -146,6 +183,35 @@ def test_the_host_feed_goes_on_where_it_was():
   found = feed.look_up(7)
   np.testing.assert_array_equal(found["image"], batches[7]["image"])
   np.testing.assert_array_equal(found["image"], make_split().images[found["example"]])
+
+
+class AddNoise:
+  """Draws from a state that each call sets anew, as Albumentations does, but takes its time."""
+
+  def __call__(self, image, stream):
+    self.generator = np.random.default_rng(stream)
+    time.sleep(1e-3)
+    return image ^ self.generator.integers(256, size=image.shape, dtype=np.uint8)
+
+
+def test_the_host_feed_looks_up_while_grain_works(monkeypatch):
+  monkeypatch.setattr(augment_host, "create_host_augment", lambda **arguments: AddNoise())
+  order = {"batch_size": BATCH, "total_epochs": 3, "seed": 0}
+  feed = create_feed(
+    make_split(),
+    backend="albumentations",
+    **order,
+    num_seeds=1,
+    steps_per_call=1,
+    workers=0,
+    mesh=create_mesh(1),
+    ops=(),
+  )
+  expected = TrainBatches(make_split(), **order, augment=AddNoise())
+  for step, (_, inputs) in enumerate(feed.calls(range(15))):
+    for found, at in ((feed.look_up(step), step), (feed.first_inputs(), 0), (inputs, step)):
+      np.testing.assert_array_equal(found["image"], expected[at]["image"])
+  feed.close()
 
 
 def test_more_than_there_is_in_a_batch_is_an_error():

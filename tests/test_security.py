@@ -18,6 +18,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from flax_cifar import environment, train
 from flax_cifar.data import cifar10
@@ -257,18 +258,40 @@ def test_the_unpickler_finds_nothing_but_arrays(name):
       cifar10._decode_pickled(blob)
 
 
-def test_a_prepared_directory_imports_nothing(tmp_path, monkeypatch):
+EVIL = "evil_module.Image"
+FEATURES = {  # each makes TFDS import the module
+  "as TFDS writes it": {"pythonClassName": EVIL},
+  "as protobuf has it": {"python_class_name": EVIL},
+  "as TFDS wrote it": {"type": EVIL, "content": {}},
+  "as JSON within JSON": {
+    "type": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+    "proto_cls": "tensorflow_datasets.FeaturesDict",
+    "content": json.dumps({"features": {"image": {"pythonClassName": EVIL}}}),
+  },
+}
+
+
+@pytest.mark.parametrize("form", FEATURES)
+def test_a_prepared_directory_imports_nothing(tmp_path, monkeypatch, form):
   """TFDS looks up classes by name, and imports what it does not know."""
+  monkeypatch.setattr(cifar10, "BATCH_SIZE", 2)
+  monkeypatch.setattr(cifar10, "TRAIN_BATCHES", 1)
   split = Split(np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 1], np.int32))
   folder = prepare_cifar10(train=split, test=split, data_dir=tmp_path)
-  (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+  executed = tmp_path / "executed"
+  (tmp_path / "evil_module.py").write_text(f"open({str(executed)!r}, 'w')")
   monkeypatch.syspath_prepend(str(tmp_path))
-  features = json.loads((folder / "features.json").read_text())
-  features["featuresDict"]["features"]["image"]["pythonClassName"] = "evil_module.Image"
-  (folder / "features.json").write_text(json.dumps(features))
-  with pytest.raises(UserError, match="evil_module"):
-    cifar10.read_prepared(folder)
-  assert not (tmp_path / "executed").exists()
+  (folder / "features.json").write_text(json.dumps(FEATURES[form]))
+  info = json.loads((folder / "dataset_info.json").read_text())
+  info |= {"features": {"pythonClassName": EVIL}, "moduleName": "evil_module"}
+  (folder / "dataset_info.json").write_text(json.dumps(info))
+  train, _ = cifar10.read_prepared(folder)
+  assert sorted(train.labels) == [0, 1]
+  assert not executed.exists()
+  with pytest.raises(ValueError, match="Unrecognized FeatureConnector"):
+    tfds.builder_from_directory(folder)
+  assert executed.exists()
+  del sys.modules["evil_module"]
 
 
 # ---- Archives that would write elsewhere

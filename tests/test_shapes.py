@@ -78,10 +78,10 @@ def ridge_accuracy(images, labels, test_images, test_labels, penalty):
 
 @pytest.mark.parametrize("step", [1, 2])  # fewer pixels overfit less
 @pytest.mark.parametrize("penalty", [10, 300])
-def test_a_linear_classifier_on_pixels_stays_below_60_percent(data, penalty, step):
+def test_a_linear_classifier_on_pixels_stays_below_20_percent(data, penalty, step):
   images, labels, test_images, test_labels = data
   thinned, test_thinned = images[:, ::step, ::step], test_images[:, ::step, ::step]
-  assert ridge_accuracy(thinned, labels, test_thinned, test_labels, penalty) < 0.6
+  assert ridge_accuracy(thinned, labels, test_thinned, test_labels, penalty) < 0.2
 
 
 def test_the_linear_classifier_learns_what_is_linear(data):

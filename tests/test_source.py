@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_cifar.data import source
+from flax_cifar.data import cifar10, source
 from flax_cifar.data.dataset import Split, check_split
 from flax_cifar.errors import UserError
 
@@ -64,6 +64,10 @@ def test_npz_takes_column_labels_and_class_names(tmp_path):
     ({"train_labels": np.zeros(8, int)}, r"\(8,\) for 9 images"),
     ({"train_labels": np.zeros(9)}, "float64.*integers"),
     ({"train_labels": np.full(9, -1)}, r"-1\.\.-1"),
+    (
+      {"train_labels": np.full(9, -1), "test_labels": np.full(6, -2)},
+      "labels go up to -1; number the classes from 0",
+    ),
     ({"test_labels": np.full(6, 2**32), "class_names": ["a", "b", "c"]}, "4294967296.*3 classes"),
     ({"train_labels": np.zeros(9, int), "test_labels": np.zeros(6, int)}, "one class"),
     ({"class_names": np.array([{}], dtype=object)}, "cannot be read"),
@@ -96,6 +100,13 @@ def test_npz_missing_truncated_or_with_other_keys(tmp_path):
 def test_unknown_name_lists_the_four_forms(name):
   with pytest.raises(UserError, match="cifar10, shapes, npz:PATH, folder:PATH"):
     load(name)
+
+
+@pytest.mark.parametrize("size", [1, 31, 64])
+def test_cifar10_of_another_size_is_refused_unread(monkeypatch, size):
+  monkeypatch.setattr(cifar10, "load_cifar10", lambda **arguments: pytest.fail("it was loaded"))
+  with pytest.raises(UserError, match=f"image_size={size} .*must be 32 for cifar10"):
+    load("cifar10", image_size=size)
 
 
 def test_shapes_passes_the_image_size(monkeypatch):
@@ -149,6 +160,25 @@ def test_folder_reads_every_mode(tmp_path, mode, suffix):
   data = load(f"folder:{tmp_path}")
   np.testing.assert_allclose(data.train.images[0], 255, atol=3)
   np.testing.assert_allclose(data.train.images[1], 0, atol=3)
+
+
+def save_glass(path, mode):
+  """Left half opaque red (in "LA" grey 76), right half transparent black."""
+  pixels = np.zeros((8, 8, 4), np.uint8)
+  pixels[:, :4] = (255, 0, 0, 255)
+  Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", "png"), ("LA", "png"), ("RGBA", "gif")])
+def test_what_is_transparent_shows_white(tmp_path, mode, suffix):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    for i in range(2):
+      save_glass(tmp_path / name / f"{i}.{suffix}", mode)
+  image = load(f"folder:{tmp_path}").train.images[0]
+  np.testing.assert_array_equal(image[:, 4:], np.full((8, 4, 3), 255))
+  opaque = (76, 76, 76) if mode == "LA" else (255, 0, 0)
+  np.testing.assert_array_equal(image[:, :4], np.broadcast_to(opaque, (8, 4, 3)))
 
 
 def test_folder_scales_16_bit_grey_and_does_not_alias(tmp_path):

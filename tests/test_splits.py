@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from flax_cifar.data import splits as splits_module
 from flax_cifar.data.splits import load_splits
 from flax_cifar.errors import UserError
 
@@ -51,11 +52,6 @@ def test_a_trial_is_split_as_honest_and_judged_by_validation(archive):
   assert indices(honest.get_judge()) == indices(honest.test)
 
 
-def test_a_trial_needs_validation_images(archive):
-  with pytest.raises(UserError, match=r"data\.validation_size=0 .*positive where protocol='trial'"):
-    load(archive, protocol="trial", validation_size=0)
-
-
 def test_normalisation_is_of_the_whole_train_split(archive):
   expected = np.arange(100).mean() / 255, np.arange(100).std() / 255
   for splits in (load(archive), load(archive, limit=10)):
@@ -67,6 +63,42 @@ def test_limit_shortens_every_split(archive):
   splits = load(archive, limit=7)
   assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [7, 7, 7]
   assert splits.image_shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("protocol", ["honest", "published"])
+def test_limit_keeps_all_classes(tmp_path, protocol):
+  """Of images that lie class by class, as those of a folder do."""
+  images = np.tile(np.arange(200, dtype=np.uint8)[:, None, None, None], (1, 8, 8, 3))
+  arrays = {"images": images, "labels": np.arange(200) // 50}
+  parts = {f"{part}_{key}": value for part in ("train", "test") for key, value in arrays.items()}
+  np.savez(tmp_path / "ordered.npz", **parts)
+  name = f"npz:{tmp_path / 'ordered.npz'}"
+  first, second = (load(name, protocol=protocol, limit=20) for _ in range(2))
+  for part in ("train", "validation", "test"):
+    split = getattr(first, part)
+    assert len(set(indices(split))) == 20
+    assert set(split.labels.tolist()) == {0, 1, 2, 3}
+    assert split.labels.tolist() == [index // 50 for index in indices(split)]
+    assert indices(split) == indices(getattr(second, part))
+  assert indices(first.test) == sorted(indices(first.test))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"protocol": "honest", "validation_size": -7}, r"validation_size=-7 .*must be 0 or more"),
+    ({"protocol": "published", "validation_size": -7}, r"validation_size=-7 .*must be 0 or more"),
+    ({"protocol": "trial", "validation_size": 0}, r"size=0 .*positive where protocol='trial'"),
+    ({"limit": -1}, r"limit=-1"),
+  ],
+)
+def test_ranges_are_checked_before_anything_is_loaded(monkeypatch, changes, message):
+  def refuse(**arguments):
+    raise AssertionError("something was loaded")
+
+  monkeypatch.setattr(splits_module, "load_dataset", refuse)
+  with pytest.raises(UserError, match=message):
+    load("cifar10", **changes)
 
 
 @pytest.mark.parametrize(

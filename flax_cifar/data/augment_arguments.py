@@ -71,7 +71,7 @@ def resolve_arguments(
     require(is_valid(arguments[key]), f"augment.{name}.{key}", arguments[key], expected)
   resolved = dict(arguments)
   if "fill" in arguments:
-    resolved["fill"] = get_fill(arguments["fill"], mean)
+    resolved["fill"] = get_fill(f"augment.{name}.fill", arguments["fill"], mean)
   return resolved
 
 
@@ -81,8 +81,13 @@ def check_channels(key: str, values: Sequence[float], *, low: float = 0.0) -> No
   require(valid == [True] * 3, key, values, f"three numbers in [{low:g}, 1]: red, green, blue")
 
 
-def get_fill(fill: Fill, mean: Sequence[float]) -> tuple[float, ...]:
+def get_fill(key: str, fill: Fill, mean: Sequence[float]) -> tuple[float, ...]:
   """The named fill as a value per channel in 0..255: whole numbers, as uint8 images hold.
+
+  Args:
+    key: whose value it is, for the message.
+    fill: see Raises.
+    mean: per channel in [0, 1], what "mean" stands for; cut to whole numbers, not rounded.
 
   Raises:
     UserError: neither "mean" nor "black" nor a whole number in 0..255 per channel, as a sequence
@@ -94,8 +99,8 @@ def get_fill(fill: Fill, mean: Sequence[float]) -> tuple[float, ...]:
     return (0.0,) * len(mean)
   expected = '"mean", "black" or a whole number in 0..255 per channel, as in "125,30,200"'
   values = _read_numbers(fill) if isinstance(fill, str) else fill
-  require(len(values) == len(mean), "augment fill", fill, expected)
-  require(all(v in range(256) for v in values), "augment fill", fill, expected)
+  require(len(values) == len(mean), key, fill, expected)
+  require(all(v in range(256) for v in values), key, fill, expected)
   return tuple(float(v) for v in values)
 
 

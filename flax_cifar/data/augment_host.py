@@ -1,6 +1,7 @@
-"""Augmentation on the host with Albumentations: one independent random stream per example.
+"""Augmentation on the host with Albumentations: a random stream for each example and epoch.
 
-Ops act on uint8 images; normalisation follows on the device.
+That of example 0 also made the epoch's order (`epoch_permutation`), because numpy fills a seed up
+with zeros. Ops act on uint8 images; normalisation follows on the device.
 """
 
 import os

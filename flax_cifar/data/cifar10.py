@@ -1,20 +1,20 @@
 """CIFAR-10: found on disk in any of its usual forms, else downloaded."""
 
 import _codecs
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
 import shutil
 import sys
 import tarfile
-import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,6 +49,7 @@ MIRRORS = (
 )
 CONNECT_SECONDS, READ_SECONDS = 5, 30
 CHUNK_BYTES = 1 << 18
+LOCK = "cifar10.lock"
 MAX_UNPACKED_BYTES = 1_000_000_000  # five times what an archive unpacks to
 
 
@@ -70,12 +71,36 @@ def load_cifar10(*, dir: str) -> tuple[Split, Split, tuple[str, ...]]:
   """
   asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   root = get_path("config.data.dir (or TFDS_DATA_DIR)", asked)
-  if prepared := _find_prepared(root):
-    train, test = read_prepared(prepared)
-  else:
+  prepared = _find_prepared(root)
+  train, test = read_prepared(prepared) if prepared else _read_and_prepare(root)
+  return _sort_by_pixels(train), _sort_by_pixels(test), CLASS_NAMES
+
+
+def _read_and_prepare(root: Path) -> tuple[Split, Split]:
+  with _lock(root):
+    if prepared := _find_prepared(root):  # by the process that was waited for
+      return read_prepared(prepared)
     train, test = read_archive(_find_archive(root) or download_archive(root))
     _prepare(train, test, root)
-  return _sort_by_pixels(train), _sort_by_pixels(test), CLASS_NAMES
+  return train, test
+
+
+@contextlib.contextmanager
+def _lock(root: Path) -> Iterator[None]:
+  """Waits for other processes that download or prepare the data; the kernel ends a dead one's lock.
+
+  Where no lock can be had, there is none: `root` is read-only, or of a cluster's file system.
+  """
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):
+      root.mkdir(parents=True, exist_ok=True)
+      file = stack.enter_context((root / LOCK).open("a"))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        _say(f"Waiting for another process to download or prepare CIFAR-10 in {root}.")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def _prepare(train: Split, test: Split, root: Path) -> None:
@@ -111,33 +136,48 @@ def read_prepared(folder: Path) -> tuple[Split, Split]:
   """Reads train and test from a TFDS directory in array_record or tfrecord format.
 
   Raises:
-    UserError: a damaged file, or another number of examples or other classes than CIFAR-10's.
+    UserError: a damaged file, or another format, number of examples or classes than CIFAR-10's.
   """
   try:
-    _check_features(json.loads((folder / "features.json").read_text()))
-    info = tfds.builder_from_directory(folder).info
-    names, splits = tuple(info.features["label"].names), (info.splits["train"], info.splits["test"])
-    shards = [_list_shards(folder, split) for split in splits]
-    read_shard = _SHARD_READERS[info.file_format.value]
+    info = _read_info(folder)
+    file_format = info.as_proto.file_format or "tfrecord"  # what TFDS takes it for, too
+    shards = [_list_shards(folder, info.splits[name]) for name in ("train", "test")]
   except Exception as error:  # whatever TFDS makes of damaged JSON
     raise _damaged_prepared(folder, folder / "dataset_info.json", error) from error
-  if names != CLASS_NAMES:
-    raise _damaged_prepared(folder, folder / "label.labels.txt", f"it lists {names}")
+  if file_format not in _SHARD_READERS:
+    raise UserError(
+      f"{folder} is in the format {file_format!r}, but only {' and '.join(_SHARD_READERS)} can be "
+      "read here; choose another --config.data.dir (or TFDS_DATA_DIR)."
+    )
+  _check_names(folder)
+  read_shard = _SHARD_READERS[file_format]
   train, test = (_read_split(folder, files, read_shard) for files in shards)
   _check_counts(folder, train, test)
   return train, test
 
 
-def _check_features(features: Any) -> None:
-  """TFDS imports the module of any class that features.json names, and so runs it."""
-  if isinstance(features, Mapping):
-    name = features.get("pythonClassName", "tensorflow_datasets.")
-    if not str(name).startswith("tensorflow_datasets."):
-      raise ValueError(f"features.json names the class {name}, which is not of TFDS")
-    features = list(features.values())
-  if isinstance(features, list):
-    for part in features:
-      _check_features(part)
+def _check_names(folder: Path) -> None:
+  file = folder / "label.labels.txt"
+  try:
+    names = tuple(file.read_text().split())
+  except (OSError, ValueError) as error:
+    raise _damaged_prepared(folder, file, error) from error
+  if names != CLASS_NAMES:
+    raise _damaged_prepared(folder, file, f"it lists {names}")
+
+
+def _read_info(folder: Path) -> tfds.core.DatasetInfo:
+  """What dataset_info.json holds.
+
+  Not through `tfds.builder_from_directory`: it reads features.json, too, and imports, so runs, any
+  module that is named there.
+  """
+  version = tfds.core.Version(folder.name)
+  identity = tfds.core.DatasetIdentity("cifar10", version, str(folder), module_name="")
+  features = tfds.features.FeaturesDict({"label": np.int64})  # without any it reads features.json
+  info = tfds.core.DatasetInfo(builder=identity, features=features)
+  info.read_from_directory(folder)
+  return info
 
 
 def _damaged_prepared(folder: Path, file: Path, reason: object) -> UserError:
@@ -396,14 +436,14 @@ def download_archive(root: Path) -> Path:
         if not _is_complete(part):
           part.unlink(missing_ok=True)  # the next mirror must not continue it
           raise _MirrorError("wrong checksum or size")
-    except (requests.RequestException, _MirrorError) as error:
-      reasons.append(f"{urllib.parse.urlsplit(url).netloc or url}: {_brief(error)}")
+      return part.replace(root / ARCHIVE)
+    except (requests.RequestException, _MirrorError, ValueError) as error:  # some of urllib3's
+      host = url.partition("://")[2].partition("/")[0]
+      reasons.append(f"{host or url}: {_brief(error)}")
     except OSError as error:
       raise UserError(
         f"{part} cannot be written ({error}); make room or choose another --config.data.dir."
       ) from error
-    else:
-      return part.replace(root / ARCHIVE)
   raise _no_data(root, reasons)
 
 
@@ -454,9 +494,10 @@ def _fetch(url: str, part: Path) -> None:
     response.raise_for_status()
     if response.status_code != requests.codes.partial_content:
       have = 0
-    declared = response.headers.get("Content-Length")
-    if declared is not None and have + int(declared) != ARCHIVE_BYTES:
-      raise _MirrorError(f"offers {have + int(declared)} bytes instead of {ARCHIVE_BYTES}")
+    rest = str(ARCHIVE_BYTES - have)
+    declared = response.headers.get("Content-Length", rest)
+    if declared != rest:
+      raise _MirrorError(f"offers {declared} bytes instead of {rest}")
     with part.open("ab" if have else "wb") as file:
       _copy(response, file.write, have)
 

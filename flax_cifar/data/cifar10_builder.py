@@ -14,6 +14,7 @@ from absl import logging
 from tensorflow_datasets.image_classification import cifar
 
 from flax_cifar.data.dataset import Split
+from flax_cifar.errors import describe_briefly
 
 CLASS_NAMES = (
   "airplane",
@@ -53,8 +54,11 @@ def prepare_cifar10(*, train: Split, test: Split, data_dir: str | os.PathLike[st
     raise FileExistsError(f"{folder} exists already; delete it to prepare it anew")
   builder.splits = {"train": train, "test": test}
   config = tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
-  with _quiet():
-    builder.download_and_prepare(download_config=config)
+  try:
+    with _quiet():
+      builder.download_and_prepare(download_config=config)
+  except RuntimeError as error:  # array_record's, where a write fails
+    raise OSError(describe_briefly(error)) from error
   return folder
 
 

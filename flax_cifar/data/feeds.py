@@ -39,11 +39,12 @@ class HostFeed:
   seed_axes: ClassVar = None
   steps_per_call = 1
 
-  def __init__(self, batches: TrainBatches, *, workers: int, mesh: Mesh):
-    self.steps_per_epoch = batches.steps_per_epoch
-    self._batches = batches
+  def __init__(self, create_batches: Callable[[], TrainBatches], *, workers: int, mesh: Mesh):
+    # Not those of the stream, whose augmentation may be at work in grain's thread.
+    self._batches = create_batches()
+    self.steps_per_epoch = self._batches.steps_per_epoch
     self._sharding = split_batch(mesh)
-    self._open = functools.partial(iterate, batches, workers=workers)
+    self._open = functools.partial(iterate, create_batches(), workers=workers)
     self._stream: Any = None
 
   def first_inputs(self) -> Batch:
@@ -117,10 +118,19 @@ class DeviceFeed:
     return jax.device_get({**batch, "example": order[position]})
 
   def calls(self, steps: range) -> Iterator[Call]:
-    """Calls for the steps of the run in `steps`, all of one epoch; the last one may be shorter."""
+    """Calls for the steps of the run in `steps`, all of one epoch.
+
+    Each length is a program to compile, so there are few: `steps_per_call`, what that leaves of an
+    epoch, and powers of two.
+    """
     inputs = self._get_inputs(steps.start // self.steps_per_epoch)
-    for start in range(steps.start, steps.stop, self.steps_per_call):
-      yield min(self.steps_per_call, steps.stop - start), inputs
+    rest, left = self.steps_per_epoch % self.steps_per_call, len(steps)
+    while left:
+      length = min(left, self.steps_per_call)
+      if length not in (self.steps_per_call, rest):
+        length = 1 << (length.bit_length() - 1)
+      yield length, inputs
+      left -= length
 
   def _get_inputs(self, epoch: int) -> Batch:
     return {**self._split, "order": self._draw_order(self._keys, epoch)}
@@ -201,14 +211,17 @@ def _create_host_feed(
   require(num_seeds == 1, "num_seeds", num_seeds, f"1 {backend}")
   _check_seeds(seed, num_seeds)
   require(0 <= workers <= MAX_WORKERS, "augment.workers", workers, f"from 0 to {MAX_WORKERS}")
-  batches = TrainBatches(
-    split,
-    batch_size=batch_size,
-    total_epochs=total_epochs,
-    seed=seed,
-    augment=create_host_augment(**augment),
-  )
-  return HostFeed(batches, workers=workers, mesh=mesh)
+
+  def create_batches() -> TrainBatches:
+    return TrainBatches(
+      split,
+      batch_size=batch_size,
+      total_epochs=total_epochs,
+      seed=seed,
+      augment=create_host_augment(**augment),
+    )
+
+  return HostFeed(create_batches, workers=workers, mesh=mesh)
 
 
 def _create_device_feed(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
   import grain
 
 MIN_STD = 1e-6  # less than one level of one pixel in a million makes
+PREFETCH = 4  # batches that a thread, or each worker, makes ahead
 
 Normalize = Callable[[jax.Array], jax.Array]  # uint8 (N, H, W, C) -> float (N, H, W, C)
 Augment = Callable[[np.ndarray, tuple[int, int, int]], np.ndarray]  # (image, stream) -> image
@@ -80,9 +81,7 @@ class TrainBatches:
     return order[position * self._batch_size :][: self._batch_size]
 
 
-def iterate(
-  batches: TrainBatches, *, start_step: int, workers: int, prefetch: int = 4
-) -> "grain.DatasetIterator":
+def iterate(batches: TrainBatches, *, start_step: int, workers: int) -> "grain.DatasetIterator":
   """Batches from `start_step` on, made ahead by a thread or by `workers` processes.
 
   Close the iterator, or its processes end with a warning.
@@ -90,7 +89,7 @@ def iterate(
   import grain  # here, because a run that augments on the device starts faster without it
 
   dataset = grain.MapDataset.source(batches)[start_step:]
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
   stream: Any = dataset.to_iter_dataset(options)
   if workers:
     if not flags.FLAGS.is_parsed():  # grain's workers read absl flags; a notebook parses none

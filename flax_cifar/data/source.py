@@ -17,8 +17,6 @@ from flax_cifar.data.augment_arguments import MAX_PIXELS
 from flax_cifar.data.dataset import MAX_CLASSES, Dataset, Split, check_split
 from flax_cifar.errors import UserError, choose, describe_briefly, get_path, require
 
-__all__ = ["Dataset", "Split", "channel_stats", "check_split", "load_dataset", "split_validation"]
-
 SHAPES_TRAIN = 10_000
 SHAPES_TEST = 2_000
 SHAPES_SEED = 0
@@ -37,7 +35,8 @@ def load_dataset(*, name: str, dir: str, image_size: int) -> Dataset:
   """Loads `cifar10`, `shapes`, `npz:PATH` or `folder:PATH`.
 
   Args:
-    name: one of the four forms; `~` in PATH is the home directory.
+    name: one of the four forms; `~` in PATH is the home directory. Of images in a folder, what
+      is transparent shows white.
     dir: where CIFAR-10 lies or is downloaded to; "" means TFDS_DATA_DIR, else
       ~/tensorflow_datasets. The other three do not use it.
     image_size: height and width in pixels. `shapes` and `folder:PATH` make images of this
@@ -164,10 +163,11 @@ _Loaded = tuple[Split, Split, tuple[str, ...]]
 
 
 def _load_cifar10(*, path: Path, dir: str, image_size: int) -> _Loaded:
-  del path, image_size
+  del path
   # Lazily: tensorflow_datasets takes most of a second to import.
-  from flax_cifar.data.cifar10 import load_cifar10
+  from flax_cifar.data.cifar10 import IMAGE_SHAPE, load_cifar10
 
+  require(image_size == IMAGE_SHAPE[0], "config.data.image_size", image_size, "32 for cifar10")
   return load_cifar10(dir=dir)
 
 
@@ -250,7 +250,7 @@ def _flat(labels: np.ndarray) -> np.ndarray:
 def _number_classes(path: Path, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
   # Other dtypes are refused by check_split, with a message.
   highest = max((int(y.max()) for y in labels if y.size and y.dtype.kind in "iu"), default=0)
-  if highest >= MAX_CLASSES:
+  if not 0 <= highest < MAX_CLASSES:
     raise UserError(
       f"npz:{path}: the labels go up to {highest}; number the classes from 0. There may be at most "
       f"{MAX_CLASSES:,}."
@@ -352,9 +352,12 @@ def _read_image(path: Path, *, image_size: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+  """Any mode as RGB; what is transparent shows white."""
   if image.mode.startswith("I"):
     # Pillow clips 16-bit grey at 255; the high byte is the picture.
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  if image.has_transparency_data:
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
   return image.convert("RGB")
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from flax_cifar.data.dataset import Split
 from flax_cifar.data.source import channel_stats, load_dataset, split_validation
 from flax_cifar.errors import choose, require
@@ -47,26 +49,27 @@ def load_splits(
     dir: where CIFAR-10 is.
     image_size: pixels.
     validation_size: images held out of train, unless the protocol is "published".
-    limit: images to keep of each split; 0 keeps all.
+    limit: images to keep of each split, chosen at random but always alike; 0 keeps all.
 
   Raises:
     UserError: an unknown choice, a size out of range, missing or damaged data.
   """
   choose("protocol", protocol, PROTOCOLS)
   require(limit >= 0, "data.limit", limit, "0 (all) or a number of images")
+  is_trial = protocol == "trial"
+  require(validation_size >= 0, "data.validation_size", validation_size, "0 or more")
+  sufficient = validation_size > 0 or not is_trial
+  require(sufficient, "data.validation_size", validation_size, "positive where protocol='trial'")
   dataset = load_dataset(name=name, dir=dir, image_size=image_size)
   mean, std = channel_stats(dataset.train.images)
   if protocol == "published":
     train, validation = dataset.train, dataset.test
   else:
     train, validation = split_validation(dataset.train, validation_size=validation_size)
-  is_trial = protocol == "trial"
-  sufficient = validation_size > 0 or not is_trial
-  require(sufficient, "data.validation_size", validation_size, "positive where protocol='trial'")
   return Splits(
-    train=_first(train, limit),
-    validation=_first(validation, limit),
-    test=_first(dataset.test, limit),
+    train=_limit(train, limit),
+    validation=_limit(validation, limit),
+    test=_limit(dataset.test, limit),
     judge="validation" if is_trial else "test",
     class_names=dataset.class_names,
     mean=mean,
@@ -74,6 +77,9 @@ def load_splits(
   )
 
 
-def _first(split: Split, limit: int) -> Split:
-  stop = limit or None
-  return Split(split.images[:stop], split.labels[:stop])
+def _limit(split: Split, limit: int) -> Split:
+  """Not the first ones, which may all be of one class; they keep their order."""
+  if not 0 < limit < len(split):
+    return split
+  kept = np.sort(np.random.default_rng(0).permutation(len(split))[:limit])
+  return Split(split.images[kept], split.labels[kept])
