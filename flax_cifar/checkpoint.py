@@ -77,7 +77,7 @@ class Checkpoints:
         before the validation.
       state: the train state; it may be donated as soon as this returns.
       totals: train metrics of the unfinished epoch.
-      records: of the finished epochs.
+      records: of the finished epochs; the list may grow as soon as this returns.
       validation: `accuracy` and `loss` at the end of an epoch, () or (seeds,); None within one.
 
     Raises:
@@ -88,7 +88,7 @@ class Checkpoints:
     sums = {name: value.tolist() for name, value in totals.items()}
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      log=ocp.args.JsonSave({"totals": sums, "records": records}),
+      log=ocp.args.JsonSave({"totals": sums, "records": list(records)}),
     )
     means = validation and {name: float(np.mean(value)) for name, value in validation.items()}
     with self._explain_failure():

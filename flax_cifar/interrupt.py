@@ -3,6 +3,7 @@
 Python sees a signal between two calls of compiled code, so "the step" is such a call.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -54,4 +55,5 @@ class InterruptGuard:
       signal.signal(other, signal.SIG_DFL)
     name = signal.Signals(signum).name
     text = f"{name}: saving after this step; once more ends at once\n"
-    os.write(sys.stderr.fileno(), text.encode())  # print could be in the middle of something
+    with contextlib.suppress(OSError):  # the same Ctrl-C may have ended who reads it
+      os.write(sys.stderr.fileno(), text.encode())  # print could be in the middle of something

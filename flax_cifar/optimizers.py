@@ -94,15 +94,16 @@ def _muon(
   """
   _check_decay("optimizer.muon.momentum", momentum)
   require(0 < rms <= MAX_NUMBER, "optimizer.muon.rms", rms, "positive and finite")
-  return optax.contrib.muon(
+  decayed = optax.contrib.muon(
     rate,
     beta=momentum,
     weight_decay=weight_decay,
-    # All matrices are kernels, so the mask is for Adam; it also gets the depthwise kernels.
-    adam_weight_decay=weight_decay if mask is None else 0.0,
+    adam_weight_decay=weight_decay,
     consistent_rms=rms,
     muon_weight_dimension_numbers=get_matrices,
   )
+  # The mask it takes is for matrices alone, and all of them are kernels.
+  return optax.partition({True: decayed, False: optax.nadam(rate)}, mask) if mask else decayed
 
 
 def _check_decay(key: str, decay: float) -> None:

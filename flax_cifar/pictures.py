@@ -4,6 +4,7 @@ matplotlib is imported when the first one is drawn: it takes half a second, for 
 step would wait.
 """
 
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def save_images(
   for axis, image, title in zip(axes, images, titles, strict=False):
     axis.imshow(image, interpolation="nearest")
     axis.set_title(title, fontsize=8, parse_math=False)  # a class may be called $x$
-  figure.savefig(path, dpi=DPI)
+  save_figure(figure, path)
 
 
 def save_augmented(
@@ -69,7 +70,7 @@ def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
     accuracy.plot(epochs, percent, label=split)
   finish_axis(loss, "loss (nats)")
   finish_axis(accuracy, "accuracy (%)")
-  figure.savefig(path, dpi=DPI)
+  save_figure(figure, path)
 
 
 def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
@@ -79,7 +80,7 @@ def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) ->
   epochs = [record["epoch"] for record in records]
   axis.plot(epochs, [record["learning_rate"] for record in records])
   finish_axis(axis, "learning rate")
-  figure.savefig(path, dpi=DPI)
+  save_figure(figure, path)
 
 
 def create_figure(width: float, height: float) -> "Figure":
@@ -87,6 +88,13 @@ def create_figure(width: float, height: float) -> "Figure":
   from matplotlib.figure import Figure
 
   return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: "Figure", path: pathlib.Path) -> None:
+  """Writes a PNG whole or leaves what was there."""
+  part = path.with_suffix(".part")
+  figure.savefig(part, dpi=DPI, format="png")
+  os.replace(part, path)
 
 
 def finish_axis(axis: "Axes", label: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,9 @@ from rich.progress import (
   TimeElapsedColumn,
   TimeRemainingColumn,
 )
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from flax_cifar.metrics import Totals, compute_means
 from flax_cifar.seeds import describe_seeds
@@ -27,6 +30,14 @@ LINE_SECONDS = 60  # between two lines of progress where there is no terminal fo
 
 Record = dict[str, Any]
 Report = Callable[[Totals, int], None]  # the epoch's totals, and how many steps are new
+
+
+class Screen(Console):
+  """Goes on in silence when nobody reads any more (`| head`), where rich would end the process."""
+
+  def on_broken_pipe(self) -> None:
+    with open(os.devnull, "w") as nowhere:
+      os.dup2(nowhere.fileno(), self.file.fileno())
 
 
 class RunLog:
@@ -45,13 +56,12 @@ class RunLog:
     total_epochs: int,
     tensorboard: bool,
   ):
-    self.console = Console(highlight=False)
+    self.console = Screen(highlight=False)
     self._path = workdir / "metrics.jsonl"
     self._total_epochs = total_epochs
     self.records = list(records)
     write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
-    folder = str(workdir / "tensorboard")
-    self._writer = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
+    self._events = _open_events(workdir / "tensorboard", step) if tensorboard else None
 
   def say(self, text: str) -> None:
     """Prints plain text."""
@@ -87,11 +97,13 @@ class RunLog:
     with Progress(*columns, console=self.console, transient=True, disable=not terminal) as bar:
       task = bar.add_task("", total=total, completed=done, epoch=epoch)
       started = last_line = time.perf_counter()
+      earlier: float | None = None  # seconds of this epoch in an earlier process
 
       def report(totals: Totals, steps: int) -> None:
-        nonlocal done, last_line
+        nonlocal done, last_line, earlier
+        earlier = float(totals["seconds"]) if earlier is None else earlier
         done, now = done + steps, time.perf_counter()
-        text = _describe(totals, float(totals["seconds"]) + now - started)
+        text = _describe(totals, earlier + now - started)
         bar.update(task, completed=done, description=text)
         if not terminal and now - last_line > LINE_SECONDS:
           last_line = now
@@ -132,10 +144,12 @@ class RunLog:
     self.records.append(record)
     with self._path.open("a") as file:
       file.write(json.dumps(record) + "\n")
-    if self._writer:
-      for name in values:
-        self._writer.add_scalar(name.replace("_", "/", 1), record[name], step)
-      self._writer.flush()
+    if self._events:
+      tags = {name: name.replace("_", "/", 1) for name in values}
+      points = [Summary.Value(tag=tag, simple_value=record[name]) for name, tag in tags.items()]
+      event = Event(step=step, wall_time=time.time(), summary=Summary(value=points))
+      self._events.write_event(event)
+      self._events.flush()
     self.say(self._format(record))
 
   def _format(self, record: Record) -> str:
@@ -152,9 +166,21 @@ class RunLog:
     return text + f"{record['images_per_second']:.0f} images/s  {record['seconds']:.0f} s"
 
   def close(self) -> None:
-    """Closes the files; tensorboardX's writer must not outlive the process."""
-    if self._writer:
-      self._writer.close()
+    """Closes TensorBoard's file."""
+    if self._events:
+      self._events.close()
+
+
+def _open_events(folder: pathlib.Path, step: int) -> EventsWriter:
+  """A new file for TensorBoard, which forgets what earlier ones hold of later steps than `step`.
+
+  It is written at once: a SummaryWriter has a queue, which its flush leaves where it is.
+  """
+  folder.mkdir(exist_ok=True)
+  events = EventsWriter(str(folder / "events"))
+  start = SessionLog(status=SessionLog.START)
+  events.write_event(Event(step=step + 1, wall_time=time.time(), session_log=start))
+  return events
 
 
 def _describe(totals: Totals, seconds: float) -> str:

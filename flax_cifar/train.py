@@ -291,6 +291,10 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     stack.enter_context(contextlib.closing(checkpoints))
     state, totals, records = checkpoints.restore_or(state, create_totals(num_seeds), mesh)
     done = int(first_seed(state.step, num_seeds))
+    least = math.ceil(done / steps_per_epoch)
+    expected = f"{least} or more, as the run has come to step {done:,}"
+    require(config.total_epochs >= least, "total_epochs", config.total_epochs, expected)
+    write_json(workdir / "config.json", config.to_dict())
     table = format_layer_table(get_layer_table(model, splits.image_shape))
     (workdir / "summary.txt").write_text(table)
     log = RunLog(
@@ -357,8 +361,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         checkpoints.save(done, state, totals, log.records, validation)
       if signum:
         raise Interrupted(signum, done)
-      if epoch == 0 and config.log.pictures:  # not earlier, lest the first step wait for it
-        pictures.save_augmented(workdir / "augmented.png", feed.look_up(0), splits.class_names)
+      if config.log.pictures:  # not earlier, lest the first step wait for it
+        _show_augmented(workdir / "augmented.png", feed, splits.class_names)
 
     #### Test, once; a trial does not
     judge = splits.get_judge()
@@ -384,14 +388,21 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       "parameters": parameters,
       "hardware": hardware,
     }
-    write_json(workdir / "result.json", result)
     if config.log.pictures:
+      _show_augmented(workdir / "augmented.png", feed, splits.class_names)
       first = first_seed(logits, num_seeds)
       pictures.save_misclassified(workdir / "misclassified.png", judge, first, splits.class_names)
       pictures.save_curves(workdir / "curves.png", log.records)
       pictures.save_learning_rate(workdir / "learning_rate.png", log.records)
+    write_json(workdir / "result.json", result)  # last: it says that the run is finished
     say_result(log, result, workdir)
   return result
+
+
+def _show_augmented(path: pathlib.Path, feed: Feed, class_names: tuple[str, ...]) -> None:
+  """Draws the first batch of the run, where it is not yet drawn."""
+  if not path.exists():
+    pictures.save_augmented(path, feed.look_up(0), class_names)
 
 
 def _describe_non_finite(

@@ -83,8 +83,9 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[None]:
-  """Makes `workdir`, writes the config there and keeps other processes out.
+  """Makes `workdir`, writes the config of a new run there and keeps other processes out.
 
+  That of an earlier run stays: who goes on with it writes its own once it is known to fit.
   The kernel ends the lock with the process, however that ends, so none is left behind.
 
   Raises:
@@ -96,7 +97,8 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[N
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    write_json(workdir / "config.json", config)
+    if not (workdir / "config.json").exists():
+      write_json(workdir / "config.json", config)
     yield
 
 

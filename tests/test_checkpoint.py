@@ -1,7 +1,9 @@
 """Checkpoints: what is saved comes back, latest and best are kept, strangers are refused."""
 
+import os
 import pathlib
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -99,6 +101,23 @@ def test_state_may_be_donated_right_after_save(tmp_path):
   checkpoints.close()
   for saved, back in zip(expected, leaves(restored), strict=True):
     np.testing.assert_array_equal(saved, back)
+
+
+def test_records_may_be_appended_right_after_save(tmp_path, monkeypatch):
+  """They are written in the background, here not before the folders, which take their time."""
+  mkdir, state, records = os.mkdir, create(), [{"step": 1}]
+
+  def mkdir_slowly(*arguments, **options):
+    time.sleep(0.1)
+    mkdir(*arguments, **options)
+
+  checkpoints = Checkpoints(tmp_path / "c", keep=1)
+  monkeypatch.setattr(os, "mkdir", mkdir_slowly)
+  checkpoints.save(1, state, TOTALS, records)
+  records.append({"step": 2})
+  monkeypatch.undo()
+  checkpoints.close()
+  assert restore(tmp_path / "c")[2] == [{"step": 1}]
 
 
 def test_latest_and_best_are_kept(tmp_path):

@@ -124,6 +124,14 @@ def test_published_validation_is_said_to_be_the_test_split(tmp_path, data, monke
   assert lines[1] == shown
 
 
+def test_the_test_split_after_a_trial(tmp_path, data):
+  """The run left it alone; who asks for it now has chosen."""
+  trial = make_weights(tmp_path / "trial", data, split="test", protocol="trial")
+  score = evaluate_weights(trial)
+  assert (score.split, score.count) == ("test", 41)
+  assert score == evaluate_weights(make_weights(tmp_path / "honest", data, split="test"))
+
+
 def test_other_data_of_the_same_classes(tmp_path, data):
   """Its test split may be smaller than what the run held out."""
   options = make_weights(tmp_path / "w", data, split="test")

@@ -1,5 +1,6 @@
 """The first signal is remembered, the second ends the process."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,16 @@ def test_the_first_signal_is_remembered_and_announced(signum, capfd):
     assert guard.is_caught()
   assert [signal.getsignal(each) for each in SIGNALS] == before
   assert f"{signum.name}: saving after this step" in capfd.readouterr().err
+
+
+def test_a_screen_that_nobody_reads_changes_nothing(monkeypatch):
+  """As with `2>&1 | tee log`, which the same Ctrl-C ends."""
+  reading, writing = os.pipe()
+  os.close(reading)
+  with open(writing, "w") as broken, InterruptGuard() as guard:
+    monkeypatch.setattr(sys, "stderr", broken)
+    signal.raise_signal(signal.SIGINT)
+    assert guard.signum == signal.SIGINT
 
 
 @pytest.mark.parametrize("second", SIGNALS)

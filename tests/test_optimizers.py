@@ -100,10 +100,10 @@ def test_muon_leaves_depthwise_kernels_and_vectors_to_nadam():
 
 @pytest.mark.parametrize("decay_all", [True, False])
 def test_muon_decouples_the_decay_and_spares_vectors_if_asked(decay_all):
-  params = {"kernel": draw(3, 3, 4, 8), "bias": draw(8)}
+  params = {"kernel": draw(3, 3, 4, 8), "depthwise": draw(3, 3, 1, 8), "bias": draw(8)}
   plain = step_muon(params, params)
   decayed = step_muon(params, params, weight_decay=DECAY, decay_all=decay_all)
-  for name, spared in (("kernel", False), ("bias", not decay_all)):
+  for name, spared in (("kernel", False), ("depthwise", False), ("bias", not decay_all)):
     expected = plain[name] - (0 if spared else RATE * DECAY * params[name])
     np.testing.assert_allclose(decayed[name], expected, rtol=1e-5, atol=1e-7)
 

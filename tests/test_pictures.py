@@ -50,6 +50,17 @@ def test_augmented_samples_carry_their_classes(tmp_path, titles):
   assert titles == [NAMES[i % 3] for i in range(20)]
 
 
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  class Full:
+    def savefig(self, path, **options):
+      path.write_bytes(b"half")
+      raise OSError(28, "No space left on device")
+
+  with pytest.raises(OSError, match="No space left"):
+    pictures.save_figure(Full(), tmp_path / "a.png")
+  assert not (tmp_path / "a.png").exists()
+
+
 def test_curves_have_a_line_per_split_and_metric(tmp_path, monkeypatch):
   drawn = []
   original = matplotlib.axes.Axes.plot

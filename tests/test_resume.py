@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from flax_cifar import train
+from flax_cifar import pictures, train
 from flax_cifar.checkpoint import Checkpoints
 from flax_cifar.errors import UserError
 from flax_cifar.interrupt import Interrupted
@@ -194,6 +194,43 @@ def test_other_numbers_of_devices_go_on_with_the_same_curve(tmp_path, data):
     for one, other in zip(lines(tmp_path / "two"), lines(cut), strict=True):
       assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
       assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+
+
+PICTURES = ("augmented.png", "curves.png", "learning_rate.png", "misclassified.png")
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+  """To draw them takes seconds."""
+  monkeypatch.setattr(pictures, "save_figure", lambda figure, path: path.touch())
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_pictures_that_cannot_be_written_are_drawn_by_the_same_command(tmp_path, data, monkeypatch):
+  def fail(path, records):
+    raise OSError(28, "No space left on device")
+
+  changes = {"total_epochs": 1, "log.pictures": True}
+  with monkeypatch.context() as patch:
+    patch.setattr(pictures, "save_curves", fail)
+    with pytest.raises(UserError, match="No space left"):
+      run(tmp_path / "run", data, **changes)
+  assert not (tmp_path / "run" / "result.json").exists()
+  run(tmp_path / "run", data, **changes)
+  assert {path.name for path in (tmp_path / "run").glob("*.png")} == set(PICTURES)
+  assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_stopped_after_its_first_epoch_still_shows_its_images(tmp_path, data, epochs):
+  """Without validation, within which the epoch would not be over."""
+  changes = {"total_epochs": epochs, "data.validation_size": 0, "batch_size": 19}
+  changes["log.pictures"] = True
+  stop_at(tmp_path / "run", data, STEPS_PER_EPOCH - 1, changes)
+  assert not (tmp_path / "run" / "augmented.png").exists()
+  run(tmp_path / "run", data, **changes)
+  assert (tmp_path / "run" / "augmented.png").exists()
 
 
 def test_a_workdir_that_vanishes_ends_the_run_in_one_line(tmp_path, data, monkeypatch):

@@ -2,10 +2,14 @@
 
 import io
 import json
+import os
+import struct
+import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from flax_cifar import run_log
 from flax_cifar.run_log import RunLog, median_rate
@@ -103,14 +107,36 @@ def test_the_screen_shows_percent_and_speed(tmp_path, capsys):
     assert part in shown
 
 
-def test_tensorboard_gets_every_number(tmp_path):
-  log = open_log(tmp_path, tensorboard=True)
-  write(log, 1, {"loss": 0.5, "accuracy": 0.8})
+def read_events(path):
+  """The records of a file in the format of TensorFlow, whose checksums are left unread."""
+  content = path.read_bytes()
+  while content:
+    (length,) = struct.unpack("<Q", content[:8])
+    yield Event.FromString(content[12 : 12 + length])
+    content = content[16 + length :]
+
+
+def test_tensorboard_gets_every_number_at_once(tmp_path):
+  """Not when the next epoch is done: the process may be killed before."""
+  log = open_log(tmp_path, records=[{"epoch": 1}], tensorboard=True)
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  for epoch in (2, 3):
+    write(log, epoch, {"loss": 0.5, "accuracy": 0.8})
+    version, start, *points = read_events(path)
+    assert len(points) == epoch - 1
+    assert points[-1].step == 10 * epoch
+    assert {point.tag: point.simple_value for point in points[-1].summary.value} == {
+      "learning/rate": pytest.approx(0.1),
+      "train/loss": 1.5,
+      "train/accuracy": 0.75,
+      "validation/loss": 0.5,
+      "validation/accuracy": pytest.approx(0.8),
+      "seconds": 4.0,
+      "images/per_second": 5.0,
+    }
   log.close()
-  (events,) = (tmp_path / "tensorboard").iterdir()
-  content = events.read_bytes()
-  for tag in (b"train/loss", b"validation/accuracy", b"learning/rate"):
-    assert tag in content
+  assert version.file_version == "brain.Event:2"  # of which TensorBoard takes the next as a restart
+  assert (start.step, start.session_log.status) == (11, SessionLog.START)
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
@@ -127,6 +153,36 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, mo
   assert first.startswith("epoch 1  step 5/8  loss 1.500 acc 75.0% 5 images/s")
   assert second.startswith("epoch 1  step 8/8")
   assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("earlier", [0, 4])
+def test_time_within_an_epoch_counts_once(tmp_path, capsys, monkeypatch, earlier):
+  """Its calls of `train_epoch` add their seconds to the totals; five images a second in each."""
+  now = [100.0]
+  monkeypatch.setattr(run_log.time, "perf_counter", lambda: now[0])
+  monkeypatch.setattr(run_log, "LINE_SECONDS", 0)
+  log = open_log(tmp_path)
+  with log.progress(1, done=0, total=8) as report:
+    for seconds in (earlier, earlier + 4, earlier + 8):
+      now[0] += 4
+      count = np.array(5.0 * (seconds + 4))
+      report({**TRAIN, "count": count, "seconds": np.array(float(seconds))}, 1)
+  log.close()
+  rates = [line.split("%")[1] for line in capsys.readouterr().out.splitlines()]
+  assert rates == [" 5 images/s"] * 3
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, monkeypatch):
+  reading, writing = os.pipe()
+  os.close(reading)
+  with open(writing, "w") as broken:
+    monkeypatch.setattr(sys, "stdout", broken)
+    log = open_log(tmp_path)
+    log.say("to nobody")
+    write(log, 1)
+    log.close()
+    print("neither", flush=True)
+  assert [line["epoch"] for line in lines(tmp_path)] == [1]
 
 
 def test_on_a_terminal_progress_is_a_bar(tmp_path):

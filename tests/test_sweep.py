@@ -12,6 +12,8 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
+from flax_cifar import optimizers
+from flax_cifar.data import feeds
 from flax_cifar.errors import UserError
 from flax_cifar.tools import sweep
 from flax_cifar.tools.sweep import Run, Sweep
@@ -107,6 +109,10 @@ def test_more_values_are_the_same_sweep_and_other_overrides_another():
     ([CONFIG, "--over=seed=1,01"], "--over=seed='01' is not valid"),
     ([CONFIG, "--over=lr=0.1,big"], "--over=lr='big' is not valid.*a positive number"),
     ([CONFIG, "--over=lr=-1"], "--over=lr='-1' is not valid"),
+    ([CONFIG, "--over=lr=0.1,1e39"], r"--over=lr='1e39' is not valid.*1e\+38 at most"),
+    ([CONFIG, "--over=epochs=1,0"], "--over=epochs='0' is not valid.*from 1 to"),
+    ([CONFIG, "--over=seed=0,4294967296"], "'4294967296' is not valid.*from 0 to 4294967295"),
+    ([CONFIG, f"--over=seed={'9' * 5000}"], "is not valid.*a whole number"),
     ([CONFIG, "--over=seed=1", "--config.seed=3"], "would hold for every run"),
     ([CONFIG, "--over=norm=batch", "--config.model.norm=layer"], "would hold for every run"),
     ([CONFIG, "--over=seed=1", "--config.num_seeds=2"], "would hold for every run"),
@@ -117,6 +123,11 @@ def test_more_values_are_the_same_sweep_and_other_overrides_another():
 def test_a_mistake_is_named_before_anything_runs(arguments, message):
   with pytest.raises(UserError, match=message):
     sweep.parse(arguments)
+
+
+def test_the_ranges_are_those_of_the_runs():
+  assert sweep.RANGES["seed"] == (0, feeds.SEEDS - 1)
+  assert sweep.RANGES["lr"] == (0, optimizers.MAX_NUMBER)
 
 
 def test_what_is_not_swept_can_be_overridden():
@@ -157,6 +168,17 @@ def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
     "| 65.00 ± 10.00 (n = 3) | 80.00 ± 10.00 (n = 3) | 60 |"
   )
   assert "published" not in "".join(lines)
+
+
+@pytest.mark.parametrize("content", [None, b'{"epoch": 1', b"\xff\xfe"])
+def test_records_that_are_gone_are_named_with_what_to_do(tmp_path, content):
+  run = create_runs()[0]
+  write_run(tmp_path, run)
+  path = tmp_path / sweep.format_settings(run.settings) / "metrics.jsonl"
+  path.unlink() if content is None else path.write_bytes(content)
+  asked = Sweep("configs/quickstart.py", {}, [], tmp_path)
+  with pytest.raises(UserError, match=r"metrics.jsonl' cannot be read .*delete result.json"):
+    sweep.read_run(asked, run.settings)
 
 
 def test_one_run_has_no_deviation_and_no_validation_is_a_dash():
@@ -245,23 +267,55 @@ def test_a_run_that_fails_stops_the_sweep(tmp_path, monkeypatch, capsys):
   )
 
 
-def test_sigterm_reaches_the_run_which_may_save(tmp_path):
-  """The child ends by itself with 143, as main.py does once it has saved."""
-  child = (
-    "import pathlib, signal, sys, time; "
-    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
-    f"pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
-  )
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_run_once_and_the_sweep_waits(tmp_path, signum, send):
+  """Sent to the sweep alone or to its group, as terminals do; a second one would leave no file."""
+  child = f"""
+import pathlib, sys, time
+from flax_cifar.interrupt import InterruptGuard
+with InterruptGuard() as guard:
+  pathlib.Path({str(tmp_path / "ready")!r}).touch()
+  deadline = time.monotonic() + 60
+  while not guard.is_caught() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  time.sleep(0.3)
+  pathlib.Path({str(tmp_path / "saved")!r}).touch()
+sys.exit(128 + guard.signum)
+"""
   code = "import sys; from flax_cifar.tools import sweep; sys.exit(sweep.run(sys.argv[1:]))"
-  process = subprocess.Popen([sys.executable, "-c", code, sys.executable, "-c", child])
+  command = [sys.executable, "-c", code, sys.executable, "-c", child]
+  process = subprocess.Popen(command, start_new_session=True)
   deadline = time.monotonic() + 60
   while time.monotonic() < deadline and not (tmp_path / "ready").exists():
     time.sleep(0.02)
-  process.send_signal(signal.SIGINT)  # as if from a terminal, which tells the child too
-  time.sleep(0.5)
-  assert process.poll() is None
-  process.send_signal(signal.SIGTERM)
-  assert process.wait(30) == 143
+  send(process.pid, signum)
+  assert process.wait(30) == 128 + signum
+  assert (tmp_path / "saved").exists()
+
+
+def signal_the_sweep(signum):
+  """A run that tells the sweep's process and ends well; the sweep is this very process."""
+  code = f"""
+import os, signal, time
+for signum in ({signal.SIGTERM:d}, {signal.SIGHUP:d}):
+  signal.signal(signum, signal.SIG_IGN)
+os.kill(os.getppid(), {signum:d})
+time.sleep(0.2)
+"""
+  return sweep.run([sys.executable, "-c", code])
+
+
+def test_a_signal_that_comes_too_late_for_the_run_ends_the_sweep():
+  assert signal_the_sweep(signal.SIGTERM) == 128 + signal.SIGTERM
+
+
+def test_nohup_holds_for_the_sweep():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    assert signal_the_sweep(signal.SIGHUP) == 0
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_status_of_a_killed_run_is_that_of_a_shell():

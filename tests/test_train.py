@@ -231,6 +231,20 @@ def test_more_epochs_go_on_where_a_finished_run_ended(tmp_path, data):
   assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
+def test_fewer_epochs_than_the_run_has_begun_are_refused(tmp_path, data, monkeypatch):
+  with monkeypatch.context() as patch:
+    interrupt_at(patch, STEPS_PER_EPOCH + 2)
+    with pytest.raises(Interrupted, match="saved at step 8;"):
+      run(tmp_path / "run", data)
+  config = (tmp_path / "run" / "config.json").read_bytes()
+  with pytest.raises(UserError, match=r"total_epochs=1 is not valid.* 2 or more.*to step 8"):
+    run(tmp_path / "run", data, total_epochs=1)
+  assert (tmp_path / "run" / "config.json").read_bytes() == config
+  assert not (tmp_path / "run" / "result.json").exists()
+  assert run(tmp_path / "run", data, total_epochs=2)["epochs"] == 2
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["total_epochs"] == 2
+
+
 BAD_STEP = 7
 
 

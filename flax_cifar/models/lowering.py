@@ -19,7 +19,7 @@ from jax import lax
 from flax_cifar.errors import choose, require
 from flax_cifar.models import onednn, onednn_convolution
 
-# How convolutions, norms, padding and pooling are computed: the environment variable VARIABLE holds
+# How convolutions, ReLU, padding and pooling are computed: the environment variable VARIABLE holds
 # a key of WAYS.
 VARIABLE = "FLAX_CIFAR_KERNELS"
 WAYS = {

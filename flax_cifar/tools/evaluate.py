@@ -126,9 +126,11 @@ def _load_splits(weights: "Weights", options: Options) -> "Splits":
 
   data = dict(weights.config["data"])
   data |= {"name": options.data or data["name"], "dir": options.data_dir or data["dir"]}
+  protocol = weights.config["protocol"]
   if options.split == "test":
-    data["validation_size"] = 0  # so that a small data set need not spare as many as the run's
-  splits = load_splits(protocol=weights.config["protocol"], **data)
+    # A small data set need not spare as many as the run's; a trial would have to spare some.
+    protocol, data["validation_size"] = "honest", 0
+  splits = load_splits(protocol=protocol, **data)
   differences = list_differences(
     {"class_names": weights.class_names, "image_shape": weights.image_shape},
     {"class_names": splits.class_names, "image_shape": splits.image_shape},

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import shlex
 import signal
 import statistics
@@ -26,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from configs import common
 from flax_cifar.command_line import Parser, leave
-from flax_cifar.errors import UserError, choose, require
+from flax_cifar.errors import UserError, choose, describe_briefly, require
+from flax_cifar.interrupt import SIGNALS
 from flax_cifar.workdir import flatten, read_result, write_json
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ Settings = dict[str, str]  # the swept keys and their values in one run
 Summary = dict[str, Any]  # a row of the table
 
 SEED = "seed"
+# What a run takes; the modules that check it bring JAX, for which a wrong flag need not wait.
+RANGES = {SEED: (0, 2**32 - 1), "epochs": (1, 2**31 - 1), "lr": (0, 1e38)}
+FORWARDED = (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)  # the others save nothing, but end the run
 SCORES = {  # name in table.json -> header in table.md
   "validation_accuracy": "validation",
   "best_validation_accuracy": "best validation",
@@ -160,18 +165,23 @@ def _check_value(key: str, value: str) -> None:
   if key == "norm":
     choose("--over=norm", value, defaults["norm"])
   elif isinstance(flatten(defaults)[common.SHORT_KEYS[key]], int):
+    low, high = RANGES[key]
     # "01" would be another name of the run "1".
-    plain = value.isdecimal() and str(int(value)) == value
-    require(plain, f"--over={key}", value, "a whole number")
+    plain = re.fullmatch("0|[1-9][0-9]{0,9}", value) is not None
+    fits = plain and low <= int(value) <= high
+    require(fits, f"--over={key}", value, f"a whole number from {low} to {high}")
   else:
-    require(_is_positive(value), f"--over={key}", value, "a positive number")
+    low, high = RANGES[key]
+    expected = f"a positive number, {high:g} at most"
+    require(low < _to_number(value) <= high, f"--over={key}", value, expected)
 
 
-def _is_positive(text: str) -> bool:
+def _to_number(text: str) -> float:
+  """nan where it is none."""
   try:
-    return 0 < float(text) < math.inf
+    return float(text)
   except ValueError:
-    return False
+    return math.nan
 
 
 def check_overrides(overrides: Sequence[str], over: Mapping[str, object]) -> None:
@@ -216,20 +226,30 @@ def get_command(sweep: Sweep, settings: Settings) -> list[str]:
 def run(command: Sequence[str]) -> int:
   """Runs a process that may be asked to stop, and returns its status, as a shell gives it.
 
-  Ctrl-C reaches the process from the terminal, SIGTERM from here; both wait until it has saved.
+  The process has a group of its own: what a terminal or a scheduler sends to the group of the sweep
+  reaches it once, from here, and is waited for, because a second signal would end it unsaved. One
+  that comes too late for the process is the status, lest the sweep go on.
   """
-  with subprocess.Popen(command) as process:
+  process: subprocess.Popen[bytes] | None = None
+  seen: list[int] = []
 
-    def forward(signum: int, frame: FrameType | None) -> None:
-      if signum == signal.SIGTERM:
-        process.send_signal(signum)
+  def forward(signum: int, frame: FrameType | None) -> None:
+    seen.append(signum)
+    if process:
+      process.send_signal(signum)
 
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-      status = process.wait()
-    finally:
-      for signum, handler in previous.items():
-        signal.signal(signum, handler)
+  forwarded = [s for s in FORWARDED if signal.getsignal(s) != signal.SIG_IGN]  # as nohup has it
+  previous = {s: signal.signal(s, forward) for s in forwarded}
+  try:
+    process = subprocess.Popen(command, process_group=0)
+    for signum in tuple(seen):  # these came first; it has nothing to save yet
+      process.send_signal(signum)
+    status = process.wait()
+  finally:
+    for signum, handler in previous.items():
+      signal.signal(signum, handler)
+  if status == 0 and seen:
+    return 128 + seen[0]
   return status if status >= 0 else 128 - status
 
 
@@ -237,7 +257,7 @@ def read_run(sweep: Sweep, settings: Settings) -> Run:
   """Reads what the run has written.
 
   Raises:
-    UserError: its folder holds no result.
+    UserError: its folder holds no result or no records.
   """
   workdir = sweep.workdir / format_settings(settings)
   result = read_result(workdir)
@@ -247,8 +267,19 @@ def read_run(sweep: Sweep, settings: Settings) -> Run:
 
 
 def read_records(workdir: pathlib.Path) -> list[Record]:
-  """The epochs of a finished run."""
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  """The epochs of a finished run.
+
+  Raises:
+    UserError: metrics.jsonl is missing or damaged.
+  """
+  path = workdir / "metrics.jsonl"
+  try:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f"{str(path)!r} cannot be read ({describe_briefly(error)}); delete result.json beside it, "
+      "and the same command writes both anew from the last checkpoint."
+    ) from error
 
 
 #### Comparison
@@ -364,7 +395,7 @@ def save_curves(path: pathlib.Path, groups: Mapping[str, Sequence[Run]]) -> None
       axis.plot([], [], color="grey", linestyle=style, label=split)
   pictures.finish_axis(loss, "loss (nats)")
   pictures.finish_axis(accuracy, "accuracy (%)")
-  figure.savefig(path, dpi=pictures.DPI)
+  pictures.save_figure(figure, path)
 
 
 def _get_colours(count: int) -> list[Any]:
