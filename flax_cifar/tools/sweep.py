@@ -41,7 +41,7 @@ Summary = dict[str, Any]  # a row of the table
 SEED = "seed"
 # What a run takes; the modules that check it bring JAX, for which a wrong flag need not wait.
 RANGES = {SEED: (0, 2**32 - 1), "epochs": (1, 2**31 - 1), "lr": (0, 1e38)}
-FORWARDED = (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)  # the others save nothing, but end the run
+OTHERS = (signal.SIGHUP, signal.SIGQUIT)  # save nothing, but end the run
 SCORES = {  # name in table.json -> header in table.md
   "validation_accuracy": "validation",
   "best_validation_accuracy": "best validation",
@@ -238,8 +238,9 @@ def run(command: Sequence[str]) -> int:
     if process:
       process.send_signal(signum)
 
-  forwarded = [s for s in FORWARDED if signal.getsignal(s) != signal.SIG_IGN]  # as nohup has it
-  previous = {s: signal.signal(s, forward) for s in forwarded}
+  # What nohup ignores stays so; SIGNALS do not, as in a run, though `sweep &` in a script asks it.
+  others = [s for s in OTHERS if signal.getsignal(s) != signal.SIG_IGN]
+  previous = {s: signal.signal(s, forward) for s in (*SIGNALS, *others)}
   try:
     process = subprocess.Popen(command, process_group=0)
     for signum in tuple(seen):  # these came first; it has nothing to save yet
