@@ -7,7 +7,8 @@ Protocol    validation on 5,000 images taken from train; the test split is read 
 Command     python main.py --config=configs/keras_base.py
 Variants    published   our reading: what Keras' examples of the time did, which is Adam at its
                         default rate, pixels in [0, 1], no augmentation, dropout .25 and .5; trains
-                        on all 50,000 images and validates on the test split, which steers nothing
+                        on all 50,000 images and validates on the test split, which steers nothing.
+                        Known difference: LeCun's initialisation instead of Glorot's
             full        trains on all 50,000 images and validates on none
             trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data

@@ -7,8 +7,8 @@ Protocol    validation on 5,000 images taken from train; the test split is read 
 Command     python main.py --config=configs/skip_dilated.py
 Variants    published   our reading of the source, which gives the epochs and "Albumentations":
                         optimiser and schedule of its session 8 (configs/skip.py), augmentation of
-                        its session 9 (configs/s9.py). It trains on all 50,000 images, and the
-                        learning rate follows the test loss
+                        its session 9 (configs/s9.py), but holes filled with the mean. It trains on
+                        all 50,000 images, and the learning rate follows the test loss
             full        trains on all 50,000 images and validates on none
             trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data

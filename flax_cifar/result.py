@@ -16,7 +16,7 @@ from flax_cifar.data.splits import PROTOCOLS, Splits
 from flax_cifar.environment import get_command, get_commit, get_versions
 from flax_cifar.losses import create_targets, cross_entropy
 from flax_cifar.metrics import add_totals, compute_means, compute_totals, create_totals
-from flax_cifar.models.lowering import describe_way
+from flax_cifar.models.lowering import choose_way, describe_way
 from flax_cifar.run_log import Record, RunLog, median_rate
 from flax_cifar.seeds import describe_seeds
 from flax_cifar.settings import describe_settings
@@ -82,6 +82,7 @@ def summarise(config: ConfigDict, records: list[Record]) -> dict[str, Any]:
     "images_per_second": median_rate(records),
     "seed": config.seed,
     "num_seeds": config.num_seeds,
+    "kernels": choose_way(),
     "config": json.loads(config.to_json()),
     "versions": get_versions(),
     "command": get_command(),

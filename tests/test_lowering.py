@@ -205,6 +205,62 @@ def test_max_pool_and_its_gradient_equal_flax(shape, window):
     np.testing.assert_array_equal(backward(direction)[0], expected_backward(direction)[0])
 
 
+def test_max_pool_loses_no_gradient_where_its_input_is_computed_again():
+  """XLA:CPU fuses what precedes a pool into both passes, where it may round differently."""
+  from tests.test_models import create, draw_variables
+
+  model = create("ghost", norm="ghost", dropout_rate=0.1)
+  variables = draw_variables(model)
+  images = np.random.default_rng(0).normal(size=(10, 32, 32, 3)).astype(np.float32)
+
+  def loss_fn(params, pool):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr("flax_cifar.models.blocks.max_pool", pool)
+      logits, _ = model.apply(
+        variables | {"params": params},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": jax.random.key(0)},
+      )
+    return jnp.square(logits).mean()
+
+  def flax_pool(x, window):
+    return nn.max_pool(x, (window, window), strides=(window, window))
+
+  ours, theirs = (
+    jax.jit(jax.grad(partial(loss_fn, pool=pool)))(variables["params"])
+    for pool in (max_pool, flax_pool)
+  )
+  for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    assert np.linalg.norm(a - e) <= 1e-4 * np.linalg.norm(e)
+
+
+@pytest.mark.parametrize("way", ["onednn", "xla"])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_gradients_in_bfloat16_are_summed_in_float32(depthwise, way, monkeypatch):
+  """Against float64: a sum of so many terms in bfloat16 would be far off."""
+  if way == "onednn" and onednn.load_library() is None:
+    pytest.skip("oneDNN is not installed")
+  monkeypatch.setenv(VARIABLE, way)
+  rng = np.random.default_rng(0)
+  x, direction = (jnp.asarray(rng.normal(0.5, 1, (16, 24, 24, 8)), jnp.bfloat16) for _ in "xy")
+  kernel = jnp.zeros((1, 1, 1, 8) if depthwise else (1, 1, 8, 8), jnp.bfloat16)
+
+  def convolve(kernel, bias):
+    groups = 8 if depthwise else 1
+    return conv_general_dilated(
+      x, kernel, (1, 1), NONE, rhs_dilation=(1, 1), feature_group_count=groups, bias=bias
+    )
+
+  _, backward = jax.vjp(jax.jit(convolve), kernel, jnp.zeros(8))
+  to_kernel, to_bias = (np.asarray(g, np.float64) for g in backward(direction))
+  x, direction = (np.asarray(a, np.float64).reshape(-1, 8) for a in (x, direction))
+  expected = (x * direction).sum(0) if depthwise else x.T @ direction
+  np.testing.assert_allclose(to_kernel.reshape(expected.shape), expected, rtol=1e-2)
+  np.testing.assert_allclose(to_bias, direction.sum(0), rtol=1e-3)
+
+
 @pytest.mark.parametrize("padding", [1, 2, 4])
 def test_pad_reflect_equals_numpy_and_so_does_its_gradient(padding):
   rng = np.random.default_rng(0)

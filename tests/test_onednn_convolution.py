@@ -1,5 +1,8 @@
 """Convolutions of oneDNN against the ones of JAX, in value and gradients."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import jax
@@ -153,3 +156,20 @@ def test_a_primitive_may_run_in_another_thread_than_the_one_that_created_it():
     lambda k: onednn_convolution.convolve(images, k, None, (1, 1), padding, dilation, 1), kernel
   )
   np.testing.assert_allclose(operands[2], backward(output)[0], rtol=1e-5, atol=1e-4)
+
+
+def test_a_processor_without_bfloat16_in_onednn_gets_it_from_xla():
+  """As those without AVX-512, which oneDNN can be made to believe of this one."""
+  code = """
+import jax, jax.numpy as jnp
+from flax_cifar.models import lowering, onednn_convolution
+assert onednn_convolution.can_compute(jnp.dtype("float32"))
+assert not onednn_convolution.can_compute(jnp.dtype("bfloat16"))
+x, kernel = jnp.ones((2, 5, 5, 8), jnp.bfloat16), jnp.ones((3, 3, 8, 8), jnp.bfloat16)
+y = lowering.conv_general_dilated(
+  x, kernel, (1, 1), [(0, 0)] * 2, rhs_dilation=(1, 1), feature_group_count=1
+)
+assert (y == 72).all()
+"""
+  changes = {"ONEDNN_MAX_CPU_ISA": "AVX2", lowering.VARIABLE: "onednn"}
+  subprocess.run([sys.executable, "-c", code], env=os.environ | changes, check=True)

@@ -6,6 +6,8 @@ what stands here is tested against it.
 
 import itertools
 import os
+import platform
+import sys
 from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
@@ -52,7 +54,8 @@ def describe_way() -> str:
   """For the banner: what holds, and how to have it faster."""
   way = choose_way()
   hint = ""
-  if jax.default_backend() == "cpu" and onednn.load_library() is None:
+  installable = sys.platform == "linux" and platform.machine() == "x86_64"
+  if installable and jax.default_backend() == "cpu" and onednn.load_library() is None:
     hint = "; oneDNN would be faster: pip install -e .[onednn]"
   return f"{way}: {WAYS[way]} ({VARIABLE}){hint}"
 
@@ -60,8 +63,7 @@ def describe_way() -> str:
 class Conv(nn.Conv):
   """nn.Conv of two dimensions for (N, H, W, C), in the way of `choose_way`.
 
-  The bias is added by the convolution itself: its gradient is a by-product of the kernel's, and one
-  more pass over the data otherwise, for which XLA:CPU is slow in bfloat16.
+  The bias belongs to the convolution: with oneDNN its gradient is a by-product of the kernel's.
   """
 
   @nn.compact
@@ -102,14 +104,15 @@ def conv_general_dilated(
   if isinstance(padding, str):
     extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-  if way == "onednn" and lhs.dtype in onednn.DATA_TYPES:
+  if way == "onednn" and onednn_convolution.can_compute(lhs.dtype):
     return onednn_convolution.convolve(
       lhs, rhs, bias, window_strides, padding, rhs_dilation, feature_group_count
     )
   dense, depthwise = feature_group_count == 1, feature_group_count == lhs.shape[-1] == rhs.shape[-1]
-  if way == "xla" and {*window_strides} == {1} and dense:
+  fast = way != "definition" and {*window_strides} == {1}
+  if fast and dense:
     y = _dense(lhs, rhs, tuple(map(tuple, padding)), tuple(rhs_dilation))
-  elif way == "xla" and {*window_strides} == {1} and depthwise:
+  elif fast and depthwise:
     y = _depthwise(jnp.pad(lhs, ((0, 0), *padding, (0, 0))), rhs[:, :, 0], tuple(rhs_dilation))
   else:
     y = lax.conv_general_dilated(
@@ -121,7 +124,8 @@ def conv_general_dilated(
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
       feature_group_count=feature_group_count,
     )
-  return y if bias is None else y + bias.astype(y.dtype)
+  # In float32, or XLA:CPU sums the bias's gradient in bfloat16.
+  return y if bias is None else (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
 # ---- Dense convolution
@@ -224,10 +228,11 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int
 def _depthwise_backward(dilation: tuple[int, int], saved: Any, gradient: jax.Array) -> Any:
   x, kernel = saved
   (x_gradient,) = jax.vjp(lambda x: _shifted_sum(x, kernel, dilation), x)[1](gradient)
-  products = [tap * gradient for tap in _taps(x, kernel.shape[:2], dilation)]
-  zeros = [jnp.zeros((), x.dtype)] * len(products)
+  taps = [tap.astype(jnp.float32) for tap in _taps(x, kernel.shape[:2], dilation)]
+  products = [tap * gradient.astype(jnp.float32) for tap in taps]
+  zeros = [jnp.zeros((), jnp.float32)] * len(products)
   sums = lax.reduce(products, zeros, add_each, (0, 1, 2))  # all taps in one pass over the data
-  return x_gradient, jnp.stack(sums).reshape(kernel.shape)
+  return x_gradient, jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
 
 
 def add_each(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
@@ -345,19 +350,23 @@ def _corners(x: jax.Array, window: int) -> list[jax.Array]:
 
 
 def _max_pool_forward(x: jax.Array, window: int) -> Any:
-  y = _max_pool(x, window)
-  return y, (x, y)
+  return _max_pool(x, window), x
 
 
-def _max_pool_backward(window: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array]:
-  """XLA would search for the pixel to give the gradient to, and scatter, which is slow on a CPU."""
-  x, y = saved
-  free, parts = jnp.ones(y.shape, bool), []
-  for corner in _corners(x, window):
-    first = free & (corner == y)
-    parts.append(jnp.where(first, gradient, jnp.zeros((), gradient.dtype)))
-    free &= ~first
-  count, height, width, channels = y.shape
+def _max_pool_backward(window: int, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+  """XLA would search for the pixel to give the gradient to, and scatter, which is slow on a CPU.
+
+  The winner is found anew, not as the pixel that equals the maximum: XLA may compute `x` again
+  here, with other rounding, and then no pixel would.
+  """
+  best, *others = _corners(x, window)
+  winner = jnp.zeros(best.shape, jnp.int8)
+  for number, corner in enumerate(others, 1):
+    larger = corner > best
+    best, winner = jnp.where(larger, corner, best), jnp.where(larger, jnp.int8(number), winner)
+  zero = jnp.zeros((), gradient.dtype)
+  parts = [jnp.where(winner == number, gradient, zero) for number in range(window**2)]
+  count, height, width, channels = gradient.shape
   grid = jnp.stack(parts).reshape(window, window, count, height, width, channels)
   whole = grid.transpose(2, 3, 0, 4, 1, 5).reshape(count, height * window, width * window, channels)
   left_over = [(0, n - m) for n, m in zip(x.shape, whole.shape, strict=True)]

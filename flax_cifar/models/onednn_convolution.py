@@ -115,6 +115,40 @@ def _create_descriptor(c: Convolution) -> c_void_p:
   return create(name(kind), engine, _DIRECT, *operands, *window, forward, attributes)
 
 
+@functools.cache
+def can_compute(dtype: jnp.dtype) -> bool:
+  """Whether oneDNN convolves `dtype` on this processor: bfloat16 only where it has AVX-512."""
+  if dtype not in onednn.DATA_TYPES:
+    return False
+  tiny = Convolution(
+    kind=FORWARD,
+    data_type=onednn.DATA_TYPES[dtype],
+    batch=1,
+    height=4,
+    width=4,
+    in_channels=16,
+    out_channels=16,
+    kernel_height=3,
+    kernel_width=3,
+    stride_y=1,
+    stride_x=1,
+    top=1,
+    bottom=1,
+    left=1,
+    right=1,
+    dilation_y=1,
+    dilation_x=1,
+    groups=1,
+    has_bias=0,
+  )
+  try:
+    for kind in (FORWARD, INPUT_GRADIENT, KERNEL_GRADIENT):
+      _create_descriptor(tiny._replace(kind=kind))
+  except RuntimeError:
+    return False
+  return True
+
+
 def _create_program(c: Convolution) -> onednn.Program:
   """Slots: images, kernel, bias -> output; output, kernel -> images; images, output -> both."""
   descriptor = _create_descriptor(c)

@@ -97,7 +97,7 @@ def register(target: str, function: Function) -> None:
       return None
     try:
       function(*_read(frame))
-    except Exception as error:  # none may cross into C
+    except BaseException as error:  # none may cross into C, not even Ctrl-C
       return _create_error(frame, f"{target}: {error}")
     return None
 
