@@ -44,7 +44,7 @@ config and every epoch, and from `benchmarks/published.py`. Accuracies are perce
   last epoch, with the moving average of the weights and without test-time augmentation. **Full**
   is the same recipe on all of train, as the sources trained, with nothing held out to choose by.
 - **B1**: an early text of its source has the figures of a study of norms beside this network; by
-  the study itself they are of B2's. We ran the study on both.
+  the study itself they are of B2's. `s9:study` makes that study with this network.
 - **Target** is what ours, or full where it has been run, is to reach; where we have set none, to
   beat the source.
 """

@@ -185,13 +185,6 @@ def create_matmul(network: str, batch_size: int) -> Step:
 #### PyTorch
 
 
-def _count_cores() -> int:
-  """That this process may use."""
-  if hasattr(os, "sched_getaffinity"):  # not on macOS
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
 def create_torch(
   network: str, batch_size: int, *, channels_last: bool = False, bfloat16: bool = False
 ) -> Step:
@@ -200,8 +193,9 @@ def create_torch(
   import torch.nn.functional as F
 
   from benchmarks.torch_networks import TORCH_NETWORKS
+  from flax_cifar.environment import count_cores
 
-  torch.set_num_threads(_count_cores())
+  torch.set_num_threads(count_cores())
   layout = torch.channels_last if channels_last else torch.contiguous_format
   model = TORCH_NETWORKS[network]().to(memory_format=layout)
   optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

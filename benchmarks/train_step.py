@@ -70,9 +70,10 @@ class Worker:
 
 def main() -> None:
   options = parse_options()
-  if not has_torch(options.torch_python):
+  others = [mode for mode in options.modes if not mode.startswith("PyTorch")]
+  if others != options.modes and not has_torch(options.torch_python):
     print(f"PyTorch is left out: {options.torch_python} has none; --torch-python names another")
-    options.modes = [mode for mode in options.modes if not mode.startswith("PyTorch")]
+    options.modes = others or sys.exit("error: no other mode was asked for")
   rows: list[Row] = []
   for network in options.networks:
     rows += measure_network(network, options)

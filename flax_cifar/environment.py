@@ -8,8 +8,6 @@ import shlex
 import subprocess
 import sys
 
-import jax
-
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "albumentations")
 
 
@@ -21,12 +19,15 @@ def get_versions() -> dict[str, str]:
 
 def get_hardware(num_devices: int) -> str:
   """One line: the `num_devices` devices in use, the host's processor and the cores we may use."""
+  import jax  # here, because PyTorch's side of the benchmarks counts cores without it
+
   kind = jax.local_devices()[0].device_kind
-  cores = _count_cores()
+  cores = count_cores()
   return f"{num_devices} x {kind} ({_processor()}, {cores} core{'s' * (cores != 1)})"
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
+  """That this process may use."""
   if hasattr(os, "sched_getaffinity"):  # not on macOS
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

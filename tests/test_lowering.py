@@ -205,6 +205,12 @@ def test_max_pool_and_its_gradient_equal_flax(shape, window):
     np.testing.assert_array_equal(backward(direction)[0], expected_backward(direction)[0])
 
 
+def test_max_pool_counts_the_pixels_of_a_large_window():
+  x = np.zeros((1, 17, 17, 1), np.float32)
+  x[0, 16, 15] = 1  # pixel 287 of 289
+  np.testing.assert_array_equal(jax.grad(lambda x: max_pool(x, 17).sum())(x), x)
+
+
 def test_max_pool_loses_no_gradient_where_its_input_is_computed_again():
   """XLA:CPU fuses what precedes a pool into both passes, where it may round differently."""
   from tests.test_models import create, draw_variables

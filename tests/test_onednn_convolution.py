@@ -172,4 +172,4 @@ y = lowering.conv_general_dilated(
 assert (y == 72).all()
 """
   changes = {"ONEDNN_MAX_CPU_ISA": "AVX2", lowering.VARIABLE: "onednn"}
-  subprocess.run([sys.executable, "-c", code], env=os.environ | changes, check=True)
+  assert subprocess.run([sys.executable, "-c", code], env=os.environ | changes).returncode == 0

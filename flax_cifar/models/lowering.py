@@ -360,10 +360,10 @@ def _max_pool_backward(window: int, x: jax.Array, gradient: jax.Array) -> tuple[
   here, with other rounding, and then no pixel would.
   """
   best, *others = _corners(x, window)
-  winner = jnp.zeros(best.shape, jnp.int8)
+  winner = jnp.zeros(best.shape, np.min_scalar_type(window**2))
   for number, corner in enumerate(others, 1):
     larger = corner > best
-    best, winner = jnp.where(larger, corner, best), jnp.where(larger, jnp.int8(number), winner)
+    best, winner = jnp.where(larger, corner, best), jnp.where(larger, number, winner)
   zero = jnp.zeros((), gradient.dtype)
   parts = [jnp.where(winner == number, gradient, zero) for number in range(window**2)]
   count, height, width, channels = gradient.shape
