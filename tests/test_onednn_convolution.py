@@ -24,6 +24,11 @@ def get_operands(shape, kernel, dtype=jnp.float32):
   return (jnp.asarray(rng.normal(size=size), dtype) for size in (shape, kernel))
 
 
+def skip_unless_computed(dtype):
+  if not onednn_convolution.can_compute(jnp.dtype(dtype)):
+    pytest.skip(f"oneDNN does not convolve {jnp.dtype(dtype)} on this processor")
+
+
 def get_value_and_gradients(convolve, images, kernel):
   y, backward = jax.vjp(convolve, images, kernel)
   direction = jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
@@ -49,6 +54,20 @@ CASES = {
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_lax_in_value_and_gradients(case, dtype):
+  skip_unless_computed(dtype)
+  check_against_lax(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_lax_where_onednn_would_copy_patches(case, dtype, monkeypatch):
+  """As on a processor without AVX-512, but for every kind of convolution."""
+  skip_unless_computed(dtype)
+  monkeypatch.setattr(onednn_convolution, "_copies_patches", lambda c: True)
+  check_against_lax(case, dtype)
+
+
+def check_against_lax(case, dtype):
   shape, kernel_shape, strides, padding, dilation, groups = case
   images, kernel = get_operands(shape, kernel_shape, dtype)
 
@@ -158,9 +177,39 @@ def test_a_primitive_may_run_in_another_thread_than_the_one_that_created_it():
   np.testing.assert_allclose(operands[2], backward(output)[0], rtol=1e-5, atol=1e-4)
 
 
+def run_without_avx512(code):
+  """Whether `code` ends well where oneDNN believes that the processor has no AVX-512."""
+  changes = {"ONEDNN_MAX_CPU_ISA": "AVX2", lowering.VARIABLE: "onednn"}
+  return subprocess.run([sys.executable, "-c", code], env=os.environ | changes).returncode == 0
+
+
+def test_without_avx512_kernel_gradients_of_dilated_convolutions_would_copy_patches():
+  assert run_without_avx512("""
+from flax_cifar.models import onednn, onednn_convolution
+for kind in range(3):
+  for dilation in (1, 2):
+    c = onednn_convolution.Convolution(
+      kind, onednn.FLOAT32, 8, 36, 36, 32, 32, 3, 3, 1, 1, 0, 0, 0, 0, dilation, dilation, 1, 0
+    )
+    slow = kind == onednn_convolution.KERNEL_GRADIENT and dilation == 2
+    assert onednn_convolution._copies_patches(c) == slow, c
+""")
+
+
+def test_a_bias_has_the_gradient_of_a_sum_where_onednn_would_copy_patches(monkeypatch):
+  monkeypatch.setattr(onednn_convolution, "_copies_patches", lambda c: True)
+  images, kernel = get_operands((2, 7, 6, 3), (3, 3, 3, 5))
+  direction = np.random.default_rng(1).normal(size=(2, 5, 4, 5)).astype(np.float32)
+  _, backward = jax.vjp(
+    lambda b: onednn_convolution.convolve(images, kernel, b, (1, 1), NONE, (1, 1), 1), jnp.ones(5)
+  )
+  expected = direction.astype(np.float64).sum((0, 1, 2))
+  np.testing.assert_allclose(backward(jnp.asarray(direction))[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_processor_without_bfloat16_in_onednn_gets_it_from_xla():
   """As those without AVX-512, which oneDNN can be made to believe of this one."""
-  code = """
+  assert run_without_avx512("""
 import jax, jax.numpy as jnp
 from flax_cifar.models import lowering, onednn_convolution
 assert onednn_convolution.can_compute(jnp.dtype("float32"))
@@ -170,6 +219,4 @@ y = lowering.conv_general_dilated(
   x, kernel, (1, 1), [(0, 0)] * 2, rhs_dilation=(1, 1), feature_group_count=1
 )
 assert (y == 72).all()
-"""
-  changes = {"ONEDNN_MAX_CPU_ISA": "AVX2", lowering.VARIABLE: "onednn"}
-  assert subprocess.run([sys.executable, "-c", code], env=os.environ | changes).returncode == 0
+""")

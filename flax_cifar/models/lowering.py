@@ -20,6 +20,7 @@ from jax import lax
 
 from flax_cifar.errors import choose, require
 from flax_cifar.models import onednn, onednn_convolution
+from flax_cifar.models.taps import get_kernel_gradient, list_taps
 
 # How convolutions, ReLU, padding and pooling are computed: the environment variable VARIABLE holds
 # a key of WAYS.
@@ -130,19 +131,6 @@ def conv_general_dilated(
 
 # ---- Dense convolution
 
-IMAGES_AT_A_TIME = 8  # whose kernel gradient is computed at once
-
-
-def _taps(x: jax.Array, kernel_size: tuple[int, ...], dilation: tuple[int, int]) -> list[jax.Array]:
-  """The part of (N, H, W, C) `x` under each kernel tap, row by row; no padding."""
-  height = x.shape[1] - (kernel_size[0] - 1) * dilation[0]
-  width = x.shape[2] - (kernel_size[1] - 1) * dilation[1]
-  return [
-    x[:, i * dilation[0] :][:, :height, j * dilation[1] :][:, :, :width]
-    for i in range(kernel_size[0])
-    for j in range(kernel_size[1])
-  ]
-
 
 def _convolve(
   x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...], dilation: tuple[int, int]
@@ -172,34 +160,7 @@ def _dense_backward(
   x, kernel = saved
   (x_gradient,) = jax.vjp(lambda x: _convolve(x, kernel, padding, dilation), x)[1](gradient)
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  return x_gradient, _kernel_gradient(padded, gradient, kernel.shape, dilation)
-
-
-def _kernel_gradient(
-  x: jax.Array, gradient: jax.Array, shape: tuple[int, ...], dilation: tuple[int, int]
-) -> jax.Array:
-  """One matrix product per tap, for a few images at a time so that they stay in the cache.
-
-  XLA would make it a convolution with a window as large as the image, which is half as fast on a
-  CPU. The gradient stands on the left, because its transposition is the cheaper one.
-  """
-  size = IMAGES_AT_A_TIME if len(x) % IMAGES_AT_A_TIME == 0 else len(x)
-  height, width, ins, outs = shape
-  positions = ((0, 1, 2), (0, 1, 2))
-
-  def add_part(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    x, gradient = part
-    taps = _taps(x, (height, width), dilation)
-    multiply = partial(
-      lax.dot_general,
-      dimension_numbers=(positions, ((), ())),
-      preferred_element_type=jnp.float32,
-    )
-    return total + jnp.stack([multiply(gradient, tap) for tap in taps]), None
-
-  x, gradient = (a.reshape(-1, size, *a.shape[1:]) for a in (x, gradient))
-  total, _ = lax.scan(add_part, jnp.zeros((height * width, outs, ins)), (x, gradient))
-  return total.transpose(0, 2, 1).reshape(shape).astype(x.dtype)
+  return x_gradient, get_kernel_gradient(padded, gradient, kernel.shape, dilation)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
@@ -211,7 +172,7 @@ _dense.defvjp(_dense_forward, _dense_backward)
 def _shifted_sum(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
   """XLA:CPU computes depthwise convolutions channel by channel, ten times slower than this."""
   weights = kernel.reshape(-1, kernel.shape[-1])
-  taps = _taps(x, kernel.shape[:2], dilation)
+  taps = list_taps(x, kernel.shape[:2], dilation)
   return sum(
     (tap * weight for tap, weight in zip(taps, weights, strict=True)), jnp.zeros((), x.dtype)
   )
@@ -228,7 +189,7 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int
 def _depthwise_backward(dilation: tuple[int, int], saved: Any, gradient: jax.Array) -> Any:
   x, kernel = saved
   (x_gradient,) = jax.vjp(lambda x: _shifted_sum(x, kernel, dilation), x)[1](gradient)
-  taps = [tap.astype(jnp.float32) for tap in _taps(x, kernel.shape[:2], dilation)]
+  taps = [tap.astype(jnp.float32) for tap in list_taps(x, kernel.shape[:2], dilation)]
   products = [tap * gradient.astype(jnp.float32) for tap in taps]
   zeros = [jnp.zeros((), jnp.float32)] * len(products)
   sums = lax.reduce(products, zeros, add_each, (0, 1, 2))  # all taps in one pass over the data

@@ -13,14 +13,14 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
-from ctypes import byref, c_int, c_int64, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import jax.numpy as jnp
 
 # Constants of oneDNN's dnnl_types.h, version 3.
 _CPU, _IN_ORDER, _OWN_SCRATCH = 1, 1, 1
-_SCRATCH, _SCRATCH_LAYOUT = 80, 136
+_SCRATCH, _SCRATCH_LAYOUT, _IMPLEMENTATION = 80, 136, 8
 _NO_ADDRESS, _ALLOCATE = c_void_p(0), c_void_p(2**64 - 1)
 TRAINING = 64  # what a primitive is for
 FLOAT32 = 3
@@ -94,6 +94,13 @@ def query_layout(descriptor: c_void_p, what: int) -> c_void_p:
   query = load_library().dnnl_primitive_desc_query_md  # type: ignore[union-attr]
   query.restype = c_void_p
   return c_void_p(query(descriptor, what, 0))
+
+
+def query_implementation(descriptor: c_void_p) -> str:
+  """The library's name of the kernel that it chose for a primitive, such as "jit:avx2"."""
+  name = c_char_p()
+  call("dnnl_primitive_desc_query", descriptor, c_int(_IMPLEMENTATION), c_int(0), byref(name))
+  return (name.value or b"").decode()
 
 
 # ---- Running primitives

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from flax_cifar.models import onednn, xla_ffi
 from flax_cifar.models.onednn import create, describe, describe_images, int64s
+from flax_cifar.models.taps import get_kernel_gradient
 
 TARGET = "flax_cifar_onednn_convolution"
 FORWARD, INPUT_GRADIENT, KERNEL_GRADIENT = range(3)
@@ -149,6 +150,15 @@ def can_compute(dtype: jnp.dtype) -> bool:
   return True
 
 
+@functools.cache
+def _copies_patches(c: Convolution) -> bool:
+  """Whether the library has no kernel of its own for `c` and multiplies matrices of patches.
+
+  On processors without AVX-512 so it is with kernel gradients of dilated convolutions.
+  """
+  return "gemm" in onednn.query_implementation(_create_descriptor(c))
+
+
 def _create_program(c: Convolution) -> onednn.Program:
   """Slots: images, kernel, bias -> output; output, kernel -> images; images, output -> both."""
   descriptor = _create_descriptor(c)
@@ -259,11 +269,17 @@ def _convolve_backward(c: Convolution, saved: Any, gradient: jax.Array) -> Any:
   images, kernel, bias = saved
   to_images, to_kernel = c._replace(kind=INPUT_GRADIENT), c._replace(kind=KERNEL_GRADIENT)
   image_gradient = xla_ffi.call(TARGET, to_images, (gradient, kernel), _like(images, c.input_shape))
+  if c.groups == c.stride_y == c.stride_x == 1 and _copies_patches(to_kernel):
+    padded = jnp.pad(images, ((0, 0), (c.top, c.bottom), (c.left, c.right), (0, 0)))
+    dilation = c.dilation_y, c.dilation_x
+    kernel_gradient = get_kernel_gradient(padded, gradient, c.kernel_shape, dilation)
+    bias_gradient = None if bias is None else gradient.astype(jnp.float32).sum((0, 1, 2))
+    return image_gradient, kernel_gradient, bias_gradient
   results = [_like(kernel, c.kernel_shape)]
   if bias is not None:
     results.append(_like(bias, bias.shape))
-  kernel_gradient, *bias_gradient = xla_ffi.call(TARGET, to_kernel, (images, gradient), results)
-  return image_gradient, kernel_gradient, *(bias_gradient or [None])
+  kernel_gradient, *bias_gradients = xla_ffi.call(TARGET, to_kernel, (images, gradient), results)
+  return image_gradient, kernel_gradient, *(bias_gradients or [None])
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
