@@ -37,12 +37,13 @@ def _ours(config: ConfigDict) -> None:
   # `:trial`, n = 1, commit 3a99bcf: 0.01 86.4, 0.005 86.8, 0.0025 87.2 %, all at this decay.
   config.optimizer.learning_rate = 0.0025
   config.optimizer.weight_decay = 0.1
-  # It over-fits: with squares left out in half of the images, no dropout and a smoothing of 0.05,
-  # 90.1 % of validation but 94.4 % of train (commit 50a540b). So more of each.
+  # Squares left out, n = 1, 25 epochs at a rate of 0.01 and a decay of 0.02: in no image 89.2 %
+  # of validation (train 93.0), in half of them 89.4 % (train 91.0), which is within the noise. At
+  # today's rate in half of them 90.1 % (train 94.4). In all of them, with a dropout of 0.05 and a
+  # smoothing of 0.1, no more than 89.0 % by epoch 23 (train 89.4; commit fb20b49): it is not
+  # regularisation that is missing.
   config.augment.ops = ("random_crop", "alternating_flip", "coarse_dropout")
-  config.augment.coarse_dropout.update({"height": 8, "width": 8, "p": 1.0})
-  config.model.dropout_rate = 0.05
-  config.loss.label_smoothing = 0.1
+  config.augment.coarse_dropout.update({"height": 8, "width": 8, "p": 0.5})
 
 
 def _published(config: ConfigDict) -> None:
