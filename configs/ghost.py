@@ -40,8 +40,7 @@ def _ours(config: ConfigDict) -> None:
   # Squares left out, n = 1, 25 epochs at a rate of 0.01 and a decay of 0.02: in no image 89.2 %
   # of validation (train 93.0), in half of them 89.4 % (train 91.0), which is within the noise. At
   # today's rate in half of them 90.1 % (train 94.4). In all of them, with a dropout of 0.05 and a
-  # smoothing of 0.1, no more than 89.0 % by epoch 23 (train 89.4; commit fb20b49): it is not
-  # regularisation that is missing.
+  # smoothing of 0.1, no more than 89.0 % by epoch 23 (train 89.4; commit fb20b49).
   config.augment.ops = ("random_crop", "alternating_flip", "coarse_dropout")
   config.augment.coarse_dropout.update({"height": 8, "width": 8, "p": 0.5})
 
