@@ -7,6 +7,8 @@ import pytest
 
 from flax_cifar.models import taps
 
+NO_PADDING = ((0, 0), (0, 0))
+
 
 def sum_over_positions(x, gradient, shape, dilation):
   """Definition: each weight multiplies what lies under its tap, at every place of the kernel."""
@@ -22,29 +24,33 @@ def sum_over_positions(x, gradient, shape, dilation):
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize(
-  ("images", "shape", "dilation"),
+  ("images", "shape", "padding", "dilation"),
   [
-    (16, (3, 3, 4, 5), (1, 1)),
-    (8, (3, 3, 4, 5), (2, 3)),
-    (6, (1, 3, 2, 3), (1, 2)),  # no multiple of IMAGES_AT_A_TIME
-    (8, (3, 1, 65, 64), (2, 1)),  # beyond SMALL_KERNEL
+    (16, (3, 3, 4, 5), ((1, 1), (1, 1)), (1, 1)),
+    (8, (3, 3, 4, 5), ((1, 0), (3, 2)), (2, 3)),
+    (6, (1, 3, 2, 3), NO_PADDING, (1, 2)),  # no multiple of IMAGES_AT_A_TIME
+    (8, (3, 1, 65, 64), ((0, 0), (1, 1)), (2, 1)),  # beyond SMALL_KERNEL
   ],
 )
-def test_a_kernel_gradient_is_the_sum_over_positions(images, shape, dilation, cores, monkeypatch):
+def test_a_kernel_gradient_is_the_sum_over_positions(
+  images, shape, padding, dilation, cores, monkeypatch
+):
   monkeypatch.setattr(taps, "count_cores", lambda: cores)
   rng = np.random.default_rng(0)
   x = rng.normal(size=(images, 9, 10, shape[2])).astype(np.float32)
+  padded = np.pad(x, ((0, 0), *padding, (0, 0)))
   reach = [(k - 1) * d for k, d in zip(shape[:2], dilation, strict=True)]
-  size = images, 9 - reach[0], 10 - reach[1], shape[3]
+  size = images, padded.shape[1] - reach[0], padded.shape[2] - reach[1], shape[3]
   gradient = rng.normal(size=size).astype(np.float32)
-  expected = sum_over_positions(x, gradient, shape, dilation)
-  function = jax.jit(taps.get_kernel_gradient, static_argnums=(2, 3))
-  np.testing.assert_allclose(function(x, gradient, shape, dilation), expected, atol=1e-3)
+  expected = sum_over_positions(padded, gradient, shape, dilation)
+  function = jax.jit(taps.get_kernel_gradient, static_argnums=(2, 3, 4))
+  result = function(x, gradient, shape, padding, dilation)
+  np.testing.assert_allclose(result, expected, atol=1e-3)
 
 
 def test_bfloat16_is_added_in_float32():
   ones = jnp.ones((8, 32, 32, 2), jnp.bfloat16)
-  gradient = taps.get_kernel_gradient(ones, ones, (1, 1, 2, 2), (1, 1))
+  gradient = taps.get_kernel_gradient(ones, ones, (1, 1, 2, 2), NO_PADDING, (1, 1))
   assert gradient.dtype == jnp.bfloat16
   assert (gradient == 8 * 32 * 32).all()  # in bfloat16 the sum would stop at 256
 

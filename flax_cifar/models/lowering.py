@@ -159,8 +159,7 @@ def _dense_backward(
 ) -> Any:
   x, kernel = saved
   (x_gradient,) = jax.vjp(lambda x: _convolve(x, kernel, padding, dilation), x)[1](gradient)
-  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  return x_gradient, get_kernel_gradient(padded, gradient, kernel.shape, dilation)
+  return x_gradient, get_kernel_gradient(x, gradient, kernel.shape, padding, dilation)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)

@@ -270,9 +270,9 @@ def _convolve_backward(c: Convolution, saved: Any, gradient: jax.Array) -> Any:
   to_images, to_kernel = c._replace(kind=INPUT_GRADIENT), c._replace(kind=KERNEL_GRADIENT)
   image_gradient = xla_ffi.call(TARGET, to_images, (gradient, kernel), _like(images, c.input_shape))
   if c.groups == c.stride_y == c.stride_x == 1 and _copies_patches(to_kernel):
-    padded = jnp.pad(images, ((0, 0), (c.top, c.bottom), (c.left, c.right), (0, 0)))
+    padding = (c.top, c.bottom), (c.left, c.right)
     dilation = c.dilation_y, c.dilation_x
-    kernel_gradient = get_kernel_gradient(padded, gradient, c.kernel_shape, dilation)
+    kernel_gradient = get_kernel_gradient(images, gradient, c.kernel_shape, padding, dilation)
     bias_gradient = None if bias is None else gradient.astype(jnp.float32).sum((0, 1, 2))
     return image_gradient, kernel_gradient, bias_gradient
   results = [_like(kernel, c.kernel_shape)]

@@ -26,7 +26,11 @@ def list_taps(
 
 
 def get_kernel_gradient(
-  x: jax.Array, gradient: jax.Array, shape: tuple[int, ...], dilation: tuple[int, int]
+  x: jax.Array,
+  gradient: jax.Array,
+  shape: tuple[int, ...],
+  padding: tuple[tuple[int, int], ...],
+  dilation: tuple[int, int],
 ) -> jax.Array:
   """One matrix product per tap, for a few images at a time so that they stay in the cache.
 
@@ -34,11 +38,13 @@ def get_kernel_gradient(
   CPU. The gradient stands on the left, because its transposition is the cheaper one.
 
   Args:
-    x: the images that were convolved, padding included, (N, H, W, ins).
+    x: the images that were convolved, (N, H, W, ins).
     gradient: of the convolution's output, whose strides are 1, (N, H', W', outs).
     shape: of the kernel, (height, width, ins, outs).
+    padding: ((top, bottom), (left, right)) pixels of zeros around `x`.
     dilation: of the kernel, in rows and columns.
   """
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   height, width, ins, outs = shape
   positions = ((0, 1, 2), (0, 1, 2))
 
