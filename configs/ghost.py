@@ -34,9 +34,9 @@ def _ours(config: ConfigDict) -> None:
   common.use_our_recipe(config)
   config.total_epochs = 25
   # Two layers have no norm, so the rate is lower than elsewhere. Validation after 8 epochs as
-  # `:trial`, n = 1, commit 3a99bcf: 0.01 86.4, 0.005 86.8, 0.0025 87.2 %, all at this decay; commit
-  # 90b76f2: 0.00125 86.0 %, and 85.9 % at twice the decay. The decay at this rate, commit 6f04874:
-  # 0.2 87.7, 0.4 87.9 %, not yet tried for 25 epochs.
+  # `:trial`, n = 1, commit 3a99bcf: 0.01 86.4, 0.005 86.8, 0.0025 87.2 %, all at this decay. On
+  # another processor: 0.00125 86.0 %, at twice the decay 85.9 % (commit 90b76f2); today's rate at a
+  # decay of 0.2 87.7, of 0.4 87.9 % (commit 6f04874), not yet tried for 25 epochs.
   config.optimizer.learning_rate = 0.0025
   config.optimizer.weight_decay = 0.1
   # Squares left out, n = 1, 25 epochs at a rate of 0.01 and a decay of 0.02: in no image 89.2 %
