@@ -28,6 +28,7 @@ from flax_cifar.data.source import load_dataset
 from flax_cifar.errors import UserError
 from flax_cifar.models import MODELS
 from flax_cifar.tools import sweep
+from flax_cifar.tools.jobs import Job, run_jobs, split_cores
 from flax_cifar.weights import load_weights
 from flax_cifar.workdir import default_workdir
 from tests.tiny import IMAGE_SIZE, TinyNet, get_config, write_data
@@ -395,7 +396,7 @@ def test_a_sweep_passes_strings_on_as_they_are(tmp_path, processes):
   arguments = sweep.get_command(asked, {"norm": NASTY})[2:]
   program = "import json, sys; json.dump(sys.argv[2:], open(sys.argv[1], 'w'))"
   seen = tmp_path / "seen"
-  assert sweep.run([sys.executable, "-c", program, str(seen), *arguments]) == 0
+  run_jobs([Job(NASTY, [sys.executable, "-c", program, str(seen), *arguments])], split_cores(1))
   assert json.loads(seen.read_text()) == [
     f"--config=configs/{NASTY}.py:norm={NASTY}",
     f"--config.name={NASTY}",

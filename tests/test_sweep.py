@@ -1,12 +1,11 @@
 """The sweep: which runs it makes, what it refuses, and how it compares."""
 
+import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import matplotlib.axes
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 
 from flax_cifar import optimizers
 from flax_cifar.data import feeds
+from flax_cifar.environment import count_cores
 from flax_cifar.errors import UserError
 from flax_cifar.tools import sweep
 from flax_cifar.tools.sweep import Run, Sweep
@@ -118,6 +118,9 @@ def test_more_values_are_the_same_sweep_and_other_overrides_another():
     ([CONFIG, "--over=seed=1", "--config.num_seeds=2"], "would hold for every run"),
     ([CONFIG, "--over=norm=batch", "--wrokdir=x"], "'--wrokdir=x' is unknown"),
     ([CONFIG, "--over=norm=batch", "--config.seed", "3"], "'3' is unknown"),
+    ([CONFIG, "--over=norm=batch", "--jobs=two"], "--jobs: invalid int value: 'two'"),
+    ([CONFIG, "--over=norm=batch", "--jobs=0"], "--jobs=0 is not valid.*from 1 to"),
+    ([CONFIG, "--over=norm=batch", "--jobs=4097"], "--jobs=4097 is not valid.*the cores"),
   ],
 )
 def test_a_mistake_is_named_before_anything_runs(arguments, message):
@@ -253,74 +256,22 @@ def test_many_combinations_have_a_colour_each(tmp_path):
 
 
 def test_a_run_that_fails_stops_the_sweep(tmp_path, monkeypatch, capsys):
-  calls = []
-  monkeypatch.setattr(sweep, "run", lambda command: calls.append(command) or 3 * (len(calls) == 2))
+  def create_command(asked, settings):
+    name = settings["norm"]
+    code = f"open({str(asked.workdir / name)!r}, 'w'); raise SystemExit({3 * (name == 'layer')})"
+    return [sys.executable, "-c", code]
+
+  monkeypatch.setattr(sweep, "get_command", create_command)
   flags = [CONFIG, "--over=norm=batch,layer,group", f"--workdir={tmp_path}"]
   monkeypatch.setattr(sys, "argv", ["sweep", *flags])
   with pytest.raises(SystemExit) as stop:
     sweep.main()
   assert stop.value.code == 3
-  assert len(calls) == 2
+  assert {path.name for path in tmp_path.iterdir()} == {"batch", "layer"}
   stderr = capsys.readouterr().err
   assert (
     stderr == "error: run norm=layer ended with status 3; the same command goes on from there\n"
   )
-
-
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_run_once_and_the_sweep_waits(tmp_path, signum, send):
-  """Sent to the sweep alone or to its group, as terminals do; a second one would leave no file."""
-  child = f"""
-import pathlib, sys, time
-from flax_cifar.interrupt import InterruptGuard
-with InterruptGuard() as guard:
-  pathlib.Path({str(tmp_path / "ready")!r}).touch()
-  deadline = time.monotonic() + 60
-  while not guard.is_caught() and time.monotonic() < deadline:
-    time.sleep(0.01)
-  time.sleep(0.3)
-  pathlib.Path({str(tmp_path / "saved")!r}).touch()
-sys.exit(128 + guard.signum)
-"""
-  code = "import sys; from flax_cifar.tools import sweep; sys.exit(sweep.run(sys.argv[1:]))"
-  command = [sys.executable, "-c", code, sys.executable, "-c", child]
-  process = subprocess.Popen(command, start_new_session=True)
-  deadline = time.monotonic() + 60
-  while time.monotonic() < deadline and not (tmp_path / "ready").exists():
-    time.sleep(0.02)
-  send(process.pid, signum)
-  assert process.wait(30) == 128 + signum
-  assert (tmp_path / "saved").exists()
-
-
-def signal_the_sweep(signum):
-  """A run that tells the sweep's process and ends well; the sweep is this very process."""
-  code = f"""
-import os, signal, time
-for signum in ({signal.SIGTERM:d}, {signal.SIGHUP:d}):
-  signal.signal(signum, signal.SIG_IGN)
-os.kill(os.getppid(), {signum:d})
-time.sleep(0.2)
-"""
-  return sweep.run([sys.executable, "-c", code])
-
-
-def test_a_signal_that_comes_too_late_for_the_run_ends_the_sweep():
-  assert signal_the_sweep(signal.SIGTERM) == 128 + signal.SIGTERM
-
-
-def test_nohup_holds_for_the_sweep():
-  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  try:
-    assert signal_the_sweep(signal.SIGHUP) == 0
-  finally:
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_status_of_a_killed_run_is_that_of_a_shell():
-  code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-  assert sweep.run([sys.executable, "-c", code]) == 128 + signal.SIGKILL
 
 
 def test_jax_is_not_needed_to_refuse_arguments():
@@ -339,7 +290,22 @@ def call(*arguments):
   return done.returncode, done.stdout, done.stderr
 
 
-def test_a_sweep_of_real_runs_and_again(tmp_path):
+def test_runs_at_once_print_to_files_and_change_no_command(tmp_path):
+  flags = [CONFIG, "--over=seed=0,1", f"--workdir={tmp_path}"]
+  alone, together = sweep.parse(flags), dataclasses.replace(sweep.parse(flags), num_jobs=2)
+  one, two = (sweep.create_job(asked, {"seed": "1"}) for asked in (alone, together))
+  assert one.command == two.command
+  assert (one.log, two.log) == (None, tmp_path / "seed=1.log")
+
+
+def test_a_folder_for_the_logs_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / "file").touch()
+  asked = Sweep("configs/quickstart.py", {"seed": ["0"]}, [], tmp_path / "file" / "sweep", 2)
+  with pytest.raises(UserError, match="sweep' cannot be written to"):
+    sweep.run_sweep(asked)
+
+
+def test_a_sweep_of_real_runs_at_once_and_again_one_by_one(tmp_path):
   tiny = {
     "data.name": write_data(tmp_path / "tiny.npz", train=48, test=16, size=32),
     "data.validation_size": 16,
@@ -352,8 +318,11 @@ def test_a_sweep_of_real_runs_and_again(tmp_path):
   }
   flags = [CONFIG, "--over=seed=0,1", f"--workdir={tmp_path / 'sweep'}"]
   flags += [f"--config.{key}={value}" for key, value in tiny.items()]
-  status, stdout, stderr = call(*flags)
+  num_jobs = min(count_cores(), 2)
+  status, stdout, stderr = call(*flags, f"--jobs={num_jobs}")
   assert (status, stderr) == (0, "")
+  logs = sorted((tmp_path / "sweep").glob("*.log"))
+  assert [log.name for log in logs] == ["seed=0.log", "seed=1.log"] * (num_jobs > 1)
   folders = [tmp_path / "sweep" / name for name in ("seed=0", "seed=1")]
   made = [json.loads((path / "result.json").read_text()) for path in folders]
   (row,) = json.loads((tmp_path / "sweep" / "table.json").read_text())["rows"]

@@ -1,0 +1,154 @@
+"""Runs processes one after another, or side by side on cores of their own; a signal stops all."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType, TracebackType
+
+from flax_cifar.interrupt import SIGNALS
+
+OTHERS = (signal.SIGHUP, signal.SIGQUIT)  # save nothing, but end the run
+POLL_SECONDS = 0.05
+
+Cores = frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A process to run; what it prints goes to the file `log`, without one to the screen."""
+
+  name: str
+  command: Sequence[str]
+  log: pathlib.Path | None = None
+
+
+class JobFailed(Exception):
+  """A job ended with `status` instead of 0."""
+
+  def __init__(self, job: Job, status: int):
+    where = f" ({job.log} says why)" if job.log else ""
+    super().__init__(
+      f"run {job.name} ended with status {status}{where}; the same command goes on from there"
+    )
+    self.status = status
+
+
+def split_cores(count: int) -> list[Cores]:
+  """The cores that this process may use in `count` shares; empty ones on macOS, which pins none."""
+  if not hasattr(os, "sched_getaffinity"):
+    return [frozenset()] * count
+  cores = sorted(os.sched_getaffinity(0))
+  ends = [len(cores) * number // count for number in range(count + 1)]
+  return [frozenset(cores[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def run_jobs(jobs: Sequence[Job], shares: Sequence[Cores]) -> None:
+  """Runs the jobs in their order, as many at once as there are shares of the cores.
+
+  Raises:
+    JobFailed: the first that failed or was stopped; none is started after it, and those that run
+      beside it are waited for.
+  """
+  with _Pool(shares) as pool:
+    for number, job in enumerate(jobs, 1):
+      pool.wait_for_share()
+      if pool.failure:
+        break
+      print(f"run {number}/{len(jobs)}: {job.name}" + f", in {job.log}" * bool(job.log), flush=True)
+      pool.start(job)
+  if pool.failure:
+    raise pool.failure
+
+
+class _Pool:
+  """Processes, each with a share of the cores; leaving it waits for them.
+
+  Each has a group of its own: what a terminal or a scheduler sends to this process's group reaches
+  it once, from here, and is waited for, because a second signal would end it unsaved. A signal that
+  comes too late for a job is its status, lest the next one start.
+  """
+
+  def __init__(self, shares: Sequence[Cores]):
+    self.failure: JobFailed | None = None
+    self._free = list(shares)
+    self._running: dict[subprocess.Popen[bytes], tuple[Job, Cores]] = {}
+    self._signals: list[int] = []
+    self._previous: dict[int, signal._HANDLER] = {}
+
+  def __enter__(self) -> "_Pool":
+    # What nohup ignores stays so; SIGNALS do not, as in a run, though a script's `sweep &` asks it.
+    others = [s for s in OTHERS if signal.getsignal(s) != signal.SIG_IGN]
+    self._previous = {s: signal.signal(s, self._forward) for s in (*SIGNALS, *others)}
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    while self._running:
+      self._collect()
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)
+
+  def start(self, job: Job) -> None:
+    """Starts the job on a share that is free."""
+    cores = self._free.pop(0)
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(_pinned(cores))
+      log = stack.enter_context(job.log.open("ab")) if job.log else None
+      process = subprocess.Popen(
+        job.command, process_group=0, stdout=log, stderr=subprocess.STDOUT if log else None
+      )
+    self._running[process] = job, cores
+    for signum in tuple(self._signals):  # these came first; it has nothing to save yet
+      process.send_signal(signum)
+
+  def wait_for_share(self) -> None:
+    """Returns when `start` can be called."""
+    while not self._free:
+      self._collect()
+
+  def _collect(self) -> None:
+    """Takes note of the processes that have ended, after a moment's sleep."""
+    time.sleep(POLL_SECONDS)
+    for process in [one for one in self._running if one.poll() is not None]:
+      job, cores = self._running.pop(process)
+      self._free.append(cores)
+      status = self._get_status(process.returncode)
+      if status and not self.failure:
+        self.failure = JobFailed(job, status)
+        for other, _ in self._running.values():
+          print(f"run {job.name} ended with status {status}; waiting for {other.name}", flush=True)
+
+  def _get_status(self, code: int) -> int:
+    """Of a process that ended with `code`, as a shell gives it."""
+    if code == 0 and self._signals:
+      return 128 + self._signals[0]
+    return code if code >= 0 else 128 - code
+
+  def _forward(self, signum: int, frame: FrameType | None) -> None:
+    self._signals.append(signum)
+    for process in self._running:
+      process.send_signal(signum)
+
+
+@contextlib.contextmanager
+def _pinned(cores: Cores) -> Iterator[None]:
+  """Processes started within it run on `cores` alone; anywhere if there are none."""
+  if not cores:
+    yield
+    return
+  before = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, cores)
+  try:
+    yield
+  finally:
+    os.sched_setaffinity(0, before)
