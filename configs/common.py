@@ -236,6 +236,12 @@ def use_our_recipe(config: ConfigDict) -> None:
   config.augment.random_crop.border = "reflect"
 
 
+def leave_out_squares(config: ConfigDict) -> None:
+  """Adds to the augmentation: a square of 8 x 8 pixels left out of half of the images."""
+  config.augment.ops = (*config.augment.ops, "coarse_dropout")
+  config.augment.coarse_dropout.update({"height": 8, "width": 8, "p": 0.5})
+
+
 def use_study_recipe(config: ConfigDict) -> None:
   """The published recipe of B1 and B2, the study of normalisations (ERA V1, session 8)."""
   config.protocol = "published"
