@@ -42,7 +42,9 @@ def get_config() -> ConfigDict:
         "name": "dilated",
         "norm": "batch",  # batch | layer | group | ghost | none
         "dropout_rate": 0.05,
-        "init": "torch",  # torch (what the sources used) | flax (LeCun normal) | he (for norm none)
+        # torch (what most sources used) | keras (Glorot uniform) | flax (LeCun normal) | he (for
+        # norm none)
+        "init": "torch",
       },
       # Arguments of each norm; the one named by model.norm is used.
       "norm": {

@@ -8,7 +8,8 @@ Command     python main.py --config=configs/keras_fcn.py
 Variants    published   our reading of "augmentation, light dropout, one schedule with a high
                         start": shifts and flips, dropout .05, SGD from 0.1 that halves every 10
                         epochs; trains on all 50,000 images and validates on the test split, which
-                        steers nothing
+                        steers nothing. Known difference: initialisation and the momentum and
+                        epsilon of batch norm are PyTorch's defaults, not Keras'
             full        trains on all 50,000 images and validates on none
             trial       leaves the test split alone: for choosing among recipes
             smoke       two short epochs on a slice of the data

@@ -415,6 +415,14 @@ def test_torchs_init_is_uniform_within_one_over_the_root_of_the_fan_in(shape):
   assert_uniform(kernel, np.prod(shape[:3]))
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 32, 64), (3, 3, 1, 1024), (768, 512)])
+def test_keras_init_is_glorots(shape):
+  """Uniform within sqrt(6 / (fan_in + fan_out)): Glorot and Bengio 2010, equation 16."""
+  *window, fan_in, fan_out = shape
+  kernel = jax.jit(partial(get_init("keras"), shape=shape))(KEY)
+  assert_uniform(kernel, np.prod(window) * (fan_in + fan_out) / 6)
+
+
 def test_flaxs_init_has_the_variance_one_over_fan_in():
   kernel = np.asarray(jax.jit(partial(get_init("flax"), shape=(3, 3, 32, 64)))(KEY))
   np.testing.assert_allclose((kernel**2).mean() * 288, 1, atol=5 * (2 / kernel.size) ** 0.5)
@@ -448,7 +456,7 @@ def test_torchs_bias_of_a_head_is_bounded_by_its_channels():
   assert_uniform(head.init(KEY, jnp.zeros((1, 4, 4, 5)))["params"]["conv"]["bias"], 5)
 
 
-@pytest.mark.parametrize("name", ["flax", "he"])
+@pytest.mark.parametrize("name", ["flax", "he", "keras"])
 def test_the_other_biases_start_at_zero(name):
   assert (get_bias_init(get_init(name), 9)(KEY, (64,), F32) == 0).all()
 

@@ -28,6 +28,7 @@ INITS: dict[str, Initializer] = {
   # torch.nn.Conv2d's default: uniform in +-1/sqrt(fan_in), a third of LeCun's variance.
   "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
   "flax": nn.initializers.lecun_normal(),
+  "keras": nn.initializers.glorot_uniform(),
   # Keeps the variance through conv and ReLU, which deep networks without a norm need: He et al.
   # 2015 (arXiv:1502.01852).
   "he": nn.initializers.he_normal(),
