@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import pathlib
 import re
 
 import jax
@@ -16,6 +15,7 @@ from configs import common
 from flax_cifar.errors import UserError
 from flax_cifar.models import create_model
 from flax_cifar.models.norms import NORMS
+from flax_cifar.weights import load_weights
 
 PARAMETERS = {
   "A": [192_672] * 2,
@@ -176,8 +176,8 @@ def test_what_has_not_run_says_so(tmp_path):
 
 
 def test_the_page_in_the_repository_is_up_to_date():
-  docs = pathlib.Path(results.__file__).parents[1] / "docs"
-  assert (docs / "results.md").read_text() == results.format_page(results.load_runs(docs))
+  page = (results.DOCS / "results.md").read_text()
+  assert page == results.format_page(results.load_runs(results.DOCS))
 
 
 def test_ours_is_the_mean_over_seeds_with_the_sample_deviation(tmp_path, add):
@@ -357,6 +357,16 @@ def test_a_file_is_replaced_only_by_force(add):
     add(tests=[0.9])
   (path,) = add(tests=[0.9], force=True)
   assert json.loads(path.read_text())["test_accuracy"] == 0.9
+
+
+def test_weights_that_are_kept_are_of_the_run_beside_them():
+  paths = list((results.DOCS / "results").glob("*.safetensors"))
+  assert paths
+  for path in paths:
+    weights, content = load_weights(path), json.loads(path.with_suffix(".json").read_text())
+    assert json.loads(json.dumps(weights.config)) == content["config"]
+    sizes = [leaf.size for leaf in jax.tree.leaves(weights.variables["params"])]
+    assert sum(sizes) == content["parameters"]
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path):
