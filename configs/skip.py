@@ -35,7 +35,7 @@ def _ours(config: ConfigDict) -> None:
   # The network under-fits, so less is better. E1 in 8 epochs of bfloat16, seeds 0 and 1 (commit
   # 40ea1fa): padding 4 83.5 and 82.9 % of validation, 2 84.0 and 83.6 %. Seed 0 alone: padding 1
   # 83.6 %; at 4, a batch of 32 83.2, no smoothing 83.6, no decay 82.4, a rate of 0.02 83.0 %; at 2,
-  # a rate of 0.02 84.0, a decay of 0.05 82.3, of 0.1 77.7 %. What made us look was test: `full` with
+  # a rate of 0.02 84.0, a decay of 0.05 82.3, of 0.1 77.7 %. What made us look was test: `full` at
   # padding 4 had 85.95 ± 0.23 % (seeds 0 to 2), short of 86. What was chosen, validation chose.
   config.augment.random_crop.padding = 2
 
