@@ -8,8 +8,8 @@ import pathlib
 from absl import flags
 from ml_collections import ConfigDict
 
-from flax_cifar import command_line
-from flax_cifar.settings import apply_settings
+from flax_cifar import environment
+from flax_cifar.tools import command_line
 
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; the same command resumes. Default: runs/NAME-HASH."
@@ -18,13 +18,13 @@ WORKDIR = flags.DEFINE_string(
 
 def main(config: ConfigDict) -> None:
   # Imported here: they bring JAX.
-  from flax_cifar.train import train_and_evaluate
-  from flax_cifar.workdir import default_workdir
+  from flax_cifar import train
+  from flax_cifar.run import workdir as workdir_lib
 
-  workdir = WORKDIR.value or default_workdir(config.to_dict())
-  train_and_evaluate(config, pathlib.Path(workdir))
+  workdir = WORKDIR.value or workdir_lib.default_workdir(config.to_dict())
+  train.train_and_evaluate(config, pathlib.Path(workdir))
 
 
 if __name__ == "__main__":
-  apply_settings()
+  environment.apply_settings()
   command_line.run(main)

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from flax_cifar.environment import get_commit, get_hardware, get_versions
+from flax_cifar import environment
+from flax_cifar.run import tables
 
 Row = Mapping[str, Any]
 PATH_FLAGS = ("--json", "--output", "--torch-python")  # which tell where and not what
@@ -55,12 +56,8 @@ def interleave(cases: Mapping[str, Callable[[], None]], repeats: int) -> dict[st
 def print_table(rows: Sequence[Row]) -> None:
   """One line per row under the keys of the first one; numbers stand to the right."""
   header = list(rows[0])
-  lines = [header, *([_format(row[key]) for key in header] for row in rows)]
-  widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-  numeric = [isinstance(rows[0][key], int | float) for key in header]
-  for line in lines:
-    cells = zip(line, widths, numeric, strict=True)
-    print("  ".join(f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in cells))
+  cells = [header, *([_format(row[key]) for key in header] for row in rows)]
+  print("\n".join(tables.format_text(cells, [isinstance(rows[0][k], int | float) for k in header])))
 
 
 def _format(value: Any) -> str:
@@ -74,9 +71,9 @@ def write_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
   record = {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "command": get_command(sys.orig_argv[1:]),
-    "commit": get_commit(),
-    "hardware": get_hardware(len(jax.local_devices())),
-    "versions": get_versions(),
+    "commit": environment.get_commit(),
+    "hardware": environment.get_hardware(len(jax.local_devices())),
+    "versions": environment.get_versions(),
     "rows": list(rows),
   }
   pathlib.Path(path).write_text(json.dumps(record, indent=2) + "\n")

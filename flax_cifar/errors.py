@@ -2,9 +2,15 @@
 
 import contextlib
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
+
+# Limits of numbers that more than one module checks.
+SEEDS = 2**32  # JAX takes a seed modulo this
+MAX_STEPS = 2**31 - 1  # of a run, which counts them in int32
+MAX_NUMBER = 1e38  # float32 ends soon after
 
 T = TypeVar("T")
 
@@ -36,9 +42,16 @@ def list_differences(there: Mapping[str, object], here: Mapping[str, object]) ->
   return lines
 
 
-def describe_briefly(error: object) -> str:
-  """One short line; the texts of other libraries may be empty or run over several."""
-  return " ".join(str(error).split())[:200] or type(error).__name__
+def shorten(error: object) -> str:
+  """One short line for an error of another library; its text may be empty or span several lines.
+
+  Of paths in double quotes the name of the file stays: TensorStore writes the same long one twice.
+
+  >>> shorten(ValueError('NOT_FOUND: opening\\n  "/a/long/folder/file.json"'))
+  'NOT_FOUND: opening file.json'
+  """
+  text = re.sub(r'"[^"]*?([^"/]*)/?"', r"\1", " ".join(str(error).split()))
+  return text[:300] or type(error).__name__
 
 
 def get_path(what: str, text: str) -> Path:
@@ -60,3 +73,8 @@ def require(condition: bool, what: str, value: object, expected: str) -> None:
   """Raises a UserError that quotes `value` unless `condition` holds."""
   if not condition:
     raise UserError(f"{what}={value!r} is not valid; it must be {expected}.")
+
+
+def check_epsilon(key: str, epsilon: float) -> None:
+  """A UserError unless float32 can divide by `epsilon`, or by its root."""
+  require(1e-30 <= epsilon <= 1e30, key, epsilon, "from 1e-30 to 1e30")

@@ -9,48 +9,49 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_cifar.data.dataset import Split
-from flax_cifar.data.pipeline import Normalize, padded_batches
-from flax_cifar.losses import create_targets, cross_entropy
-from flax_cifar.metrics import Metrics, add_totals, compute_means, compute_totals, create_totals
-from flax_cifar.partition import replicated, split_batch
-from flax_cifar.seeds import over_seeds
+from flax_cifar import metrics, parallel, signals
+from flax_cifar.data import batches, dataset
+from flax_cifar.data.augment import normalize as normalize_lib
 
-Stop = Callable[[], bool]
-EvalStep = Callable[[Any, dict[str, np.ndarray]], tuple[jax.Array, Metrics]]
-
-
-class Stopped(Exception):
-  """The evaluation was left unfinished, as `stop` demanded."""
-
-
-def never() -> bool:
-  """The `stop` of an evaluation that goes to its end."""
-  return False
+EvalStep = Callable[[Any, Any], tuple[jax.Array, metrics.Metrics]]
 
 
 def create_eval_step(
-  *, model: nn.Module, normalize: Normalize, mesh: Mesh, num_seeds: int
+  *, model: nn.Module, normalize: normalize_lib.Normalize, mesh: Mesh, num_seeds: int
 ) -> EvalStep:
   """Compiles (variables, batch of image, label and mask) -> (logits (N, classes), totals).
 
-  For several seeds all arrays but the batch have an axis for them in front.
+  The variables are on the devices of `mesh`, the batch is on the host. For several seeds all arrays
+  but the batch have an axis for them in front.
   """
 
   def eval_step(variables: Any, batch: Any) -> Any:
     logits: Any = model.apply(variables, normalize(batch["image"]), train=False)
-    targets = create_targets(batch["label"], logits.shape[-1], label_smoothing=0.0)
-    losses = cross_entropy(logits, targets)
-    return logits, compute_totals(losses, logits, batch["label"], batch["mask"])
+    targets = metrics.create_targets(batch["label"], logits.shape[-1], label_smoothing=0.0)
+    losses = metrics.cross_entropy(logits, targets)
+    return logits, metrics.compute_totals(losses, logits, batch["label"], batch["mask"])
 
-  return jax.jit(
-    over_seeds(eval_step, num_seeds, in_axes=(0, None)),
-    in_shardings=(replicated(mesh), split_batch(mesh)),
+  sharding = parallel.split_batch(mesh)
+  compiled = jax.jit(
+    parallel.vmap_seeds(eval_step, num_seeds, in_axes=(0, None)),
+    in_shardings=(parallel.replicated(mesh), sharding),
   )
+
+  def run(variables: Any, batch: Any) -> Any:
+    batch = jax.device_put(batch, sharding)
+    with jax.transfer_guard("disallow"):  # a hidden copy is an error
+      return compiled(variables, batch)
+
+  return run
 
 
 def evaluate(
-  eval_step: EvalStep, variables: Any, split: Split, batch_size: int, *, stop: Stop = never
+  eval_step: EvalStep,
+  variables: Any,
+  split: dataset.Split,
+  batch_size: int,
+  *,
+  stop: signals.Stop = signals.never,
 ) -> dict[str, np.ndarray]:
   """Mean `loss` in nats and `accuracy` in [0, 1] over every example of `split`, each once.
 
@@ -60,11 +61,30 @@ def evaluate(
     Stopped: `stop()`, which is asked after each batch, was true.
   """
   _, totals = _run(eval_step, variables, split, batch_size, stop)
-  return compute_means(functools.reduce(add_totals, totals, create_totals(1)))
+  return metrics.compute_means(
+    functools.reduce(metrics.add_totals, totals, metrics.create_totals(1))
+  )
+
+
+def validate(
+  eval_step: EvalStep,
+  variables: Any,
+  split: dataset.Split,
+  batch_size: int,
+  *,
+  stop: signals.Stop = signals.never,
+) -> dict[str, np.ndarray] | None:
+  """`evaluate`, or None where `split` is empty."""
+  return evaluate(eval_step, variables, split, batch_size, stop=stop) if len(split) else None
 
 
 def predict(
-  eval_step: EvalStep, variables: Any, split: Split, batch_size: int, *, stop: Stop = never
+  eval_step: EvalStep,
+  variables: Any,
+  split: dataset.Split,
+  batch_size: int,
+  *,
+  stop: signals.Stop = signals.never,
 ) -> np.ndarray:
   """Logits float32 (N, classes) of every example of `split`, in its order.
 
@@ -77,12 +97,14 @@ def predict(
   return np.concatenate(logits, axis=-2)[..., : len(split), :]
 
 
-def _run(eval_step: EvalStep, variables: Any, split: Split, batch_size: int, stop: Stop) -> Any:
+def _run(
+  eval_step: EvalStep, variables: Any, split: dataset.Split, batch_size: int, stop: signals.Stop
+) -> Any:
   """Logits and totals of each batch, on the host."""
-  results: list[tuple[jax.Array, Metrics]] = []
-  for batch in padded_batches(split, batch_size):
+  results: list[tuple[jax.Array, metrics.Metrics]] = []
+  for batch in batches.padded_batches(split, batch_size):
     results.append(eval_step(variables, batch))
     jax.block_until_ready(results[-2:-1])  # many batches at once might not fit into memory
     if stop():
-      raise Stopped
+      raise signals.Stopped
   return zip(*jax.device_get(results), strict=True)

@@ -1,14 +1,57 @@
-"""Metrics as sums and counts under a mask, divided once, so that every example counts once."""
+"""The loss, its sums and counts under a mask, and the record of an epoch.
 
+Metrics are summed first and divided once, so every example counts once.
+"""
+
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
 
-Metrics = dict[str, jax.Array]  # what a step gives, on the device
+Metrics = dict[str, Array]  # the sums of one or several steps, on the device
 Totals = dict[str, np.ndarray]  # their sums on the host: float64, () or (seeds,)
+Record = dict[str, Any]  # an epoch, as a line of metrics.jsonl has it
+
+
+# ---- Loss
+
+
+def create_targets(
+  labels: Int[Array, " n"], num_classes: int, *, label_smoothing: float
+) -> Float[Array, "n {num_classes}"]:
+  """Distributions float32 (N, classes) for labels int32 (N,).
+
+  Source: Szegedy et al. 2016, arXiv:1512.00567.
+
+  Args:
+    labels: int32 (N,).
+    num_classes: number of classes.
+    label_smoothing: probability mass spread evenly over all classes, in [0, 1).
+  """
+  return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
+
+
+def cross_entropy(
+  logits: Float[Array, "*seeds n classes"], targets: Float[Array, "n classes"]
+) -> Float[Array, "*seeds n"]:
+  """Cross-entropy of each example in nats.
+
+  Args:
+    logits: float32 (..., N, classes).
+    targets: float32 (N, classes), each a distribution.
+
+  Returns:
+    float32 (..., N).
+  """
+  return -(targets * jax.nn.log_softmax(logits)).sum(-1)
+
+
+# ---- Sums and counts
 
 
 def create_totals(num_seeds: int) -> Totals:
@@ -19,7 +62,10 @@ def create_totals(num_seeds: int) -> Totals:
 
 
 def compute_totals(
-  losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array
+  losses: Float[Array, "*seeds n"],
+  logits: Float[Array, "*seeds n classes"],
+  labels: Int[Array, " n"],
+  mask: Float[Array, " n"],
 ) -> Metrics:
   """Sums over the examples whose mask is 1.
 
@@ -40,15 +86,15 @@ def compute_totals(
 
 
 def add_totals(a: Totals, b: Mapping[str, Any]) -> Totals:
-  """`a` with what `b` names added, on the host in float64."""
+  """`a` with the entries of `b` added, on the host in float64."""
   return {**a, **{name: np.asarray(a[name] + np.float64(b[name])) for name in b}}
 
 
-def iterate_steps(calls: Sequence[Metrics]) -> Iterator[dict[str, np.ndarray]]:
-  """Fetches what some calls returned, arrays (steps, ...), and yields it step by step."""
-  for call in jax.device_get(calls):
-    for step in range(len(call["count"])):
-      yield {name: values[step] for name, values in call.items()}
+def iterate_steps(chunks: Sequence[Metrics]) -> Iterator[dict[str, np.ndarray]]:
+  """Fetches the metrics of some chunks, arrays (steps, ...), and yields them step by step."""
+  for chunk in jax.device_get(chunks):
+    for step in range(len(chunk["count"])):
+      yield {name: values[step] for name, values in chunk.items()}
 
 
 def compute_means(totals: Totals) -> dict[str, np.ndarray]:
@@ -57,3 +103,65 @@ def compute_means(totals: Totals) -> dict[str, np.ndarray]:
     "loss": totals["loss_sum"] / totals["count"],
     "accuracy": totals["correct"] / totals["count"],
   }
+
+
+# ---- Records
+
+
+def create_record(
+  *,
+  epoch: int,
+  step: int,
+  learning_rate: np.ndarray,
+  train: Totals,
+  validation: Mapping[str, np.ndarray] | None,
+) -> Record:
+  """The record of an epoch; values with an axis for the seeds as `describe_seeds` gives them.
+
+  Args:
+    epoch: counted from 1.
+    step: steps done.
+    learning_rate: of the epoch's last step, () or (seeds,).
+    train: totals of the epoch.
+    validation: `loss` and `accuracy`, () or (seeds,); None without a validation split.
+  """
+  values = {
+    "learning_rate": learning_rate,
+    **{f"train_{name}": value for name, value in compute_means(train).items()},
+    **{f"validation_{name}": value for name, value in (validation or {}).items()},
+    "seconds": train["seconds"],
+    "images_per_second": train["count"].sum() / train["seconds"],
+  }
+  record: Record = {"epoch": epoch, "step": step}
+  for name, value in values.items():
+    record |= describe_seeds(name, value)
+  return record
+
+
+def describe_seeds(name: str, values: Any) -> dict[str, Any]:
+  """The fields of a record for `values`, () or (seeds,): their mean, and of several a list."""
+  fields: dict[str, Any] = {name: float(np.mean(values))}
+  if np.ndim(values):
+    fields[f"{name}_per_seed"] = np.asarray(values).tolist()
+  return fields
+
+
+def get_per_seed(record: Mapping[str, Any], name: str) -> list[float]:
+  """The values of a record for each seed that was trained at once; mostly one."""
+  return record.get(f"{name}_per_seed", [record[name]])
+
+
+def describe_sample(values: Sequence[float]) -> dict[str, Any] | None:
+  """Mean, sample standard deviation and number of `values`; None of no values.
+
+  The standard deviation of a single value is None.
+  """
+  if not values:
+    return None
+  sd = statistics.stdev(values) if len(values) > 1 else None
+  return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
+
+
+def get_median_rate(records: Sequence[Record]) -> float:
+  """Median of the epochs' training images per second."""
+  return float(np.median([record["images_per_second"] for record in records]))

@@ -1,8 +1,23 @@
-"""Everything a run must remember, in one pytree.
+"""All that a run must remember: the train state, and the progress of the run around it.
 
-For several seeds its arrays have an axis for them in front, see `seeds`.
+The arrays of several seeds have an axis for them in front, see `parallel`.
+
+Nothing is random but what is drawn from one of these streams. Those in the upper part use
+`key = jax.random.key(seed)`, which the state holds; `step`, `epoch` and `example` count from 0.
+
+| what is drawn | stream |
+|---|---|
+| initialization | `jax.random.key(seed, impl="rbg")` |
+| order of an epoch, on the device | `fold_in(fold_in(key, device_feed.ORDER), epoch)` |
+| augmentation, on the device | threefry with `key`; the counter is (example, epoch, column) |
+| dropout | `fold_in(key, step)`, then Linen's path of the module |
+| mixing | `fold_in(fold_in(key, step), train.MIXING)` |
+| order of an epoch, on the host | `numpy.random.default_rng([seed, epoch])` |
+| augmentation, on the host | `numpy.random.default_rng((seed, epoch, example))` |
+| images held out, `data.limit` | `numpy.random.default_rng(0)`, whatever the seed |
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+
+from flax_cifar import metrics, optim
 
 
 class TrainState(struct.PyTreeNode):
@@ -24,7 +41,7 @@ class TrainState(struct.PyTreeNode):
     ema: {"params", "batch_stats"} averaged over steps; empty when it is switched off.
     plateau: state of reduce-on-plateau; its scale multiplies the learning rate.
     key: random key of the run; step t draws from fold_in(key, t).
-    finite: False once a loss or gradient was not; the state has stood still since.
+    finite: False once a loss or gradient was not finite; the state is frozen from then on.
   """
 
   step: jax.Array
@@ -38,15 +55,32 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def eval_variables(self) -> dict[str, Any]:
-    """What to evaluate: the moving average where there is one."""
+    """The variables to evaluate: the moving average where there is one."""
     return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+
+@dataclasses.dataclass
+class Progress:
+  """How far a run has come: the content of a checkpoint.
+
+  Attributes:
+    step: steps done.
+    state: the train state.
+    totals: training metrics of the unfinished epoch.
+    records: of the finished epochs.
+  """
+
+  step: int
+  state: TrainState
+  totals: metrics.Totals
+  records: list[metrics.Record]
 
 
 def create_train_state(
   *,
   model: nn.Module,
   optimizer: optax.GradientTransformation,
-  plateau: optax.GradientTransformationExtraArgs,
+  plateau: optim.Plateau,
   image_shape: tuple[int, int, int],
   ema_decay: float,
   seed: int,
@@ -75,9 +109,14 @@ def _init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
   return model.init(key, images, train=False)
 
 
-def name_leaf(path: Any) -> str:
-  """ "params/unit/conv/kernel" for a path as JAX has it."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")
+def name_leaves(tree: Any) -> dict[str, Any]:
+  """{"params/unit/conv/kernel": array, ...}: the leaves of `tree` by their paths.
+
+  >>> name_leaves({"params": {"head": {"bias": 1.0, "kernel": 2.0}}})
+  {'params/head/bias': 1.0, 'params/head/kernel': 2.0}
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def all_finite(tree: Any) -> jax.Array:

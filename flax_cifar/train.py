@@ -1,11 +1,10 @@
-"""The run, from top to bottom: `train_and_evaluate`, with `train_step` beside it."""
+"""The run, from top to bottom: `train_and_evaluate`; below it an epoch, and a step."""
 
 import contextlib
 import functools
-import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -13,94 +12,291 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import parameter_overview
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flax_cifar import pictures
-from flax_cifar.checkpoint import Checkpoints, SaveRhythm
-from flax_cifar.data.augment_arguments import RULES
-from flax_cifar.data.dataset import Split
-from flax_cifar.data.feeds import Batch, Call, Feed, create_feed
-from flax_cifar.data.mixing import Mixing, create_mixing
-from flax_cifar.data.pipeline import Normalize, create_normalize
-from flax_cifar.data.splits import load_splits
-from flax_cifar.environment import get_hardware
-from flax_cifar.errors import UserError, require
-from flax_cifar.evaluate import Stop, Stopped, create_eval_step, evaluate, predict
-from flax_cifar.interrupt import Interrupted, InterruptGuard
-from flax_cifar.layer_table import format_layer_table, get_layer_table
-from flax_cifar.losses import create_targets, cross_entropy
-from flax_cifar.metrics import (
-  Metrics,
-  Totals,
-  add_totals,
-  compute_totals,
-  create_totals,
-  iterate_steps,
-)
-from flax_cifar.models import DTYPES, create_model
-from flax_cifar.optimizers import create_optimizer
-from flax_cifar.partition import check_batch_size, create_mesh, replicated
-from flax_cifar.post_mortem import NonFinite, save_post_mortem
-from flax_cifar.result import describe_run, format_score, get_judge, say_result, score, summarise
-from flax_cifar.run_log import Report, RunLog
-from flax_cifar.schedules import create_plateau, create_schedule
-from flax_cifar.seeds import first_seed, over_seeds, stack_seeds, take_seed
-from flax_cifar.state import (
-  TrainState,
-  all_finite,
-  choose_tree,
-  create_train_state,
-  update_ema,
-)
-from flax_cifar.weights import save_weights
-from flax_cifar.workdir import (
-  check_workdir,
-  explain_failed_writes,
-  flatten,
-  open_workdir,
-  read_result,
-  without,
-  write_json,
-)
-
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+from flax_cifar import evaluate, metrics, optim, parallel, signals
+from flax_cifar import state as state_lib
+from flax_cifar.data import batches, feeds
+from flax_cifar.data import splits as splits_lib
+from flax_cifar.data.augment import mixing as mixing_lib
+from flax_cifar.data.augment import normalize as normalize_lib
+from flax_cifar.models import layer_table
+from flax_cifar.run import checkpoint, nonfinite, plots
+from flax_cifar.run import config as config_lib
+from flax_cifar.run import log as log_lib
+from flax_cifar.run import result as result_lib
+from flax_cifar.run import workdir as workdir_lib
 
 MIXING = 1  # folded into the key of a step, from which dropout draws
 FETCH_SECONDS = 1.0  # between two looks at the metrics within an epoch
 
 
+def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains, validates, tests and reports the run that `config` describes.
+
+  The same call again goes on from the latest checkpoint; for a finished run it does nothing.
+
+  Returns:
+    The content of result.json.
+
+  Raises:
+    UserError: something the user can fix; nothing was overwritten.
+    Interrupted: a signal came; the state was saved.
+  """
+  config_lib.check_values(config)
+  workdir_lib.check_workdir(workdir, config.to_dict())
+  result = workdir_lib.read_result(workdir)
+  if result and result["epochs"] >= config.total_epochs:
+    print(result_lib.format_finished(result, workdir))
+    return result
+
+  #### Data
+  splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
+  config_lib.check_numbers(config, has_validation=len(splits.validation) > 0)
+  mesh, num_seeds = parallel.create_mesh(config.num_devices), config.num_seeds
+  parallel.check_batch_size("batch_size", config.batch_size, mesh)
+  parallel.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+  mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
+  feed = feeds.create_feed(
+    splits.train, mean=mean, mesh=mesh, **config_lib.get_feed_arguments(config)
+  )
+
+  #### Network, schedule, optimizer, state
+  model = config_lib.create_model(config, num_classes=len(splits.class_names))
+  schedule = optim.create_schedule(
+    steps_per_epoch=feed.steps_per_epoch, total_epochs=config.total_epochs, **config.schedule
+  )
+  plateau = optim.create_plateau(
+    enabled=config.schedule.name == "plateau", **config.schedule.plateau
+  )
+  optimizer = optim.create_optimizer(schedule, **config.optimizer)
+  with config_lib.explain_misfit(config):
+    states = [
+      state_lib.create_train_state(
+        model=model,
+        optimizer=optimizer,
+        plateau=plateau,
+        image_shape=splits.image_shape,
+        ema_decay=config.ema.decay,
+        seed=config.seed + number,
+      )
+      for number in range(num_seeds)
+    ]
+  state = jax.device_put(parallel.stack_seeds(states), parallel.replicated(mesh))
+
+  #### Compiled steps
+  normalize = normalize_lib.create_normalize(mean, std, dtype=config.compute_dtype)
+  step = functools.partial(
+    train_step,
+    model=model,
+    optimizer=optimizer,
+    normalize=normalize,
+    mixing=mixing_lib.create_mixing(**config.mixing),
+    label_smoothing=config.loss.label_smoothing,
+    ema_decay=config.ema.decay,
+  )
+  steps_fn = parallel.compile_steps(
+    step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=num_seeds, mesh=mesh
+  )
+  eval_step = evaluate.create_eval_step(
+    model=model, normalize=normalize, mesh=mesh, num_seeds=num_seeds
+  )
+  observe = jax.jit(parallel.vmap_seeds(plateau.observe, num_seeds, (0, 0)))
+  policy = checkpoint.SavePolicy(**config_lib.without(config.checkpoint.to_dict(), ("keep",)))
+  with config_lib.explain_misfit(config):  # keys that do not fit together fail here, early
+    steps_fn.trace(state, feed.example_inputs(), feed.steps_per_call)
+    layers = layer_table.get_layer_table(model, splits.image_shape)
+
+  with contextlib.ExitStack() as stack:
+    #### Start or resume
+    guard = stack.enter_context(signals.InterruptGuard())
+    stack.enter_context(workdir_lib.explain_failed_writes(workdir))
+    stack.enter_context(workdir_lib.open_workdir(workdir, config.to_dict()))
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    stack.enter_context(contextlib.closing(checkpoints))
+    start = state_lib.Progress(0, state, metrics.create_totals(num_seeds), [])
+    progress = checkpoints.restore_or(start, mesh)
+    config_lib.check_epochs(config.total_epochs, progress.step, feed.steps_per_epoch)
+    workdir_lib.write_start(workdir, config.to_dict(), layers)
+    log = log_lib.RunLog(
+      workdir,
+      records=progress.records,
+      step=progress.step,
+      total_epochs=config.total_epochs,
+      tensorboard=config.log.tensorboard,
+    )
+    stack.enter_context(contextlib.closing(log))
+    facts = result_lib.get_facts(progress.state.params, num_seeds, mesh)
+    log.banner(result_lib.describe_run(config, splits, facts, workdir))
+    log.print_resumed(progress.step, feed.steps_per_epoch)
+    stack.enter_context(contextlib.closing(feed))
+    stack.enter_context(checkpoints.save_when_stopped(progress, guard))
+    stack.enter_context(nonfinite.dump_and_explain(feed, num_seeds, workdir))
+
+    #### Epochs
+    for epoch in range(len(progress.records), config.total_epochs):
+      train_epoch(
+        progress,
+        epoch,
+        steps_fn=steps_fn,
+        feed=feed,
+        checkpoints=checkpoints,
+        policy=policy,
+        stop=guard.is_caught,
+        log=log,
+      )
+      variables = progress.state.eval_variables
+      validation = evaluate.validate(
+        eval_step, variables, splits.validation, config.eval_batch_size, stop=guard.is_caught
+      )
+      factor = optim.compute_lr_factor(schedule, progress.step - 1, progress.state.plateau)
+      record = metrics.create_record(
+        epoch=epoch + 1,
+        step=progress.step,
+        learning_rate=config.optimizer.learning_rate * factor,
+        train=progress.totals,
+        validation=validation,
+      )
+      if plateau.enabled and validation:
+        seen = observe(progress.state.plateau, validation["loss"])
+        progress.state = progress.state.replace(plateau=seen)
+      log.write(record)
+      progress.records.append(record)
+      progress.totals = metrics.create_totals(num_seeds)
+      is_last = epoch + 1 == config.total_epochs
+      if is_last or guard.is_caught() or policy.is_due(progress.step, epoch + 1):
+        checkpoints.save(progress, validation)
+        policy.mark_saved()
+      if config.log.pictures and not guard.is_caught():  # earlier, the first step would wait for it
+        plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
+
+    #### Test, once; a trial scores its validation images instead
+    variables = progress.state.eval_variables
+    logits = evaluate.predict(
+      eval_step, variables, splits.final_split, config.eval_batch_size, stop=guard.is_caught
+    )
+    checkpoints.wait()  # a run is not finished before its last checkpoint is written
+    return result_lib.finish_run(
+      workdir,
+      config=config,
+      splits=splits,
+      feed=feed,
+      records=progress.records,
+      variables=parallel.select_seed(variables, num_seeds),
+      logits=logits,
+      mean=mean,
+      std=std,
+      facts=facts,
+      log=log,
+    )
+
+
+def train_epoch(
+  progress: state_lib.Progress,
+  epoch: int,
+  *,
+  steps_fn: jax.stages.Wrapped,
+  feed: feeds.Feed,
+  checkpoints: checkpoint.Checkpoints,
+  policy: checkpoint.SavePolicy,
+  stop: signals.Stop,
+  log: log_lib.RunLog,
+) -> None:
+  """Trains `epoch` (from 0) from where `progress` stands to its end, and saves on the way.
+
+  Raises:
+    Stopped: `stop()`, which is asked after each chunk of steps, was true.
+    NonFinite: a loss or gradient is not finite.
+  """
+  end = (epoch + 1) * feed.steps_per_epoch
+  done = progress.step - epoch * feed.steps_per_epoch
+  with log.progress(epoch + 1, done=done, total=feed.steps_per_epoch) as report:
+    while progress.step < end:
+      if stop():
+        raise signals.Stopped
+      chunks = feed.chunks(range(progress.step, policy.next_step(progress.step, end)))
+      train_chunks(progress, chunks, steps_fn, lambda: stop() or policy.is_time(), report)
+      if progress.step < end and policy.is_due(progress.step, None):
+        checkpoints.save(progress)
+        policy.mark_saved()
+
+
+def train_chunks(
+  progress: state_lib.Progress,
+  chunks: Iterable[batches.Chunk],
+  steps_fn: jax.stages.Wrapped,
+  stop: signals.Stop,
+  report: log_lib.Report,
+) -> None:
+  """Runs `chunks`, or as many until `stop()`, which is asked after each, is true.
+
+  The metrics stay on the device and are fetched now and then, so it never waits for the host.
+
+  Raises:
+    NonFinite: a loss or gradient is not finite.
+  """
+  started = fetched = time.perf_counter()
+  pending: list[metrics.Metrics] = []
+  for length, inputs in chunks:
+    with jax.transfer_guard("disallow"):  # a hidden copy is an error
+      progress.state, sums = steps_fn(progress.state, inputs, length)
+    pending.append(sums)
+    if stop():
+      break
+    # At most one call is in flight, so a signal is handled promptly and memory stays bounded.
+    jax.block_until_ready(pending[-2:-1])
+    if time.perf_counter() - fetched > FETCH_SECONDS:
+      _collect(progress, pending[:-1], report)
+      pending, fetched = pending[-1:], time.perf_counter()
+  _collect(progress, pending, report)
+  progress.totals = metrics.add_totals(progress.totals, {"seconds": time.perf_counter() - started})
+
+
+def _collect(
+  progress: state_lib.Progress, chunks: list[metrics.Metrics], report: log_lib.Report
+) -> None:
+  """Adds steps one by one, so that the sums do not depend on when they were fetched."""
+  before = progress.step
+  for sums in metrics.iterate_steps(chunks):
+    finite = sums.pop("finite")
+    if not np.all(finite):
+      raise nonfinite.NonFinite(progress.step, int(np.argmin(finite)), progress.state)
+    progress.totals = metrics.add_totals(progress.totals, sums)
+    progress.step += 1
+  if progress.step > before:
+    report(progress.totals, progress.step - before)
+
+
 def train_step(
-  state: TrainState,
-  batch: Batch,
+  state: state_lib.TrainState,
+  batch: batches.Batch,
   *,
   model: nn.Module,
   optimizer: optax.GradientTransformation,
-  normalize: Normalize,
-  mixing: Mixing | None,
+  normalize: normalize_lib.Normalize,
+  mixing: mixing_lib.Mixing | None,
   label_smoothing: float,
   ema_decay: float,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[state_lib.TrainState, metrics.Metrics]:
   """One step of gradient descent; pure.
 
   Args:
     state: the state before it.
     batch: image uint8 (N, H, W, C) and label int32 (N,).
     model: the network.
-    optimizer: what `state.opt_state` belongs to.
+    optimizer: whose state `state.opt_state` is.
     normalize: uint8 images -> float images.
     mixing: (images, targets, key) -> (images, targets); None leaves them as they are.
-    label_smoothing: see `create_targets`.
-    ema_decay: see `update_ema`; 0 switches the average off.
+    label_smoothing: see `metrics.create_targets`.
+    ema_decay: see `state.update_ema`; 0 switches the average off.
 
   Returns:
-    The state after it; or that before it, marked, if the loss or a gradient is not finite. The
-    totals of the batch, see `compute_totals`, and `finite`, bool (). Under mixing the loss is that
-    of the mixed targets, while accuracy counts against the labels before it.
+    The state after it; or the state before it, marked, if the loss or a gradient is not finite. The
+    totals of the batch, see `metrics.compute_totals`, and `finite`, bool (). Under mixing the loss
+    is that of the mixed targets, while accuracy counts against the labels before it.
   """
   images, labels = normalize(batch["image"]), batch["label"]
-  targets = create_targets(labels, model.num_classes, label_smoothing=label_smoothing)
+  targets = metrics.create_targets(labels, model.num_classes, label_smoothing=label_smoothing)
   key = jax.random.fold_in(state.key, state.step)
   if mixing:
     images, targets = mixing(images, targets, jax.random.fold_in(key, MIXING))
@@ -113,7 +309,7 @@ def train_step(
       rngs={"dropout": key},
       mutable=["batch_stats"],
     )
-    losses = cross_entropy(logits, targets)
+    losses = metrics.cross_entropy(logits, targets)
     return losses.mean(), (losses, logits, updates.get("batch_stats", {}))
 
   gradients, (losses, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -122,333 +318,13 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
   if ema_decay:
-    new = {"params": params, "batch_stats": batch_stats}
-    ema = update_ema(ema, new, state.step, ema_decay)
+    averaged = {"params": params, "batch_stats": batch_stats}
+    ema = state_lib.update_ema(ema, averaged, state.step, ema_decay)
   new_state = state.replace(
     step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
   )
-  # From a bad step on the state stands still, until the host sees it: it can be looked at then.
-  finite = state.finite & all_finite((losses, gradients))
-  state = choose_tree(finite, new_state, state).replace(finite=finite)
-  metrics = compute_totals(losses, logits, labels, jnp.ones(len(labels)))
-  return state, metrics | {"finite": finite}
-
-
-def create_steps_fn(step: Step, feed: Feed, *, num_seeds: int, mesh: Mesh) -> jax.stages.Wrapped:
-  """Compiles (state, inputs of `feed`, number of steps) -> (state, metrics of each step).
-
-  The state is donated. The metrics are arrays (steps,), for several seeds (steps, seeds).
-  """
-
-  def run(state: TrainState, inputs: Batch, length: int) -> tuple[TrainState, Metrics]:
-    def body(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
-      return step(state, feed.get_batch(state.key, state.step, inputs))
-
-    if length > 1:
-      return jax.lax.scan(body, state, length=length)
-    state, metrics = body(state, None)  # no loop, see `steps_per_call`
-    return state, jax.tree.map(lambda value: value[None], metrics)
-
-  def run_seeds(state: TrainState, inputs: Batch, length: int) -> tuple[TrainState, Metrics]:
-    function = functools.partial(run, length=length)
-    return over_seeds(function, num_seeds, (0, feed.seed_axes), out_axes=(0, 1))(state, inputs)
-
-  return jax.jit(run_seeds, static_argnums=2, donate_argnums=0, out_shardings=replicated(mesh))
-
-
-def train_epoch(
-  steps_fn: jax.stages.Wrapped,
-  state: TrainState,
-  totals: Totals,
-  calls: Iterable[Call],
-  *,
-  done: int,
-  stop: Stop,
-  report: Report,
-) -> tuple[TrainState, Totals, int]:
-  """Makes `calls`, or as many until `stop()`, which is asked after each, is true.
-
-  The metrics stay on the device and are fetched now and then, so it never waits for the host.
-
-  Returns:
-    The state, `totals` with the sums of these steps added, and the steps of the run now done.
-
-  Raises:
-    NonFinite: a loss or gradient is not finite.
-  """
-  started = fetched = time.perf_counter()
-  pending: list[Metrics] = []
-  for length, inputs in calls:
-    state, metrics = steps_fn(state, inputs, length)
-    pending.append(metrics)
-    if stop():
-      break
-    # Not further ahead than one call, lest a signal, or memory, wait for many.
-    jax.block_until_ready(pending[-2:-1])
-    if time.perf_counter() - fetched > FETCH_SECONDS:
-      totals, done = _collect(state, totals, pending[:-1], done, report)
-      pending, fetched = pending[-1:], time.perf_counter()
-  totals, done = _collect(state, totals, pending, done, report)
-  totals = add_totals(totals, {"seconds": time.perf_counter() - started})
-  return state, totals, done
-
-
-def _collect(
-  state: TrainState, totals: Totals, calls: list[Metrics], done: int, report: Report
-) -> tuple[Totals, int]:
-  """Adds steps one by one, so that the sums do not depend on when they were fetched."""
-  before = done
-  for metrics in iterate_steps(calls):
-    finite = metrics.pop("finite")
-    if not np.all(finite):
-      raise NonFinite(done, number=int(np.argmin(finite)), state=state)
-    totals, done = add_totals(totals, metrics), done + 1
-  if done > before:
-    report(totals, done - before)
-  return totals, done
-
-
-def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-  """Trains, validates, tests and reports the run that `config` describes.
-
-  The same call again goes on from the latest checkpoint; for a finished run it does nothing.
-
-  Returns:
-    What result.json holds.
-
-  Raises:
-    UserError: something the user can mend; nothing was overwritten.
-    Interrupted: a signal came; the state was saved.
-  """
-  _check_values(config)
-  check_workdir(workdir, config.to_dict())
-  result = read_result(workdir)
-  if result and result["epochs"] >= config.total_epochs:
-    accuracy = format_score(result, "accuracy", ".2%")
-    print(f"{workdir} is finished: {get_judge(result)} accuracy {accuracy}")
-    return result
-
-  #### Data
-  splits = load_splits(protocol=config.protocol, **config.data)
-  _check_numbers(config, has_validation=len(splits.validation) > 0)
-  mesh, num_seeds = create_mesh(config.num_devices), config.num_seeds
-  check_batch_size("batch_size", config.batch_size, mesh)
-  check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-  mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
-  feed = _create_feed(config, splits.train, mean=mean, mesh=mesh)
-  steps_per_epoch = feed.steps_per_epoch
-
-  #### Network, schedule, optimiser, state
-  model = create_model(
-    **config.model,
-    num_classes=len(splits.class_names),
-    norm_arguments=config.norm,
-    dtype=config.compute_dtype,
-  )
-  schedule = create_schedule(
-    steps_per_epoch=steps_per_epoch, total_epochs=config.total_epochs, **config.schedule
-  )
-  plateau = create_plateau(**config.schedule.plateau)
-  on_plateau = config.schedule.name == "plateau"
-  optimizer = create_optimizer(schedule, **config.optimizer)
-  create_state = functools.partial(
-    create_train_state,
-    model=model,
-    optimizer=optimizer,
-    plateau=plateau,
-    image_shape=splits.image_shape,
-    ema_decay=config.ema.decay,
-  )
-  states = [create_state(seed=config.seed + number) for number in range(num_seeds)]
-  state = jax.device_put(stack_seeds(states), replicated(mesh))
-
-  #### Compiled steps
-  normalize = create_normalize(mean, std, dtype=DTYPES[config.compute_dtype])
-  step = functools.partial(
-    train_step,
-    model=model,
-    optimizer=optimizer,
-    normalize=normalize,
-    mixing=create_mixing(**config.mixing),
-    label_smoothing=config.loss.label_smoothing,
-    ema_decay=config.ema.decay,
-  )
-  rhythm = SaveRhythm(**without(config.checkpoint.to_dict(), ("keep",)))
-  steps_fn = create_steps_fn(step, feed, num_seeds=num_seeds, mesh=mesh)
-  eval_step = create_eval_step(model=model, normalize=normalize, mesh=mesh, num_seeds=num_seeds)
-  observe = jax.jit(
-    over_seeds(lambda state, loss: plateau.update({}, state, value=loss)[1], num_seeds, (0, 0))
-  )
-  # What does not fit together fails here, early; the first call finds the trace.
-  steps_fn.trace(state, feed.first_inputs(), feed.steps_per_call)
-
-  with contextlib.ExitStack() as stack:
-    #### Start or resume
-    guard = stack.enter_context(InterruptGuard())
-    stack.enter_context(explain_failed_writes(workdir))
-    stack.enter_context(open_workdir(workdir, config.to_dict()))
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    stack.enter_context(contextlib.closing(checkpoints))
-    state, totals, records = checkpoints.restore_or(state, create_totals(num_seeds), mesh)
-    done = int(first_seed(state.step, num_seeds))
-    least = math.ceil(done / steps_per_epoch)
-    expected = f"{least} or more, as the run has come to step {done:,}"
-    require(config.total_epochs >= least, "total_epochs", config.total_epochs, expected)
-    write_json(workdir / "config.json", config.to_dict())
-    table = format_layer_table(get_layer_table(model, splits.image_shape))
-    (workdir / "summary.txt").write_text(table)
-    log = RunLog(
-      workdir,
-      records=records,
-      step=done,
-      total_epochs=config.total_epochs,
-      tensorboard=config.log.tensorboard,
-    )
-    stack.enter_context(contextlib.closing(log))
-    parameters = int(parameter_overview.count_parameters(state.params)) // num_seeds
-    hardware = get_hardware(mesh.size)
-    log.banner(describe_run(config, splits, parameters, hardware, workdir))
-    if done:
-      log.say(f"resumed at step {done:,}, epoch {done / steps_per_epoch:.2f}")
-
-    #### Epochs
-    stack.enter_context(contextlib.closing(feed))
-    for epoch in range(len(records), config.total_epochs):
-      start, end = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
-      with log.progress(epoch + 1, done=done - start, total=steps_per_epoch) as report:
-        while done < end and not guard.is_caught():
-          calls = feed.calls(range(done, rhythm.next_step(done, end)))
-          try:
-            state, totals, done = train_epoch(
-              steps_fn,
-              state,
-              totals,
-              calls,
-              done=done,
-              stop=lambda: guard.is_caught() or rhythm.is_time(),
-              report=report,
-            )
-          except NonFinite as error:
-            raise _describe_non_finite(error, feed, num_seeds, workdir) from error
-          if done < end and rhythm.is_due(done, None):
-            checkpoints.save(done, state, totals, log.records)
-      validation, complete = None, done == end
-      if complete and len(splits.validation):
-        try:
-          validation = evaluate(
-            eval_step,
-            state.eval_variables,
-            splits.validation,
-            config.eval_batch_size,
-            stop=guard.is_caught,
-          )
-        except Stopped:
-          complete = False  # the next process validates first
-      if complete:
-        share = np.float64(schedule(end - 1) * state.plateau.scale)
-        if on_plateau and validation:
-          state = state.replace(plateau=observe(state.plateau, validation["loss"]))
-        log.write(
-          epoch=epoch + 1,
-          step=end,
-          learning_rate=config.optimizer.learning_rate * share,
-          train=totals,
-          validation=validation,
-        )
-        totals = create_totals(num_seeds)
-      signum = guard.signum  # read once: a signal after the save must wait for the next one
-      if signum or epoch + 1 == config.total_epochs or rhythm.is_due(done, epoch + 1):
-        checkpoints.save(done, state, totals, log.records, validation)
-      if signum:
-        raise Interrupted(signum, done)
-      if config.log.pictures:  # not earlier, lest the first step wait for it
-        _show_augmented(workdir / "augmented.png", feed, splits.class_names)
-
-    #### Test, once; a trial does not
-    judge = splits.get_judge()
-    try:
-      logits = predict(
-        eval_step, state.eval_variables, judge, config.eval_batch_size, stop=guard.is_caught
-      )
-    except Stopped:
-      raise Interrupted(guard.signum or 0, done) from None
-    save_weights(
-      workdir / "weights.safetensors",
-      first_seed(state.eval_variables, num_seeds),
-      config=config.to_dict(),
-      class_names=splits.class_names,
-      image_shape=splits.image_shape,
-      mean=mean,
-      std=std,
-    )
-    checkpoints.wait()  # a run is not finished before its last checkpoint is written
-    result = {
-      **score(splits.judge, judge, logits),
-      **summarise(config, log.records),
-      "parameters": parameters,
-      "hardware": hardware,
-    }
-    if config.log.pictures:
-      _show_augmented(workdir / "augmented.png", feed, splits.class_names)
-      first = first_seed(logits, num_seeds)
-      pictures.save_misclassified(workdir / "misclassified.png", judge, first, splits.class_names)
-      pictures.save_curves(workdir / "curves.png", log.records)
-      pictures.save_learning_rate(workdir / "learning_rate.png", log.records)
-    write_json(workdir / "result.json", result)  # last: it says that the run is finished
-    say_result(log, result, workdir)
-  return result
-
-
-def _show_augmented(path: pathlib.Path, feed: Feed, class_names: tuple[str, ...]) -> None:
-  """Draws the first batch of the run, where it is not yet drawn."""
-  if not path.exists():
-    pictures.save_augmented(path, feed.look_up(0), class_names)
-
-
-def _describe_non_finite(
-  error: NonFinite, feed: Feed, num_seeds: int, workdir: pathlib.Path
-) -> UserError:
-  path = save_post_mortem(
-    workdir,
-    step=error.step,
-    state=take_seed(error.state, num_seeds, error.number),
-    batch=feed.look_up(error.step, error.number),
-  )
-  return UserError(
-    f"{error}. The checkpoints are kept, and {str(path)!r} has the state before that step and its "
-    "batch. Lower optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
-  )
-
-
-def _create_feed(config: ConfigDict, split: Split, *, mean: tuple[float, ...], mesh: Mesh) -> Feed:
-  names = ("batch_size", "total_epochs", "steps_per_call", "seed", "num_seeds")
-  return create_feed(
-    split,
-    mean=mean,
-    mesh=mesh,
-    **{name: config[name] for name in names},
-    **{name: config.augment[name] for name in ("backend", "workers", "ops", *RULES)},
-  )
-
-
-def _check_values(config: ConfigDict) -> None:
-  """What no key may hold; the modules that use them know the rest."""
-  for key, value in flatten(config.to_dict()).items():
-    require(value is not None, key, value, "set; configs/common.py has its default")
-    require(not isinstance(value, float) or math.isfinite(value), key, value, "finite")
-  shown = config.name.isprintable() and len(config.name) <= 100
-  require(shown, "name", config.name, "up to 100 printable characters")
-
-
-def _check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
-  smoothing = config.loss.label_smoothing
-  require(config.total_epochs > 0, "total_epochs", config.total_epochs, "1 or more")
-  require(config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "1 or more")
-  require(0 <= config.ema.decay < 1, "ema.decay", config.ema.decay, "at least 0 and below 1")
-  require(0 <= smoothing < 1, "loss.label_smoothing", smoothing, "at least 0 and below 1")
-  require(
-    has_validation or config.schedule.name != "plateau",
-    "data.validation_size",
-    config.data.validation_size,
-    "positive where schedule.name='plateau'",
-  )
+  # After a non-finite step the state is frozen, so the host can inspect it.
+  finite = state.finite & state_lib.all_finite((losses, gradients))
+  state = state_lib.choose_tree(finite, new_state, state).replace(finite=finite)
+  sums = metrics.compute_totals(losses, logits, labels, jnp.ones(len(labels)))
+  return state, sums | {"finite": finite}

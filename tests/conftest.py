@@ -1,9 +1,11 @@
 """Settings that must precede the first import of JAX."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
+from typing import Any
 
 import pytest
 
@@ -19,19 +21,53 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+# Modules whose annotations, shapes included, the tests check at each call of their functions.
+CHECKED = (
+  *("flax_cifar.kernels", "flax_cifar.metrics"),
+  *(
+    f"flax_cifar.data.augment.{name}"
+    for name in ("device", "device_color", "device_pixels", "device_random", "host", "mixing")
+  ),
+  "flax_cifar.data.augment.normalize",
+  *(
+    f"flax_cifar.models.{name}"
+    for name in ("blocks", "dilated", "dropout", "five_convs", "ghost", "keras_base", "keras_fcn")
+  ),
+  *(f"flax_cifar.models.{name}" for name in ("norms", "pyramid", "skip", "skip_dilated")),
+)
+
+
+def check_types(function: Any) -> Any:
+  """Wraps `function` so that it checks the types of its arguments and of what it returns.
+
+  As in mypy, an int may stand for a float. Linen's attributes are left out: beartype cannot check
+  the protocols among them.
+  """
+  import beartype
+
+  if function.__name__ == "__init__":
+    return function
+  return beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))(function)
+
+
+if importlib.util.find_spec("beartype"):
+  import jaxtyping
+
+  jaxtyping.install_import_hook(CHECKED, f"{__name__}.check_types")
+
 
 @pytest.fixture
 def tiny_model(monkeypatch):
   """Makes TinyNet a network that a config can name."""
-  from flax_cifar.models import MODELS
-  from tests.tiny import TinyNet
+  from flax_cifar import models
+  from tests import tiny
 
-  monkeypatch.setitem(MODELS, "tiny", TinyNet)
+  monkeypatch.setitem(models.MODELS, "tiny", tiny.TinyNet)
 
 
 @pytest.fixture
 def data(tmp_path):
   """The name of a tiny data set."""
-  from tests.tiny import write_data
+  from tests import tiny
 
-  return write_data(tmp_path / "tiny.npz")
+  return tiny.write_data(tmp_path / "tiny.npz")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cifar import train
-from flax_cifar.data.feeds import DeviceFeed, HostFeed
-from tests.tiny import get_config
+from flax_cifar.data import device_feed, host_feed
+from tests import tiny
 
 STEPS_PER_EPOCH = 5  # 96 - 16 train images in batches of 16
 LAST_STEP = 3 * STEPS_PER_EPOCH
@@ -23,7 +23,7 @@ AVERAGE_AND_PLATEAU = {
 
 
 def run(workdir, data, **changes):
-  return train.train_and_evaluate(get_config(data, **changes), workdir)
+  return train.train_and_evaluate(tiny.get_config(data, **changes), workdir)
 
 
 def lines(workdir):
@@ -76,14 +76,14 @@ def checkpoint_steps(workdir):
 
 def interrupt_at(monkeypatch, step):
   """Sends SIGINT before the call that makes `step`."""
-  for feed in (HostFeed, DeviceFeed):
-    original = feed.calls
+  for feed in (host_feed.HostFeed, device_feed.DeviceFeed):
+    original = feed.chunks
 
-    def calls(self, steps, original=original):
+    def chunks(self, steps, original=original):
       for length, inputs in original(self, steps):
         if step in steps[:length]:
           signal.raise_signal(signal.SIGINT)
         steps = steps[length:]
         yield length, inputs
 
-    monkeypatch.setattr(feed, "calls", calls)
+    monkeypatch.setattr(feed, "chunks", chunks)

@@ -2,32 +2,32 @@
 
 import pytest
 
-from flax_cifar.errors import UserError, choose, list_differences, require
+from flax_cifar import errors
 
 
 def test_choose_returns_the_named_one():
-  assert choose("colour", "red", {"red": 1, "blue": 2}) == 1
+  assert errors.choose("colour", "red", {"red": 1, "blue": 2}) == 1
 
 
 def test_choose_lists_the_choices_and_guesses():
-  with pytest.raises(UserError, match=r"colour='redd' .* red, blue\. Did you mean 'red'\?"):
-    choose("colour", "redd", {"red": 1, "blue": 2})
+  with pytest.raises(errors.UserError, match=r"colour='redd' .* red, blue\. Did you mean 'red'\?"):
+    errors.choose("colour", "redd", {"red": 1, "blue": 2})
 
 
 def test_choose_does_not_guess_wildly():
-  with pytest.raises(UserError) as caught:
-    choose("colour", "xyz", {"red": 1, "blue": 2})
+  with pytest.raises(errors.UserError) as caught:
+    errors.choose("colour", "xyz", {"red": 1, "blue": 2})
   assert "Did you mean" not in str(caught.value)
 
 
 def test_require_quotes_the_value():
-  require(True, "size", 3, "positive")
-  with pytest.raises(UserError, match=r"size=-3 is not valid; it must be positive\."):
-    require(False, "size", -3, "positive")
+  errors.require(True, "size", 3, "positive")
+  with pytest.raises(errors.UserError, match=r"size=-3 is not valid; it must be positive\."):
+    errors.require(False, "size", -3, "positive")
 
 
 def test_differences_name_changed_and_missing_keys():
-  assert list_differences({"a": 1, "b": (2,), "c": 3}, {"a": 1, "b": (4,), "d": 5}) == [
+  assert errors.list_differences({"a": 1, "b": (2,), "c": 3}, {"a": 1, "b": (4,), "d": 5}) == [
     "b is (2,) there and (4,) here",
     "c is 3 there and 'absent' here",
     "d is 'absent' there and 5 here",

@@ -5,19 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from flax_cifar.metrics import (
-  add_totals,
-  compute_means,
-  compute_totals,
-  create_totals,
-  iterate_steps,
-)
+from flax_cifar import metrics
 
 
 def test_masked_examples_do_not_count():
   logits = np.float32([[2, 1], [1, 2], [5, 0]])
   labels, losses = np.array([0, 0, 1]), np.float32([0.5, 1.5, 99.0])
-  totals = compute_totals(losses, logits, labels, np.float32([1, 1, 0]))
+  totals = metrics.compute_totals(losses, logits, labels, np.float32([1, 1, 0]))
   assert {name: float(value) for name, value in totals.items()} == {
     "loss_sum": 2.0,
     "correct": 1.0,
@@ -30,28 +24,30 @@ def test_means_do_not_depend_on_the_batches():
   logits, labels = rng.normal(size=(10, 3)).astype(np.float32), rng.integers(3, size=10)
   losses = rng.uniform(size=10).astype(np.float32)
   for bounds in ([0, 10], [0, 3, 6, 9, 10], [0, 1, 10]):
-    totals = create_totals(1)
+    totals = metrics.create_totals(1)
     for a, b in itertools.pairwise(bounds):
-      batch = compute_totals(losses[a:b], logits[a:b], labels[a:b], np.ones(b - a, np.float32))
-      totals = add_totals(totals, batch)
-    means = compute_means(totals)
+      batch = metrics.compute_totals(
+        losses[a:b], logits[a:b], labels[a:b], np.ones(b - a, np.float32)
+      )
+      totals = metrics.add_totals(totals, batch)
+    means = metrics.compute_means(totals)
     assert means["loss"] == pytest.approx(losses.mean(), rel=1e-6)
     assert means["accuracy"] == (logits.argmax(-1) == labels).mean()
 
 
 def test_adding_leaves_the_start_alone():
-  start = create_totals(1)
-  assert add_totals(start, {"count": np.float32(3)})["count"] == 3
+  start = metrics.create_totals(1)
+  assert metrics.add_totals(start, {"count": np.float32(3)})["count"] == 3
   assert [float(value) for value in start.values()] == [0] * 4
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_totals_keep_their_shape_and_precision(seeds):
   """Orbax restores what it is shown: float64 arrays, also of shape ()."""
-  start = create_totals(seeds)
+  start = metrics.create_totals(seeds)
   shape = () if seeds == 1 else (seeds,)
   step = {"loss_sum": np.full(shape, np.float32(1e-9)), "count": np.full(shape, np.float32(1))}
-  totals = add_totals({**start, "loss_sum": start["loss_sum"] + 1}, step)
+  totals = metrics.add_totals({**start, "loss_sum": start["loss_sum"] + 1}, step)
   for name, values in totals.items():
     assert isinstance(values, np.ndarray)
     assert (values.shape, values.dtype) == (start[name].shape, np.float64)
@@ -62,15 +58,15 @@ def test_seeds_have_totals_of_their_own():
   rng = np.random.default_rng(0)
   logits, losses = rng.normal(size=(2, 6, 3)).astype(np.float32), rng.uniform(size=(2, 6))
   labels, mask = rng.integers(3, size=6), np.float32([1, 1, 1, 1, 0, 0])
-  both = compute_totals(np.float32(losses), logits, labels, mask)
+  both = metrics.compute_totals(np.float32(losses), logits, labels, mask)
   for seed in range(2):
-    one = compute_totals(np.float32(losses[seed]), logits[seed], labels, mask)
+    one = metrics.compute_totals(np.float32(losses[seed]), logits[seed], labels, mask)
     for name in ("loss_sum", "correct"):
       assert both[name][seed] == pytest.approx(float(one[name]), rel=1e-6)
 
 
 def test_steps_come_in_order():
   calls = [{"count": np.arange(3), "loss_sum": np.arange(6).reshape(3, 2)}, {"count": [3]}]
-  steps = list(iterate_steps(calls))
+  steps = list(metrics.iterate_steps(calls))
   assert [int(step["count"]) for step in steps] == [0, 1, 2, 3]
   assert steps[2]["loss_sum"].tolist() == [4, 5]

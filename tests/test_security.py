@@ -20,18 +20,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from flax_cifar import environment, train
-from flax_cifar.data import cifar10
-from flax_cifar.data.cifar10_builder import prepare_cifar10
-from flax_cifar.data.dataset import Split
-from flax_cifar.data.source import load_dataset
-from flax_cifar.errors import UserError
-from flax_cifar.models import MODELS
-from flax_cifar.tools import sweep
-from flax_cifar.tools.jobs import Job, run_jobs, split_cores
-from flax_cifar.weights import load_weights
-from flax_cifar.workdir import default_workdir
-from tests.tiny import IMAGE_SIZE, TinyNet, get_config, write_data
+from flax_cifar import environment, errors, models
+from flax_cifar import train as train_lib
+from flax_cifar.data import dataset, load
+from flax_cifar.data.sources import cifar10_archive, cifar10_tfds
+from flax_cifar.run import weights
+from flax_cifar.run import workdir as workdir_lib
+from flax_cifar.tools import jobs, sweep
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("flax_cifar", "configs", "benchmarks")
@@ -216,8 +212,8 @@ def test_a_pickle_as_weights(tmp_path, gadget):
   made, sentinel = gadget
   path = tmp_path / "weights.safetensors"
   path.write_bytes(pickle.dumps({"params": made}))
-  with pytest.raises(UserError, match="is damaged or no weights file"):
-    load_weights(path)
+  with pytest.raises(errors.UserError, match="is damaged or no weights file"):
+    weights.load_weights(path)
   assert not sentinel.exists()
 
 
@@ -229,8 +225,8 @@ def test_a_pickle_as_npz_or_in_one(tmp_path, gadget):
   inside = path.read_bytes()
   for blob in (inside, pickle.dumps(made), pickle.dumps(dict.fromkeys(names, made))):
     path.write_bytes(blob)
-    with pytest.raises(UserError, match="cannot be read"):
-      load_dataset(name=f"npz:{path}", dir="", image_size=IMAGE_SIZE)
+    with pytest.raises(errors.UserError, match="cannot be read"):
+      load.load_dataset(name=f"npz:{path}", dir="", image_size=tiny.IMAGE_SIZE)
     assert not sentinel.exists()
 
 
@@ -242,8 +238,8 @@ def test_a_pickle_as_a_batch_of_cifar(tmp_path, gadget, protocol):
   for content in (made, {b"data": made, b"labels": []}, {made: 1}):
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
       (folder / name).write_bytes(pickle.dumps(content, protocol))
-    with pytest.raises(UserError, match="has no place in a CIFAR batch"):
-      cifar10.read_archive(folder)
+    with pytest.raises(errors.UserError, match="has no place in a CIFAR batch"):
+      cifar10_archive.read_archive(folder)
     assert not sentinel.exists()
 
 
@@ -256,7 +252,7 @@ def test_the_unpickler_finds_nothing_but_arrays(name):
     parts = (f"\x8c{chr(len(part))}{part}" for part in (module, name))
     blob = f"\x80\x04{''.join(parts)}\x93.".encode("latin-1")
     with pytest.raises(pickle.UnpicklingError, match="has no place"):
-      cifar10._decode_pickled(blob)
+      cifar10_archive._decode_pickled(blob)
 
 
 EVIL = "evil_module.Image"
@@ -275,10 +271,10 @@ FEATURES = {  # each makes TFDS import the module
 @pytest.mark.parametrize("form", FEATURES)
 def test_a_prepared_directory_imports_nothing(tmp_path, monkeypatch, form):
   """TFDS looks up classes by name, and imports what it does not know."""
-  monkeypatch.setattr(cifar10, "BATCH_SIZE", 2)
-  monkeypatch.setattr(cifar10, "TRAIN_BATCHES", 1)
-  split = Split(np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 1], np.int32))
-  folder = prepare_cifar10(train=split, test=split, data_dir=tmp_path)
+  monkeypatch.setattr(cifar10_archive, "BATCH_SIZE", 2)
+  monkeypatch.setattr(cifar10_archive, "TRAIN_BATCHES", 1)
+  split = dataset.Split(np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 1], np.int32))
+  folder = cifar10_tfds.prepare_cifar10(train=split, test=split, data_dir=tmp_path)
   executed = tmp_path / "executed"
   (tmp_path / "evil_module.py").write_text(f"open({str(executed)!r}, 'w')")
   monkeypatch.syspath_prepend(str(tmp_path))
@@ -286,7 +282,7 @@ def test_a_prepared_directory_imports_nothing(tmp_path, monkeypatch, form):
   info = json.loads((folder / "dataset_info.json").read_text())
   info |= {"features": {"pythonClassName": EVIL}, "moduleName": "evil_module"}
   (folder / "dataset_info.json").write_text(json.dumps(info))
-  train, _ = cifar10.read_prepared(folder)
+  train, _ = cifar10_tfds.read_prepared(folder)
   assert sorted(train.labels) == [0, 1]
   assert not executed.exists()
   with pytest.raises(ValueError, match="Unrecognized FeatureConnector"):
@@ -306,7 +302,7 @@ def list_all(folder):
 def test_an_archive_writes_nothing_and_follows_no_link(tmp_path, kind):
   """Members outside of the folder are passed over; one that is no plain file is missing."""
   (tmp_path / "inner").mkdir()
-  path = tmp_path / "inner" / cifar10.ARCHIVE
+  path = tmp_path / "inner" / cifar10_archive.ARCHIVE
   secret = tmp_path / "secret"
   secret.write_bytes(pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [0]}))
   types = {"symlink": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}
@@ -322,8 +318,8 @@ def test_an_archive_writes_nothing_and_follows_no_link(tmp_path, kind):
         member.size = 4
         tar.addfile(member, io.BytesIO(b"evil"))
   before = list_all(tmp_path)
-  with pytest.raises(UserError, match="data_batch_1 is not in it"):
-    cifar10.read_archive(path)
+  with pytest.raises(errors.UserError, match="data_batch_1 is not in it"):
+    cifar10_archive.read_archive(path)
   assert list_all(tmp_path) == before
 
 
@@ -369,15 +365,15 @@ def test_a_shell_would_be_seen(processes, start, shell):
 
 
 def test_a_run_in_a_folder_with_any_name(tmp_path, monkeypatch, processes):
-  monkeypatch.setitem(MODELS, "tiny", TinyNet)
+  monkeypatch.setitem(models.MODELS, "tiny", tiny.TinyNet)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "argv", ["main.py", f"--workdir={NASTY}"])
-  data = write_data(tmp_path / f"data {NASTY}.npz")
-  config = get_config(
+  data = tiny.write_data(tmp_path / f"data {NASTY}.npz")
+  config = tiny.get_config(
     data,
     **{"total_epochs": 1, "name": "".join(filter(str.isprintable, NASTY)), "log.tensorboard": True},
   )
-  result = train.train_and_evaluate(config, pathlib.Path(NASTY))
+  result = train_lib.train_and_evaluate(config, pathlib.Path(NASTY))
   assert json.loads((tmp_path / NASTY / "result.json").read_text()) == result
   assert {path.name for path in tmp_path.iterdir()} == {NASTY, f"data {NASTY}.npz"}
   assert processes  # git
@@ -396,7 +392,9 @@ def test_a_sweep_passes_strings_on_as_they_are(tmp_path, processes):
   arguments = sweep.get_command(asked, {"norm": NASTY})[2:]
   program = "import json, sys; json.dump(sys.argv[2:], open(sys.argv[1], 'w'))"
   seen = tmp_path / "seen"
-  run_jobs([Job(NASTY, [sys.executable, "-c", program, str(seen), *arguments])], split_cores(1))
+  jobs.run_jobs(
+    [jobs.Job(NASTY, [sys.executable, "-c", program, str(seen), *arguments])], jobs.split_cores(1)
+  )
   assert json.loads(seen.read_text()) == [
     f"--config=configs/{NASTY}.py:norm={NASTY}",
     f"--config.name={NASTY}",
@@ -424,7 +422,7 @@ def test_a_sweep_passes_strings_on_as_they_are(tmp_path, processes):
   ],
 )
 def test_a_default_folder_is_in_runs_whatever_the_name(name):
-  workdir = default_workdir(get_config("shapes", name=name).to_dict())
+  workdir = workdir_lib.default_workdir(tiny.get_config("shapes", name=name).to_dict())
   assert workdir.parts == ("runs", workdir.name)
   assert workdir.name not in ("", ".", "..")
   assert "\0" not in workdir.name

@@ -6,18 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cifar.schedules import create_plateau
-from flax_cifar.state import create_train_state, update_ema
-from tests.tiny import TinyNet
+from flax_cifar import optim
+from flax_cifar import state as state_lib
+from tests import tiny
 
 PLATEAU = {"factor": 0.5, "patience": 1, "threshold": 0.1, "cooldown": 0, "final": 0.0}
 
 
 def create(seed=0, ema_decay=0.0):
-  return create_train_state(
-    model=TinyNet(),
+  return state_lib.create_train_state(
+    model=tiny.TinyNet(),
     optimizer=optax.sgd(0.1),
-    plateau=create_plateau(**PLATEAU),
+    plateau=optim.create_plateau(enabled=True, **PLATEAU),
     image_shape=(8, 8, 3),
     ema_decay=ema_decay,
     seed=seed,
@@ -49,5 +49,5 @@ def test_ema_ramps_up_to_its_decay(decay):
   for step, new in enumerate(rng.normal(size=30)):
     keep = min(decay, (1 + step) / (10 + step))
     expected = keep * expected + (1 - keep) * new
-    ema = update_ema({"w": jnp.float32(ema)}, {"w": new}, jnp.int32(step), decay)["w"]
+    ema = state_lib.update_ema({"w": jnp.float32(ema)}, {"w": new}, jnp.int32(step), decay)["w"]
   assert float(ema) == pytest.approx(expected, rel=1e-5)

@@ -9,38 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cifar import train
-from flax_cifar.data.splits import load_splits
-from flax_cifar.errors import UserError
-from flax_cifar.evaluate import never
-from flax_cifar.interrupt import Interrupted
-from flax_cifar.metrics import create_totals
-from flax_cifar.partition import create_mesh
-from flax_cifar.schedules import create_plateau
-from flax_cifar.state import create_train_state
-from tests.runs import (
-  AVERAGE_AND_PLATEAU,
-  LAST_STEP,
-  STEPS_PER_EPOCH,
-  checkpoint_steps,
-  flat_checkpoint,
-  interrupt_at,
-  lines,
-  load_checkpoint,
-  run,
-)
-from tests.tiny import IMAGE_SIZE, TinyNet, get_config, write_data
+from flax_cifar import errors, metrics, optim, parallel, signals, train
+from flax_cifar import state as state_lib
+from flax_cifar.data import feeds, splits
+from flax_cifar.run import config as config_lib
+from tests import runs, tiny
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 def test_a_run_learns_and_leaves_everything(tmp_path, data):
-  result = run(tmp_path / "run", data, **{"total_epochs": 12, "log.pictures": True})
+  result = runs.run(tmp_path / "run", data, **{"total_epochs": 12, "log.pictures": True})
   assert result["test_accuracy"] > 0.9
   assert result["epochs"] == 12
   assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
   assert result["parameters"] == 9 * 3 * 6 + 2 * 6 + 6 * 3
-  assert len(lines(tmp_path / "run")) == 12
+  assert len(runs.lines(tmp_path / "run")) == 12
   names = {path.name for path in (tmp_path / "run").iterdir()}
   assert names >= {"config.json", "summary.txt", "checkpoints", "metrics.jsonl", "result.json"}
   assert names >= {"weights.safetensors", "lock"}
@@ -49,15 +33,15 @@ def test_a_run_learns_and_leaves_everything(tmp_path, data):
 
 def test_reported_accuracy_is_that_of_the_saved_parameters(tmp_path, data):
   """Recomputes the forward pass in float64 NumPy from the checkpoint."""
-  result = run(tmp_path / "run", data, **{"model.norm": "none", "total_epochs": 4})
-  params = load_checkpoint(tmp_path / "run", 20)["params"]
+  result = runs.run(tmp_path / "run", data, **{"model.norm": "none", "total_epochs": 4})
+  params = runs.load_checkpoint(tmp_path / "run", 20)["params"]
   arrays = np.load(data.removeprefix("npz:"))
   pixels = arrays["train_images"].astype(np.float64) / 255
   x = (arrays["test_images"] / 255 - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))
   padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   kernel = np.asarray(params["unit"]["conv"]["kernel"], np.float64)
   maps = sum(
-    padded[:, i : i + IMAGE_SIZE, j : j + IMAGE_SIZE] @ kernel[i, j]
+    padded[:, i : i + tiny.IMAGE_SIZE, j : j + tiny.IMAGE_SIZE] @ kernel[i, j]
     for i in range(3)
     for j in range(3)
   )
@@ -71,13 +55,13 @@ def test_reported_accuracy_is_that_of_the_saved_parameters(tmp_path, data):
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, data):
   for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-    run(tmp_path / name, data, seed=seed)
-  assert lines(tmp_path / "a") == lines(tmp_path / "b")
-  assert lines(tmp_path / "a") != lines(tmp_path / "c")
+    runs.run(tmp_path / name, data, seed=seed)
+  assert runs.lines(tmp_path / "a") == runs.lines(tmp_path / "b")
+  assert runs.lines(tmp_path / "a") != runs.lines(tmp_path / "c")
 
 
 def saved_params(workdir):
-  return jax.tree.leaves(load_checkpoint(workdir, LAST_STEP)["params"])
+  return jax.tree.leaves(runs.load_checkpoint(workdir, runs.LAST_STEP)["params"])
 
 
 def assert_nearly_equal(one, other):
@@ -90,9 +74,9 @@ def assert_nearly_equal(one, other):
 def test_a_loop_in_one_call_gives_what_single_steps_give(tmp_path, data):
   """Five steps in calls of three and two."""
   for steps_per_call in (1, 3):
-    changes = {"steps_per_call": steps_per_call, **AVERAGE_AND_PLATEAU}
-    run(tmp_path / str(steps_per_call), data, **changes)
-  for one, three in zip(lines(tmp_path / "1"), lines(tmp_path / "3"), strict=True):
+    changes = {"steps_per_call": steps_per_call, **runs.AVERAGE_AND_PLATEAU}
+    runs.run(tmp_path / str(steps_per_call), data, **changes)
+  for one, three in zip(runs.lines(tmp_path / "1"), runs.lines(tmp_path / "3"), strict=True):
     assert_nearly_equal(one, three)
   params = [saved_params(tmp_path / name) for name in ("1", "3")]
   for a, b in zip(*params, strict=True):
@@ -102,21 +86,21 @@ def test_a_loop_in_one_call_gives_what_single_steps_give(tmp_path, data):
 def test_when_metrics_are_fetched_changes_nothing(tmp_path, data, monkeypatch):
   """Once an epoch, or as soon as another step has begun."""
   fetched = []
-  original = train.iterate_steps
+  original = metrics.iterate_steps
 
   def iterate_steps(calls):
     fetched.append(len(calls))
     return original(calls)
 
-  monkeypatch.setattr(train, "iterate_steps", iterate_steps)
+  monkeypatch.setattr(metrics, "iterate_steps", iterate_steps)
   monkeypatch.setattr(train, "FETCH_SECONDS", 60)
-  run(tmp_path / "seldom", data)
-  assert fetched == [STEPS_PER_EPOCH] * 3
+  runs.run(tmp_path / "seldom", data)
+  assert fetched == [runs.STEPS_PER_EPOCH] * 3
   fetched.clear()
   monkeypatch.setattr(train, "FETCH_SECONDS", 0)
-  run(tmp_path / "often", data)
+  runs.run(tmp_path / "often", data)
   assert fetched == [0, 1, 1, 1, 1, 1] * 3
-  assert lines(tmp_path / "seldom") == lines(tmp_path / "often")
+  assert runs.lines(tmp_path / "seldom") == runs.lines(tmp_path / "often")
 
 
 def test_an_epoch_waits_for_all_steps_but_the_last(monkeypatch):
@@ -130,28 +114,31 @@ def test_an_epoch_waits_for_all_steps_but_the_last(monkeypatch):
     return state, made[-1]
 
   reports = []
-  _, totals, done = train.train_epoch(
-    steps_fn,
-    None,
-    create_totals(1),
-    [(3, None), (3, None), (3, None), (1, None)],
-    done=20,
-    stop=never,
-    report=lambda totals, steps: reports.append(steps),
+  progress = state_lib.Progress(20, None, metrics.create_totals(1), [])
+  chunks = [(3, None), (3, None), (3, None), (1, None)]
+  train.train_chunks(
+    progress, chunks, steps_fn, signals.never, lambda totals, steps: reports.append(steps)
   )
   assert waited == made[:-1]
-  assert done == 30
-  assert totals["count"] == sum(reports) == 10
+  assert progress.step == 30
+  assert progress.totals["count"] == sum(reports) == 10
 
 
 def test_the_data_is_no_constant_of_the_compiled_steps(data):
   """What is captured instead of passed would be copied into every program, and the cache."""
-  config = get_config(write_data(data.removeprefix("npz:"), train=2000, size=IMAGE_SIZE))
-  split = load_splits(protocol="honest", **config.data).train
-  feed = train._create_feed(config, split, mean=(0.5,) * 3, mesh=create_mesh(1))
+  config = tiny.get_config(
+    tiny.write_data(data.removeprefix("npz:"), train=2000, size=tiny.IMAGE_SIZE)
+  )
+  split = splits.load_splits(protocol="honest", **config.data).train
+  mesh = parallel.create_mesh(1)
+  feed = feeds.create_feed(
+    split, mean=(0.5,) * 3, mesh=mesh, **config_lib.get_feed_arguments(config)
+  )
   state, step = create_step()
-  steps_fn = train.create_steps_fn(step, feed, num_seeds=1, mesh=create_mesh(1))
-  program = steps_fn.lower(state, feed.first_inputs(), 2).as_text()
+  steps_fn = parallel.compile_steps(
+    step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=1, mesh=mesh
+  )
+  program = steps_fn.lower(state, feed.example_inputs(), 2).as_text()
   assert "dense" in program
   assert len(program) < split.images.nbytes / 2
 
@@ -165,17 +152,19 @@ def test_the_step_is_traced_once(tmp_path, data, monkeypatch):
     return real_step(state, batch, **kwargs)
 
   monkeypatch.setattr(train, "train_step", step)
-  run(tmp_path / "run", data)
-  assert traced == [(16, IMAGE_SIZE, IMAGE_SIZE, 3)]
+  runs.run(tmp_path / "run", data)
+  assert traced == [(16, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)]
 
 
 def test_seeds_trained_at_once_are_the_runs_of_each_seed(tmp_path, data, capsys):
-  changes = {"seed": 3, **AVERAGE_AND_PLATEAU}
-  both = run(tmp_path / "both", data, **changes, num_seeds=2, **{"log.pictures": True})
+  changes = {"seed": 3, **runs.AVERAGE_AND_PLATEAU}
+  both = runs.run(tmp_path / "both", data, **changes, num_seeds=2, **{"log.pictures": True})
   shown = capsys.readouterr().out
-  singles = [run(tmp_path / str(s), data, **(changes | {"seed": s})) for s in (3, 4)]
+  singles = [runs.run(tmp_path / str(s), data, **(changes | {"seed": s})) for s in (3, 4)]
   for number, seed in enumerate((3, 4)):
-    for one, record in zip(lines(tmp_path / str(seed)), lines(tmp_path / "both"), strict=True):
+    for one, record in zip(
+      runs.lines(tmp_path / str(seed)), runs.lines(tmp_path / "both"), strict=True
+    ):
       own = {name: record.get(f"{name}_per_seed", [record[name]] * 2)[number] for name in one}
       assert_nearly_equal(one, own)
   for name in ("test_accuracy", "test_loss"):
@@ -187,61 +176,61 @@ def test_seeds_trained_at_once_are_the_runs_of_each_seed(tmp_path, data, capsys)
   assert both["parameters"] == singles[0]["parameters"]
   assert "tiny, seeds 3 to 4" in shown
   mean, sd = both["test_accuracy"], both["test_accuracy_sd"]
-  assert f"test accuracy {mean:.2%} ± {sd:.2%} (n=2)" in shown
+  assert f"test accuracy {mean:.2%} ± {sd:.2%} (n = 2)" in shown
   assert (tmp_path / "both" / "misclassified.png").exists()
 
 
 def test_several_seeds_resume_and_use_several_devices(tmp_path, data, monkeypatch):
-  changes = {"num_seeds": 2, "total_epochs": 1, **AVERAGE_AND_PLATEAU}
-  run(tmp_path / "whole", data, **changes)
+  changes = {"num_seeds": 2, "total_epochs": 1, **runs.AVERAGE_AND_PLATEAU}
+  runs.run(tmp_path / "whole", data, **changes)
   with monkeypatch.context() as patch:
-    interrupt_at(patch, 2)
-    with pytest.raises(Interrupted, match="saved at step 3;"):
-      run(tmp_path / "cut", data, **changes)
-  run(tmp_path / "cut", data, **changes)
-  assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
-  run(tmp_path / "four", data, **changes, num_devices=4)
-  for one, four in zip(lines(tmp_path / "whole"), lines(tmp_path / "four"), strict=True):
+    runs.interrupt_at(patch, 2)
+    with pytest.raises(signals.Interrupted, match="saved at step 3;"):
+      runs.run(tmp_path / "cut", data, **changes)
+  runs.run(tmp_path / "cut", data, **changes)
+  assert runs.lines(tmp_path / "whole") == runs.lines(tmp_path / "cut")
+  runs.run(tmp_path / "four", data, **changes, num_devices=4)
+  for one, four in zip(runs.lines(tmp_path / "whole"), runs.lines(tmp_path / "four"), strict=True):
     assert one["train_loss_per_seed"] == pytest.approx(four["train_loss_per_seed"], rel=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["device", "albumentations"])
 def test_four_devices_give_one_devices_curve(tmp_path, data, backend):
   for devices in (1, 4):
-    run(tmp_path / str(devices), data, num_devices=devices, **{"augment.backend": backend})
-  for one, four in zip(lines(tmp_path / "1"), lines(tmp_path / "4"), strict=True):
+    runs.run(tmp_path / str(devices), data, num_devices=devices, **{"augment.backend": backend})
+  for one, four in zip(runs.lines(tmp_path / "1"), runs.lines(tmp_path / "4"), strict=True):
     assert one["train_loss"] == pytest.approx(four["train_loss"], rel=1e-4)
     assert one["validation_loss"] == pytest.approx(four["validation_loss"], rel=1e-4)
 
 
 def test_a_finished_run_is_left_alone(tmp_path, data, capsys):
-  first = run(tmp_path / "run", data)
+  first = runs.run(tmp_path / "run", data)
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-  assert run(tmp_path / "run", data) == first
+  assert runs.run(tmp_path / "run", data) == first
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
   assert "is finished" in capsys.readouterr().out
 
 
 def test_more_epochs_go_on_where_a_finished_run_ended(tmp_path, data):
-  run(tmp_path / "run", data)
-  first = lines(tmp_path / "run")
-  result = run(tmp_path / "run", data, total_epochs=5)
+  runs.run(tmp_path / "run", data)
+  first = runs.lines(tmp_path / "run")
+  result = runs.run(tmp_path / "run", data, total_epochs=5)
   assert result["epochs"] == 5
-  assert lines(tmp_path / "run")[:3] == first
-  assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
+  assert runs.lines(tmp_path / "run")[:3] == first
+  assert [line["epoch"] for line in runs.lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
 def test_fewer_epochs_than_the_run_has_begun_are_refused(tmp_path, data, monkeypatch):
   with monkeypatch.context() as patch:
-    interrupt_at(patch, STEPS_PER_EPOCH + 2)
-    with pytest.raises(Interrupted, match="saved at step 8;"):
-      run(tmp_path / "run", data)
+    runs.interrupt_at(patch, runs.STEPS_PER_EPOCH + 2)
+    with pytest.raises(signals.Interrupted, match="saved at step 8;"):
+      runs.run(tmp_path / "run", data)
   config = (tmp_path / "run" / "config.json").read_bytes()
-  with pytest.raises(UserError, match=r"total_epochs=1 is not valid.* 2 or more.*to step 8"):
-    run(tmp_path / "run", data, total_epochs=1)
+  with pytest.raises(errors.UserError, match=r"total_epochs=1 is not valid.* 2 or more.*to step 8"):
+    runs.run(tmp_path / "run", data, total_epochs=1)
   assert (tmp_path / "run" / "config.json").read_bytes() == config
   assert not (tmp_path / "run" / "result.json").exists()
-  assert run(tmp_path / "run", data, total_epochs=2)["epochs"] == 2
+  assert runs.run(tmp_path / "run", data, total_epochs=2)["epochs"] == 2
   assert json.loads((tmp_path / "run" / "config.json").read_text())["total_epochs"] == 2
 
 
@@ -250,7 +239,7 @@ BAD_STEP = 7
 
 def spoil_step(monkeypatch, what):
   """Makes the loss or the gradient of BAD_STEP not finite, for every seed."""
-  real = train.cross_entropy
+  real = metrics.cross_entropy
 
   @jax.custom_vjp
   def spoil_gradient(logits, bad):
@@ -269,8 +258,9 @@ def spoil_step(monkeypatch, what):
         return real(spoil_gradient(logits, bad), targets)
       return jnp.where(bad, jnp.nan, real(logits, targets))
 
-    monkeypatch.setattr(train, "cross_entropy", cross_entropy)
-    return real_step(state, batch, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:  # evaluation uses it too
+      patch.setattr(metrics, "cross_entropy", cross_entropy)
+      return real_step(state, batch, **kwargs)
 
   monkeypatch.setattr(train, "train_step", step)
 
@@ -290,25 +280,25 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_looked_at(
   """What is dumped is the state before that step, as an undisturbed run stopped there has it."""
   changes = {"ema.decay": 0.9, **changes}
   with monkeypatch.context() as patch:
-    interrupt_at(patch, BAD_STEP - 1)
-    with pytest.raises(Interrupted):
-      run(tmp_path / "good", data, **(changes | {"steps_per_call": 1}))
+    runs.interrupt_at(patch, BAD_STEP - 1)
+    with pytest.raises(signals.Interrupted):
+      runs.run(tmp_path / "good", data, **(changes | {"steps_per_call": 1}))
   with monkeypatch.context() as patch:
     spoil_step(patch, what)
-    with pytest.raises(UserError, match=r"not finite at step 8\..*nonfinite-step-8.npz"):
-      run(tmp_path / "run", data, **changes)
-  assert checkpoint_steps(tmp_path / "run") == [STEPS_PER_EPOCH]
-  assert [line["epoch"] for line in lines(tmp_path / "run")] == [1]
+    with pytest.raises(errors.UserError, match=r"not finite at step 8\..*nonfinite-step-8.npz"):
+      runs.run(tmp_path / "run", data, **changes)
+  assert runs.checkpoint_steps(tmp_path / "run") == [runs.STEPS_PER_EPOCH]
+  assert [line["epoch"] for line in runs.lines(tmp_path / "run")] == [1]
 
   dump = dict(np.load(tmp_path / "run" / "nonfinite-step-8.npz"))
-  good = flat_checkpoint(tmp_path / "good", BAD_STEP)
+  good = runs.flat_checkpoint(tmp_path / "good", BAD_STEP)
   assert int(dump["state/step"]) == BAD_STEP
   assert not dump["state/finite"]
   for name in good.keys() - {"finite"}:
     wanted = good[name][0] if "num_seeds" in changes else good[name]
     # Not bit for bit: the spoiled step is another program.
     np.testing.assert_allclose(dump[f"state/{name}"], wanted, rtol=1e-5, atol=1e-7, err_msg=name)
-  split = load_splits(protocol="honest", **get_config(data).data).train
+  split = splits.load_splits(protocol="honest", **tiny.get_config(data).data).train
   np.testing.assert_array_equal(dump["label"], split.labels[dump["example"]])
   flipped = np.stack([dump["image"], dump["image"][:, :, ::-1]])
   assert (flipped == split.images[dump["example"]]).all((2, 3, 4)).any(0).all()
@@ -316,15 +306,15 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_looked_at(
 
 def test_a_learning_rate_far_too_high_is_reported(tmp_path, data):
   changes = {"optimizer.learning_rate": 1e30, "model.norm": "none"}
-  with pytest.raises(UserError, match=r"not finite at step \d+\..*learning_rate"):
-    run(tmp_path / "run", data, **changes)
+  with pytest.raises(errors.UserError, match=r"not finite at step \d+\..*learning_rate"):
+    runs.run(tmp_path / "run", data, **changes)
 
 
 def test_published_protocol_says_so(tmp_path, data):
-  result = run(tmp_path / "run", data, protocol="published")
+  result = runs.run(tmp_path / "run", data, protocol="published")
   assert result["protocol"] == "published"
-  assert result["test_accuracy"] == lines(tmp_path / "run")[-1]["validation_accuracy"]
-  assert lines(tmp_path / "run")[0]["step"] == 6  # all 96 train images, not 80
+  assert result["test_accuracy"] == runs.lines(tmp_path / "run")[-1]["validation_accuracy"]
+  assert runs.lines(tmp_path / "run")[0]["step"] == 6  # all 96 train images, not 80
 
 
 def test_a_trial_does_not_depend_on_the_test_split(tmp_path, data):
@@ -332,19 +322,19 @@ def test_a_trial_does_not_depend_on_the_test_split(tmp_path, data):
     other = dict(arrays) | {"test_images": 255 - arrays["test_images"]}
   np.savez(tmp_path / "other.npz", **other)
   names = {"one": data, "other": f"npz:{tmp_path / 'other.npz'}"}
-  trials = [run(tmp_path / n, d, protocol="trial") for n, d in names.items()]
-  last = lines(tmp_path / "one")[-1]
+  trials = [runs.run(tmp_path / n, d, protocol="trial") for n, d in names.items()]
+  last = runs.lines(tmp_path / "one")[-1]
   for trial in trials:
     assert trial["validation_accuracy"] == last["validation_accuracy"]
     assert trial["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
     assert not {"test_accuracy", "test_loss"} & set(trial)
   assert trials[0]["best_validation"] == trials[1]["best_validation"]
-  honest = [run(tmp_path / f"{n}-honest", d)["test_loss"] for n, d in names.items()]
+  honest = [runs.run(tmp_path / f"{n}-honest", d)["test_loss"] for n, d in names.items()]
   assert honest[0] != honest[1]  # where it is looked at, it shows
 
 
 def test_without_validation_the_run_ends_with_the_test(tmp_path, data):
-  result = run(tmp_path / "run", data, **{"data.validation_size": 0})
+  result = runs.run(tmp_path / "run", data, **{"data.validation_size": 0})
   assert result["best_validation"] is None
   assert 0 <= result["test_accuracy"] <= 1
 
@@ -358,8 +348,8 @@ def test_plateau_cuts_the_learning_rate(tmp_path, data):
     "schedule.plateau.threshold": 0.99,
     "total_epochs": 4,
   }
-  run(tmp_path / "run", data, **changes)
-  rates = [line["learning_rate"] for line in lines(tmp_path / "run")]
+  runs.run(tmp_path / "run", data, **changes)
+  rates = [line["learning_rate"] for line in runs.lines(tmp_path / "run")]
   np.testing.assert_allclose(rates, [0.1, 0.1, 0.05, 0.025], rtol=1e-6)
 
 
@@ -395,20 +385,22 @@ def test_plateau_cuts_the_learning_rate(tmp_path, data):
   ],
 )
 def test_bad_choices_are_named_before_anything_is_written(tmp_path, data, changes, message):
-  with pytest.raises(UserError, match=message):
-    run(tmp_path / "run", data, **changes)
+  with pytest.raises(errors.UserError, match=message):
+    runs.run(tmp_path / "run", data, **changes)
   assert not (tmp_path / "run").exists()
 
 
 def create_step(mixing=None, **changes):
   """A state and a train step with plain SGD."""
-  model, optimizer = TinyNet(), optax.sgd(0.5)
-  plateau = create_plateau(factor=0.5, patience=1, threshold=0.1, cooldown=0, final=0.0)
-  state = create_train_state(
+  model, optimizer = tiny.TinyNet(), optax.sgd(0.5)
+  plateau = optim.create_plateau(
+    enabled=True, factor=0.5, patience=1, threshold=0.1, cooldown=0, final=0.0
+  )
+  state = state_lib.create_train_state(
     model=model,
     optimizer=optimizer,
     plateau=plateau,
-    image_shape=(IMAGE_SIZE, IMAGE_SIZE, 3),
+    image_shape=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3),
     ema_decay=0.0,
     seed=0,
   )
@@ -422,14 +414,14 @@ def create_step(mixing=None, **changes):
 def draw_batch():
   rng = np.random.default_rng(0)
   return {
-    "image": rng.integers(0, 256, (4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8),
+    "image": rng.integers(0, 256, (4, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3), dtype=np.uint8),
     "label": rng.integers(3, size=4),
   }
 
 
 def log_probabilities(variables, images):
   """Float64 (N, classes) of the tiny network in training."""
-  logits, _ = TinyNet().apply(variables, images, train=True, mutable=["batch_stats"])
+  logits, _ = tiny.TinyNet().apply(variables, images, train=True, mutable=["batch_stats"])
   logits = np.asarray(logits, np.float64)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -486,10 +478,38 @@ def test_loss_under_mixing_is_that_of_the_mixed_targets(smoothing):
 
 def test_bfloat16_stays_near_float32(tmp_path, data):
   for dtype in ("float32", "bfloat16"):
-    run(tmp_path / dtype, data, compute_dtype=dtype)
-  exact, rounded = lines(tmp_path / "float32"), lines(tmp_path / "bfloat16")
+    runs.run(tmp_path / dtype, data, compute_dtype=dtype)
+  exact, rounded = runs.lines(tmp_path / "float32"), runs.lines(tmp_path / "bfloat16")
   assert exact != rounded
   for one, other in zip(exact, rounded, strict=True):
     assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.1)
   last = saved_params(tmp_path / "bfloat16")
   assert {leaf.dtype for leaf in last} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"model.norm": "ghost", "norm.ghost.num_splits": 3},
+      r"num_splits=3 is not a divisor of the batch size 16; .*norm\.ghost\.num_splits=3",
+    ),
+    (
+      {"model.norm": "group", "norm.group.num_groups": 4},
+      r"num_groups=4 .* 6 channels .*model\.name='tiny', model\.norm='group'",
+    ),
+    ({"model.name": "ghost"}, r"too small .*data\.image_size=8"),
+    ({"model.name": "keras_base", "model.dropout_rate": 0.6}, r"model\.dropout_rate=0\.6"),
+  ],
+)
+def test_a_network_that_does_not_fit_is_one_line_with_the_keys(tmp_path, data, changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    runs.run(tmp_path / "run", data, **changes)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_hidden_copy_to_the_device_is_an_error():
+  progress = state_lib.Progress(0, np.ones(3, np.float32), metrics.create_totals(1), [])
+  steps_fn = jax.jit(lambda state, inputs, length: (state, {}), static_argnums=2)
+  with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+    train.train_chunks(progress, [(1, None)], steps_fn, signals.never, None)

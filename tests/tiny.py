@@ -8,8 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
-from flax_cifar.models.blocks import INITS, ConvHead, ConvUnit
-from flax_cifar.models.norms import BatchNorm
+from flax_cifar.models import blocks, norms
 
 IMAGE_SIZE, CLASSES = 8, 3
 
@@ -18,18 +17,18 @@ class TinyNet(nn.Module):
   """One unit and the head; takes what every network takes."""
 
   num_classes: int = CLASSES
-  norm: Any = partial(BatchNorm, momentum=0.9, epsilon=1e-5)
+  norm: Any = partial(norms.BatchNorm, momentum=0.9, epsilon=1e-5)
   dropout_rate: float = 0.0
-  kernel_init: Any = INITS["flax"]
+  kernel_init: Any = blocks.INITS["flax"]
   dtype: Any = np.float32
   features: int = 6
 
   @nn.compact
   def __call__(self, images, train):
-    unit = ConvUnit(
+    unit = blocks.ConvUnit(
       self.features, self.norm, self.kernel_init, self.dropout_rate, self.dtype, name="unit"
     )
-    return ConvHead(self.num_classes, self.kernel_init, name="head")(unit(images, train))
+    return blocks.ConvHead(self.num_classes, self.kernel_init, name="head")(unit(images, train))
 
 
 def write_data(path, *, train=96, test=40, size=IMAGE_SIZE, seed=0) -> str:

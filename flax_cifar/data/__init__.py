@@ -1,1 +1,1 @@
-"""Data: where images come from, how they are batched and augmented."""
+"""Loading of data sets, their splits, and the batches that feed the training steps."""

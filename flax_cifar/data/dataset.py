@@ -1,12 +1,12 @@
-"""The in-memory form every data source is brought to, and the checks it must pass."""
+"""The in-memory form of every data set, and the checks that it must pass."""
 
 import dataclasses
 
 import numpy as np
 
-from flax_cifar.errors import UserError
+from flax_cifar import errors
 
-MAX_CLASSES = 10_000  # a label far too high must not make that many names and logits
+MAX_CLASSES = 10_000  # a label far too high must not create that many names and logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A train and a test split; label `i` means `class_names[i]`."""
+  """A training and a test split; label `i` means `class_names[i]`."""
 
   name: str
   train: Split
@@ -31,44 +31,44 @@ class Dataset:
 
 
 def check_split(split: Split, *, num_classes: int, where: str) -> None:
-  """Checks images (N, H, W, 3) uint8, labels (N,) in [0, num_classes), N >= 1.
+  """Checks images uint8 (N, H, W, 3) and integer labels (N,) in [0, num_classes), N >= 1.
 
   Args:
-    split: what was loaded.
+    split: as it was loaded.
     num_classes: number of class names.
     where: the data set and split, for the message.
 
   Raises:
-    UserError: names the array, its shape or value, and the remedy.
+    UserError: a check fails; the message names the array, its shape or value, and the remedy.
   """
   images, labels = split.images, split.labels
   if images.dtype != np.uint8:
-    raise UserError(
+    raise errors.UserError(
       f"{where}: images have dtype {images.dtype}; save them as uint8 in 0..255 "
       "(for floats in [0, 1]: np.rint(images * 255).astype(np.uint8))."
     )
   if images.ndim != 4 or images.shape[-1] != 3:
-    raise UserError(
+    raise errors.UserError(
       f"{where}: images have shape {images.shape}; (N, height, width, 3) is needed. Turn "
       "channels-first into channels-last with images.transpose(0, 2, 3, 1), and repeat the "
-      "channel of grey images with np.repeat(images[..., None], 3, axis=-1)."
+      "channel of gray images with np.repeat(images[..., None], 3, axis=-1)."
     )
   _check_labels(labels, num_images=len(images), num_classes=num_classes, where=where)
 
 
 def _check_labels(labels: np.ndarray, *, num_images: int, num_classes: int, where: str) -> None:
   if labels.dtype.kind not in "iu":
-    raise UserError(f"{where}: labels have dtype {labels.dtype}; save them as integers.")
+    raise errors.UserError(f"{where}: labels have dtype {labels.dtype}; save them as integers.")
   if labels.shape != (num_images,):
-    raise UserError(
+    raise errors.UserError(
       f"{where}: labels have shape {labels.shape} for {num_images} images; one integer per "
       f"image is needed, shape ({num_images},)."
     )
   if not num_images:
-    raise UserError(f"{where}: there are no images; at least one is needed.")
+    raise errors.UserError(f"{where}: there are no images; at least one is needed.")
   low, high = int(labels.min()), int(labels.max())
   if low < 0 or high >= num_classes:
-    raise UserError(
+    raise errors.UserError(
       f"{where}: labels lie in {low}..{high} but there are {num_classes} classes; number them "
       f"from 0 to {num_classes - 1}."
     )

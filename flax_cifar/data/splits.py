@@ -1,12 +1,13 @@
-"""Which images train, which choose, which test: the protocol of a run."""
+"""The splits of a run: which images train it, which choose a network, and which test it."""
 
 import dataclasses
+import math
 
 import numpy as np
 
-from flax_cifar.data.dataset import Split
-from flax_cifar.data.source import channel_stats, load_dataset, split_validation
-from flax_cifar.errors import choose, require
+from flax_cifar import errors
+from flax_cifar.data import dataset as dataset_lib
+from flax_cifar.data import load
 
 PROTOCOLS = {
   "honest": "validation images come from train; the test split is read once, at the end",
@@ -17,12 +18,22 @@ PROTOCOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """What a run trains on, chooses by and is judged by; mean and std per channel in [0, 1]."""
+  """The splits of a run, with statistics of the training images.
 
-  train: Split
-  validation: Split  # may be empty
-  test: Split
-  judge: str  # the split that the finished network is scored on: "test", or "validation" in a trial
+  Attributes:
+    train: the training images.
+    validation: the images that choose a network; may be empty.
+    test: the images that test it.
+    final_split_name: the split scored at the end of the run: "test", or "validation" of a trial.
+    class_names: the name of each label.
+    mean: of each channel, in [0, 1].
+    std: of each channel, in units where 255 is 1.
+  """
+
+  train: dataset_lib.Split
+  validation: dataset_lib.Split
+  test: dataset_lib.Split
+  final_split_name: str
   class_names: tuple[str, ...]
   mean: tuple[float, ...]
   std: tuple[float, ...]
@@ -33,34 +44,38 @@ class Splits:
     height, width, channels = self.train.images.shape[1:]
     return height, width, channels
 
-  def get_judge(self) -> Split:
-    """The split that the finished network is scored on."""
-    return self.validation if self.judge == "validation" else self.test
+  @property
+  def final_split(self) -> dataset_lib.Split:
+    """The split that scores the finished network."""
+    return self.validation if self.final_split_name == "validation" else self.test
 
 
 def load_splits(
   *, protocol: str, name: str, dir: str, image_size: int, validation_size: int, limit: int
 ) -> Splits:
-  """Loads a data set (see `load_dataset`) and splits it as `protocol` says.
+  """Loads a data set, see `load.load_dataset`, and splits it as `protocol` says.
 
   Args:
     protocol: a key of PROTOCOLS.
     name: of the data set.
     dir: where CIFAR-10 is.
-    image_size: pixels.
-    validation_size: images held out of train, unless the protocol is "published".
-    limit: images to keep of each split, chosen at random but always alike; 0 keeps all.
+    image_size: height and width in pixels.
+    validation_size: number of training images held out, unless the protocol is "published".
+    limit: number of images to keep of each split, chosen at random but always the same ones; 0
+      keeps all.
 
   Raises:
     UserError: an unknown choice, a size out of range, missing or damaged data.
   """
-  choose("protocol", protocol, PROTOCOLS)
-  require(limit >= 0, "data.limit", limit, "0 (all) or a number of images")
+  errors.choose("protocol", protocol, PROTOCOLS)
+  errors.require(limit >= 0, "data.limit", limit, "0 (all) or a number of images")
   is_trial = protocol == "trial"
-  require(validation_size >= 0, "data.validation_size", validation_size, "0 or more")
+  errors.require(validation_size >= 0, "data.validation_size", validation_size, "0 or more")
   sufficient = validation_size > 0 or not is_trial
-  require(sufficient, "data.validation_size", validation_size, "positive where protocol='trial'")
-  dataset = load_dataset(name=name, dir=dir, image_size=image_size)
+  errors.require(
+    sufficient, "data.validation_size", validation_size, "positive where protocol='trial'"
+  )
+  dataset = load.load_dataset(name=name, dir=dir, image_size=image_size)
   mean, std = channel_stats(dataset.train.images)
   if protocol == "published":
     train, validation = dataset.train, dataset.test
@@ -70,16 +85,78 @@ def load_splits(
     train=_limit(train, limit),
     validation=_limit(validation, limit),
     test=_limit(dataset.test, limit),
-    judge="validation" if is_trial else "test",
+    final_split_name="validation" if is_trial else "test",
     class_names=dataset.class_names,
     mean=mean,
     std=std,
   )
 
 
-def _limit(split: Split, limit: int) -> Split:
-  """Not the first ones, which may all be of one class; they keep their order."""
+def _limit(split: dataset_lib.Split, limit: int) -> dataset_lib.Split:
+  """Keeps `limit` random examples in their order; the first ones may all be of one class."""
   if not 0 < limit < len(split):
     return split
   kept = np.sort(np.random.default_rng(0).permutation(len(split))[:limit])
-  return Split(split.images[kept], split.labels[kept])
+  return dataset_lib.Split(split.images[kept], split.labels[kept])
+
+
+def split_validation(
+  train: dataset_lib.Split, *, validation_size: int
+) -> tuple[dataset_lib.Split, dataset_lib.Split]:
+  """Holds out the last `validation_size` examples of a fixed permutation of `train`.
+
+  The permutation depends only on the number of examples, so every run and every seed holds out
+  the same ones.
+
+  Returns:
+    (train, validation) of len(train) - validation_size and validation_size examples.
+
+  Raises:
+    UserError: `validation_size` is negative or leaves nothing to train on.
+  """
+  errors.require(
+    0 <= validation_size < len(train),
+    "data.validation_size",
+    validation_size,
+    f"from 0 to {len(train) - 1} (there are {len(train)} training images)",
+  )
+  order = np.random.default_rng(0).permutation(len(train))
+  kept, held = np.split(order, [len(train) - validation_size])
+  return (
+    dataset_lib.Split(train.images[kept], train.labels[kept]),
+    dataset_lib.Split(train.images[held], train.labels[held]),
+  )
+
+
+def channel_stats(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Computes mean and population standard deviation of each channel.
+
+  Both come from integer histograms, so they are rounded only once, whatever the number of images.
+
+  Args:
+    images: uint8 (N, H, W, C), N >= 1.
+
+  Returns:
+    (mean, std), C floats each, in units where 255 is 1.
+  """
+  stats = [_histogram_stats(_histogram(images[..., c])) for c in range(images.shape[-1])]
+  mean, std = zip(*stats, strict=True)
+  return mean, std
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+  # bincount first converts its input to int64; blocks that fit into the cache halve the time.
+  block = 100
+  counts = np.zeros(256, np.int64)
+  for start in range(0, len(values), block):
+    counts += np.bincount(values[start : start + block].ravel(), minlength=256)
+  return counts
+
+
+def _histogram_stats(histogram: np.ndarray) -> tuple[float, float]:
+  # Python integers, so that the difference of two large products neither overflows nor rounds.
+  counts = histogram.tolist()
+  n = sum(counts)
+  total = sum(value * count for value, count in enumerate(counts))
+  squares = sum(value * value * count for value, count in enumerate(counts))
+  return total / (255 * n), math.sqrt((n * squares - total * total) / (255 * n) ** 2)

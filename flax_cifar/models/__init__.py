@@ -1,34 +1,37 @@
-"""The networks, by name."""
+"""The networks by name, with the values of the config keys that choose them."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from flax_cifar.errors import choose, require
-from flax_cifar.models.blocks import DType, get_init
-from flax_cifar.models.dilated import Dilated
-from flax_cifar.models.five_convs import FiveConvs
-from flax_cifar.models.ghost import Ghost
-from flax_cifar.models.keras_base import KerasBase
-from flax_cifar.models.keras_fcn import KerasFCN
-from flax_cifar.models.norms import get_norm
-from flax_cifar.models.pyramid import Pyramid
-from flax_cifar.models.skip import Skip
-from flax_cifar.models.skip_dilated import SkipDilated
+from flax_cifar import errors
+from flax_cifar.models import (
+  blocks,
+  dilated,
+  five_convs,
+  ghost,
+  keras_base,
+  keras_fcn,
+  norms,
+  pyramid,
+  skip,
+  skip_dilated,
+)
 
 MODELS: dict[str, type[nn.Module]] = {
-  "dilated": Dilated,
-  "pyramid": Pyramid,
-  "keras_base": KerasBase,
-  "keras_fcn": KerasFCN,
-  "five_convs": FiveConvs,
-  "ghost": Ghost,
-  "skip": Skip,
-  "skip_dilated": SkipDilated,
+  "dilated": dilated.Dilated,
+  "pyramid": pyramid.Pyramid,
+  "keras_base": keras_base.KerasBase,
+  "keras_fcn": keras_fcn.KerasFCN,
+  "five_convs": five_convs.FiveConvs,
+  "ghost": ghost.Ghost,
+  "skip": skip.Skip,
+  "skip_dilated": skip_dilated.SkipDilated,
 }
-DTYPES: dict[str, DType] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES: dict[str, blocks.DType] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def create_model(
@@ -41,18 +44,43 @@ def create_model(
   init: str,
   dtype: str,
 ) -> nn.Module:
-  """Builds the network called `name`; `model.apply(variables, images_NxHxWxC, train)` -> logits.
+  """Builds the network called `name`.
 
-  Its convolutions compute in `dtype`; parameters, statistics and logits are float32.
+  `model.apply(variables, images, train)` with images (N, H, W, C) returns logits (N, classes). The
+  convolutions compute in `dtype`; parameters, statistics and logits are float32.
 
   Raises:
-    UserError: unknown name, norm, initialiser or dtype; a dropout rate outside [0, 1).
+    UserError: unknown name, norm, initializer or dtype; a dropout rate outside [0, 1).
   """
-  require(0 <= dropout_rate < 1, "model.dropout_rate", dropout_rate, "at least 0 and below 1")
-  return choose("model.name", name, MODELS)(
+  errors.require(
+    0 <= dropout_rate < 1, "model.dropout_rate", dropout_rate, "at least 0 and below 1"
+  )
+  return errors.choose("model.name", name, MODELS)(
     num_classes=num_classes,
     norm=get_norm(norm, norm_arguments),
     dropout_rate=dropout_rate,
     kernel_init=get_init(init),
-    dtype=choose("compute_dtype", dtype, DTYPES),
+    dtype=errors.choose("compute_dtype", dtype, DTYPES),
   )
+
+
+def get_init(name: str) -> blocks.Initializer:
+  """Returns the kernel initializer called `name`; a UserError if there is none."""
+  return errors.choose("model.init", name, blocks.INITS)
+
+
+def get_norm(name: str, arguments: Mapping[str, Mapping[str, Any]]) -> norms.Norm:
+  """Returns the norm called `name`, with `arguments[name]` as its attributes.
+
+  The norm itself checks the attributes whose range depends on the layer.
+
+  Raises:
+    UserError: `name` is not in NORMS, or a momentum or epsilon is out of range.
+  """
+  norm = errors.choose("model.norm", name, norms.NORMS)
+  for key, value in arguments[name].items():
+    if key == "momentum":
+      errors.require(0 <= value < 1, f"norm.{name}.momentum", value, "at least 0 and below 1")
+    if key == "epsilon":
+      errors.check_epsilon(f"norm.{name}.epsilon", value)
+  return partial(norm, **arguments[name])

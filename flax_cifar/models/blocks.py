@@ -1,29 +1,36 @@
-"""The building blocks of every network, and what all networks share.
+"""The building blocks of every network, and the base class that all networks share.
 
-A unit is conv -> norm -> ReLU -> dropout, in some networks conv -> ReLU -> norm -> dropout. All
-arrays are NHWC. `dtype` is what convolutions compute in; parameters are float32, and so are the
-statistics of the norms and the logits.
+A unit is conv -> norm -> ReLU -> dropout; in some networks it is conv -> ReLU -> norm -> dropout.
+All arrays are NHWC. Convolutions compute in `dtype`. Parameters, the statistics of the norms and
+the logits are float32.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
-from flax_cifar.errors import UserError, choose
-from flax_cifar.models.dropout import Dropout
-from flax_cifar.models.lowering import Conv, max_pool, pad_reflect, relu
-from flax_cifar.models.norms import Norm
+from flax_cifar.kernels import conv as conv_lib
+from flax_cifar.kernels import norm_relu, pooling
+from flax_cifar.kernels import padding as padding_lib
+from flax_cifar.models import dropout, norms
 
 Initializer = nn.initializers.Initializer
 DType = jax.typing.DTypeLike
 Order = Literal["conv_norm_relu", "conv_relu_norm"]
-UnitFactory = Callable[..., nn.Module]  # a unit's partial; called as unit(name=...)(x, train)
+UnitFactory = Callable[..., nn.Module]  # a partial of a unit; called as unit(name=...)(x, train)
 
+# Attributes of nn.Conv that Conv does not use.
+IGNORED = (
+  *("input_dilation", "mask", "param_dtype", "precision", "preferred_element_type"),
+  *("promote_dtype", "conv_general_dilated", "conv_general_dilated_cls"),
+)
 INITS: dict[str, Initializer] = {
   # torch.nn.Conv2d's default: uniform in +-1/sqrt(fan_in), a third of LeCun's variance.
   "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
@@ -35,34 +42,72 @@ INITS: dict[str, Initializer] = {
 }
 
 
-def get_init(name: str) -> Initializer:
-  """The kernel initialiser called `name`; a UserError if there is none."""
-  return choose("model.init", name, INITS)
-
-
 def get_bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
-  """The bias initialiser that goes with `kernel_init`: zeros, but torch's is uniform too."""
+  """Returns the bias initializer that goes with `kernel_init`: zeros, or torch's uniform one."""
   if kernel_init is not INITS["torch"]:
     return nn.initializers.zeros
   bound = fan_in**-0.5
   return partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
+class Conv(nn.Conv):
+  """nn.Conv in two dimensions, computed by the kernels of `backend.select_backend`.
+
+  The convolution adds the bias, because oneDNN computes its gradient along with the kernel's.
+
+  Raises:
+    ValueError: an attribute of nn.Conv is set that has no effect here.
+  """
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
+    self._refuse_ignored()
+    in_channels = x.shape[-1] // self.feature_group_count
+    kernel_shape = (*get_pair(self.kernel_size), in_channels, self.features)
+    kernel = self.param("kernel", self.kernel_init, kernel_shape)
+    bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+    padding = self.padding
+    return conv_lib.conv_general_dilated(
+      x,
+      kernel,
+      get_pair(self.strides),
+      [(padding, padding)] * 2 if isinstance(padding, int) else padding,
+      rhs_dilation=get_pair(self.kernel_dilation),
+      feature_group_count=self.feature_group_count,
+      bias=bias,
+    )
+
+  def _refuse_ignored(self) -> None:
+    for field in dataclasses.fields(nn.Conv):
+      value = getattr(self, field.name)
+      if field.name in IGNORED and value is not field.default:
+        raise ValueError(f"{field.name}={value!r} has no effect on a Conv of this module")
+
+
+def get_pair(value: int | Sequence[int] | None) -> tuple[int, int]:
+  """Returns (height, width) of an attribute of nn.Conv: one number is both, None is 1."""
+  if value is None or isinstance(value, int):
+    return value or 1, value or 1
+  height, width = value
+  return height, width
+
+
 class Unit(nn.Module):
-  """What every unit shares: a convolution, which subclasses define, then norm, ReLU and dropout.
+  """The base class of units: a convolution, which subclasses define, then norm, ReLU and dropout.
 
   Attributes:
     features: output channels.
     norm: a Norm.
-    kernel_init: initialiser of the kernels; get_bias_init has that of the bias.
+    kernel_init: initializer of the kernels; `get_bias_init` gives that of the bias.
     dropout_rate: probability of setting an activation to zero.
-    dtype: what the convolution computes in and the unit returns.
+    dtype: in which the convolution computes, and of the unit's output.
     order: of conv, norm and ReLU.
     use_bias: whether the convolution adds a bias.
   """
 
   features: int
-  norm: Norm
+  norm: norms.Norm
   kernel_init: Initializer
   dropout_rate: float
   dtype: DType
@@ -70,18 +115,23 @@ class Unit(nn.Module):
   use_bias: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "n h w c"], train: bool
+  ) -> Float[Array, "n h2 w2 {self.features}"]:
     x = _check_map(self.convolve(x), self.name)
     norm_first = self.order == "conv_norm_relu"
-    x = self.norm(relu=norm_first, name="norm")(x if norm_first else relu(x), train)
-    return Dropout(self.dropout_rate, name="dropout")(x, train)
+    x = self.norm(relu=norm_first, name="norm")(x if norm_first else norm_relu.relu(x), train)
+    return dropout.Dropout(self.dropout_rate, name="dropout")(x, train)
 
-  def convolve(self, x: jax.Array) -> jax.Array:
-    """(N, H, W, C) -> (N, H', W', features)."""
+  def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
+    """Applies the unit's convolution."""
     raise NotImplementedError
 
   def create_conv(self, features: int, sides: tuple[int, int], fan_in: int, **options: Any) -> Conv:
-    """A convolution with the unit's initialisers and dtype; `fan_in` is what an output reads."""
+    """Creates a convolution with the unit's initializers and dtype.
+
+    `fan_in` is the number of input values that one output value reads.
+    """
     return Conv(
       features,
       sides,
@@ -98,10 +148,10 @@ class ConvUnit(Unit):
   Attributes:
     kernel_size: sides of the kernel in taps, (height, width) or both.
     padding: pixels added on every side, whatever the kernel's sides.
-    pad_mode: what they hold, "zeros" or the "reflect"ed image.
+    pad_mode: content of the padding, "zeros" or the "reflect"ed image.
     dilation: distance of the kernel's taps in pixels.
     stride: distance of the outputs in pixels.
-    groups: of channels that do not see each other; as many as channels is depthwise.
+    groups: of channels that do not see each other; one group per channel is depthwise.
   """
 
   kernel_size: int | tuple[int, int] = 3
@@ -111,7 +161,7 @@ class ConvUnit(Unit):
   stride: int = 1
   groups: int = 1
 
-  def convolve(self, x: jax.Array) -> jax.Array:
+  def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     reflect = self.pad_mode == "reflect"
     size = self.kernel_size
     sides = (size, size) if isinstance(size, int) else size
@@ -125,16 +175,16 @@ class ConvUnit(Unit):
       feature_group_count=self.groups,
       use_bias=self.use_bias,
       name="conv",
-    )(pad_reflect(x, self.padding) if reflect else x)
+    )(padding_lib.pad_reflect(x, self.padding) if reflect else x)
 
 
 class DepthwiseSeparableUnit(Unit):
-  """Depthwise 3x3 (one filter a channel), then pointwise 1x1; a bias after the second only.
+  """Depthwise 3x3 (one filter per channel), then pointwise 1x1; only the second has a bias.
 
   Source: Chollet 2017 (arXiv:1610.02357).
   """
 
-  def convolve(self, x: jax.Array) -> jax.Array:
+  def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     channels = x.shape[-1]
     x = self.create_conv(
       channels,
@@ -151,12 +201,12 @@ class DepthwiseSeparableUnit(Unit):
 
 
 class SpatiallySeparableUnit(Unit):
-  """3x1, then 1x3, with nothing between them; a bias after the second only.
+  """3x1, then 1x3, with nothing between them; only the second has a bias.
 
   Source: Szegedy et al. 2016 (arXiv:1512.00567).
   """
 
-  def convolve(self, x: jax.Array) -> jax.Array:
+  def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     x = self.create_conv(
       self.features, (3, 1), fan_in=3 * x.shape[-1], use_bias=False, name="vertical"
     )(x)
@@ -173,14 +223,17 @@ class GroupedUnit(Unit):
   the kernels, Zhang et al. 2018 (arXiv:1707.01083) for the interleaving.
 
   Attributes:
-    kernel_sizes: sides of each group's square kernels in taps.
-    dilations: of each group, in pixels; the map keeps its size.
+    kernel_sizes: side of each group's square kernels in taps.
+    dilations: of each group, in pixels; the feature map keeps its size.
+
+  Raises:
+    ValueError: the number of groups does not divide the input or the output channels.
   """
 
   kernel_sizes: tuple[int, ...] = (3, 3)
   dilations: tuple[int, ...] = (1, 1)
 
-  def convolve(self, x: jax.Array) -> jax.Array:
+  def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     groups, channels = len(self.kernel_sizes), x.shape[-1]
     if channels % groups or self.features % groups:
       raise ValueError(f"{groups} groups cannot share {channels} -> {self.features} channels")
@@ -207,32 +260,36 @@ class ParallelSum(nn.Module):
   dilated: UnitFactory
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 features"]:
     return self.plain(name="plain")(x, train) + self.dilated(name="dilated")(x, train)
 
 
 class MaxPool(nn.Module):
-  """Maximum over windows of `window` x `window` pixels, side by side."""
+  """Maximum over adjacent windows of `window` x `window` pixels.
+
+  Raises:
+    ValueError: the images are smaller than a window.
+  """
 
   window: int
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return max_pool(_check_map(x, self.name, at_least=self.window), self.window)
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    return pooling.max_pool(_check_map(x, self.name, at_least=self.window), self.window)
 
 
-def _check_map(x: jax.Array, layer: str | None, *, at_least: int = 1) -> jax.Array:
-  """`x`, (N, H, W, C), unless the layers before have used the image up."""
+def _check_map(x: Array, layer: str | None, *, at_least: int = 1) -> Array:
+  """Returns (N, H, W, C) `x`; a ValueError if earlier layers have shrunk the image too far."""
   height, width = x.shape[1:3]
   if min(height, width) < at_least:
-    raise UserError(
-      f"data.image_size is too small for this network: layer {layer!r} has {height}x{width} pixels "
-      f"left and needs {at_least}; take larger images or another model.name."
+    raise ValueError(
+      f"the images are too small for this network: layer {layer!r} has {height}x{width} pixels "
+      f"left and needs {at_least}"
     )
   return x
 
 
 class Transition(nn.Module):
-  """A bare 1x1 convolution to `features` channels, then a max pool by 2 unless `pool` is False."""
+  """A bare 1x1 convolution to `features` channels, then a 2x2 max pool unless `pool` is False."""
 
   features: int
   kernel_init: Initializer
@@ -240,7 +297,7 @@ class Transition(nn.Module):
   pool: bool = True
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     x = Conv(
       self.features,
       (1, 1),
@@ -253,18 +310,18 @@ class Transition(nn.Module):
 
 
 class GlobalAveragePool(nn.Module):
-  """Mean over height and width; (N, H, W, C) -> (N, 1, 1, C)."""
+  """Mean over height and width, which stay as axes of size 1."""
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n 1 1 c"]:
     return x.mean((1, 2), keepdims=True)
 
 
 class ConvHead(nn.Module):
-  """Global average pool, then a 1x1 convolution to the classes, in float32; (N, classes) logits.
+  """Global average pool, then a 1x1 convolution to the logits, both in float32.
 
   Attributes:
-    num_classes: how many logits.
-    kernel_init: initialiser of the convolution; get_bias_init has that of the bias.
+    num_classes: number of logits.
+    kernel_init: initializer of the convolution; `get_bias_init` gives that of the bias.
     use_bias: whether the convolution adds a bias.
   """
 
@@ -273,9 +330,9 @@ class ConvHead(nn.Module):
   use_bias: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float32[Array, "n {self.num_classes}"]:
     if x.dtype == jnp.bfloat16:
-      # JAX 0.12 on CPUs fuses a sum of bfloat16 units with the mean of it, and returns NaN.
+      # JAX 0.12 on CPUs would fuse a sum of bfloat16 units with its mean and return NaN.
       x = jax.lax.optimization_barrier(x)
     x = GlobalAveragePool(name="pool")(x.astype(jnp.float32))
     x = nn.Conv(
@@ -290,24 +347,29 @@ class ConvHead(nn.Module):
 
 
 class Network(nn.Module):
-  """What every network takes: images float (N, H, W, 3) and `train` -> logits float32 (N, classes).
+  """The base class of networks, which are called as network(images, train) -> logits.
+
+  The images are float (N, H, W, 3), the logits float32 (N, classes).
 
   Attributes:
-    num_classes: how many logits.
+    num_classes: number of logits.
     norm: of the units; a Norm.
     dropout_rate: of the units.
-    kernel_init: initialiser of every kernel; get_bias_init has that of the biases.
-    dtype: what convolutions compute in.
+    kernel_init: initializer of every kernel; `get_bias_init` gives that of the biases.
+    dtype: in which convolutions compute.
   """
 
   num_classes: int
-  norm: Norm
+  norm: norms.Norm
   dropout_rate: float
   kernel_init: Initializer
   dtype: DType
 
   def get_unit(self, kind: Callable[..., Unit], **options: Any) -> UnitFactory:
-    """`kind` with the network's norm, dropout, initialiser and dtype, and with `options`."""
+    """Returns a partial of `kind` with the network's attributes and with `options`.
+
+    The attributes are norm, dropout rate, initializer and dtype; `options` take precedence.
+    """
     shared = {
       "norm": self.norm,
       "dropout_rate": self.dropout_rate,
@@ -317,9 +379,9 @@ class Network(nn.Module):
     return partial(kind, **(shared | options))
 
   def get_transition(self, **options: Any) -> Callable[..., Transition]:
-    """Transition with the network's initialiser and dtype."""
+    """Returns a partial of Transition with the network's initializer and dtype."""
     return partial(Transition, kernel_init=self.kernel_init, dtype=self.dtype, **options)
 
   def get_head(self, *, use_bias: bool = False) -> ConvHead:
-    """The module `head` of the network."""
+    """Creates the network's module `head`."""
     return ConvHead(self.num_classes, self.kernel_init, use_bias=use_bias, name="head")

@@ -6,32 +6,28 @@ Source: niharikavadapalli/ERA-V1, ERA-V1-Session-9.
 from functools import partial
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, Float, Float32
 
-from flax_cifar.models.blocks import (
-  ConvUnit,
-  DepthwiseSeparableUnit,
-  Network,
-  ParallelSum,
-  UnitFactory,
-)
+from flax_cifar.models import blocks
 
 
-class Dilated(Network):
+class Dilated(blocks.Network):
   """C1 C2 C3 C4 -> global average pool -> 1x1; receptive field 99 pixels.
 
-  Every layer but the first is a ParallelSum; C2 to C4 each start with an unpadded convolution
-  that takes two pixels off the map (32 -> 30 -> 28 -> 26).
+  Every layer but the first is a ParallelSum. C2 to C4 each start with an unpadded convolution,
+  which shrinks the feature map by two pixels (32 -> 30 -> 28 -> 26).
   """
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    plain = self.get_unit(ConvUnit, features=32)
-    separable = self.get_unit(DepthwiseSeparableUnit, features=32)
-    dilated = self.get_unit(ConvUnit, features=32, pad_mode="reflect")
+  def __call__(
+    self, images: Float[Array, "n h w 3"], train: bool
+  ) -> Float32[Array, "n {self.num_classes}"]:
+    plain = self.get_unit(blocks.ConvUnit, features=32)
+    separable = self.get_unit(blocks.DepthwiseSeparableUnit, features=32)
+    dilated = self.get_unit(blocks.ConvUnit, features=32, pad_mode="reflect")
 
-    def add(name: str, x: jax.Array, plain: UnitFactory, dilated: UnitFactory) -> jax.Array:
-      return ParallelSum(plain, dilated, name=name)(x, train)
+    def add(name: str, x: Array, plain: blocks.UnitFactory, dilated: blocks.UnitFactory) -> Array:
+      return blocks.ParallelSum(plain, dilated, name=name)(x, train)
 
     x = plain(name="c1_1")(images, train)
     x = add("c1_2", x, separable, partial(dilated, dilation=2, padding=2))

@@ -6,40 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-
-def _mix(x: jax.Array) -> jax.Array:
-  """A bijection of uint32 that flips every output bit with probability near one half.
-
-  Constants by Chris Wellons, "Prospecting for Hash Functions" (2018), lowbias32.
-  """
-  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-  return x ^ (x >> 16)
-
-
-def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """uint32 random bits of `shape`, a pure function of the threefry `key` and the position.
-
-  A key chooses the start and the odd step of a sequence that meets every uint32 once, and which is
-  then mixed. Fused into what uses them, they cost a tenth of `jax.random.bits` on a CPU. Good
-  enough for masks, not for cryptography.
-  """
-  first, second = jax.random.key_data(key).astype(jnp.uint32)
-  start = _mix(_mix(first) ^ second)
-  step = _mix(start ^ first) | jnp.uint32(1)
-  counter = jnp.broadcast_to(start, shape)
-  for axis, stride in enumerate(_strides(shape)):
-    counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * (step * jnp.uint32(stride))
-  return _mix(counter)
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-  strides, stride = [], 1
-  for size in reversed(shape):
-    strides.append(stride % 2**32)
-    stride *= size
-  return strides[::-1]
+from jaxtyping import Array, Float, Key, UInt32
 
 
 class Dropout(nn.Module):
@@ -54,26 +21,61 @@ class Dropout(nn.Module):
   rate: float
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x: Float[Array, "*shape"], train: bool) -> Float[Array, "*shape"]:
     return _drop(x, self.make_rng("dropout"), self.rate) if train and self.rate > 0 else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+def _drop(x: Array, key: Array, rate: float) -> Array:
   keep = hash_bits(key, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
-def _drop_forward(x: jax.Array, key: jax.Array, rate: float) -> Any:
-  return _drop(x, key, rate), key  # to hash again is cheaper than to keep the mask
+def _drop_forward(x: Array, key: Array, rate: float) -> Any:
+  return _drop(x, key, rate), key  # hashing again is cheaper than keeping the mask
 
 
-def _drop_backward(rate: float, key: jax.Array, gradient: jax.Array) -> Any:
+def _drop_backward(rate: float, key: Array, gradient: Array) -> Any:
   dropped = _drop(gradient, key, rate)
   if jax.default_backend() == "cpu":
-    # Or XLA:CPU hashes again in each of the loops that read it.
+    # Without the barrier XLA:CPU would hash again in each loop that reads the result.
     dropped = jax.lax.optimization_barrier(dropped)
   return dropped, None
 
 
 _drop.defvjp(_drop_forward, _drop_backward)
+
+
+def hash_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
+  """Draws random bits of `shape`, a pure function of the threefry `key` and the position.
+
+  The key chooses the start and the odd step of a sequence that visits every uint32 once; each
+  number of the sequence is then mixed. XLA fuses the hash into the operation that uses the bits, so
+  they cost a tenth of `jax.random.bits` on a CPU. They are good enough for masks, not for
+  cryptography.
+  """
+  first, second = jax.random.key_data(key).astype(jnp.uint32)
+  start = _mix(_mix(first) ^ second)
+  step = _mix(start ^ first) | jnp.uint32(1)
+  counter = jnp.broadcast_to(start, shape)
+  for axis, stride in enumerate(_strides(shape)):
+    counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * (step * jnp.uint32(stride))
+  return _mix(counter)
+
+
+def _mix(x: Array) -> Array:
+  """Maps uint32 one-to-one; a changed input bit flips each output bit with probability near 1/2.
+
+  Source of the constants: Chris Wellons, "Prospecting for Hash Functions" (2018), lowbias32.
+  """
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+  strides, stride = [], 1
+  for size in reversed(shape):
+    strides.append(stride % 2**32)
+    stride *= size
+  return strides[::-1]

@@ -1,21 +1,23 @@
 """Network C1, `keras_fcn`: `keras_base` without its dense layers; 250,080 parameters.
 
-Source: EVA, session 6A, after its improvements. It gives no layer table: blocks of growing width,
-transitions, batch norm and a global average pool are its words, the widths are ours.
+Source: EVA, session 6A, after its improvements. It gives no layer table. It names blocks of growing
+width, transitions, batch norm and a global average pool; the widths are ours.
 """
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, Float, Float32
 
-from flax_cifar.models.blocks import ConvUnit, Network
+from flax_cifar.models import blocks
 
 
-class KerasFCN(Network):
+class KerasFCN(blocks.Network):
   """Three blocks of two units with transitions between them, then the head."""
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    unit = self.get_unit(ConvUnit)
+  def __call__(
+    self, images: Float[Array, "n h w 3"], train: bool
+  ) -> Float32[Array, "n {self.num_classes}"]:
+    unit = self.get_unit(blocks.ConvUnit)
     transition = self.get_transition()
 
     x = unit(32, name="c1_1")(images, train)

@@ -1,23 +1,25 @@
 """Network B2, `pyramid`: three blocks that widen and shrink, 48,656 parameters with batch norm.
 
-Source: the network on which ERA V1 session 8 compared normalisations.
+Source: the network on which ERA V1 session 8 compared normalizations.
 """
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, Float, Float32
 
-from flax_cifar.models.blocks import ConvUnit, Network
+from flax_cifar.models import blocks
 
 
-class Pyramid(Network):
-  """Two blocks of units that end in a bare 1x1 convolution and a pool; a third one and the head.
+class Pyramid(blocks.Network):
+  """Two blocks of units that end in a bare 1x1 convolution and a pool; a third block; the head.
 
   Receptive field 44 pixels.
   """
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    unit = self.get_unit(ConvUnit)
+  def __call__(
+    self, images: Float[Array, "n h w 3"], train: bool
+  ) -> Float32[Array, "n {self.num_classes}"]:
+    unit = self.get_unit(blocks.ConvUnit)
     transition = self.get_transition()
 
     x = unit(16, name="c1_1")(images, train)

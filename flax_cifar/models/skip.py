@@ -4,20 +4,22 @@ Layer norm without affine, as in E3, leaves 48,072. Source: ERA V1, session 8.
 """
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, Float, Float32
 
-from flax_cifar.models.blocks import ConvUnit, Network
+from flax_cifar.models import blocks
 
 
-class Skip(Network):
-  """Two blocks with an identity path that end in a bare 1x1 and a pool; a third one and the head.
+class Skip(blocks.Network):
+  """Two blocks that each have an identity path, a bare 1x1 and a pool; a third block; the head.
 
   Receptive field 44 pixels. The names follow the source, which counts the bare convolutions.
   """
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    unit = self.get_unit(ConvUnit, order="conv_relu_norm")
+  def __call__(
+    self, images: Float[Array, "n h w 3"], train: bool
+  ) -> Float32[Array, "n {self.num_classes}"]:
+    unit = self.get_unit(blocks.ConvUnit, order="conv_relu_norm")
     transition = self.get_transition()
 
     x = unit(24, name="c1")(images, train)

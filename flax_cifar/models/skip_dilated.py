@@ -4,17 +4,19 @@
 """
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, Float, Float32
 
-from flax_cifar.models.blocks import ConvUnit, Network
+from flax_cifar.models import blocks
 
 
-class SkipDilated(Network):
+class SkipDilated(blocks.Network):
   """Three blocks that end in a strided unit instead of a pool; receptive field 47 pixels."""
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    unit = self.get_unit(ConvUnit, order="conv_relu_norm")
+  def __call__(
+    self, images: Float[Array, "n h w 3"], train: bool
+  ) -> Float32[Array, "n {self.num_classes}"]:
+    unit = self.get_unit(blocks.ConvUnit, order="conv_relu_norm")
     squeeze = self.get_transition(pool=False)
 
     x = unit(32, name="c1")(images, train)

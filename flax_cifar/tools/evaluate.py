@@ -14,15 +14,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flax_cifar.command_line import Parser, leave
-from flax_cifar.errors import UserError, list_differences
-from flax_cifar.settings import apply_settings
+from flax_cifar import environment, errors
+from flax_cifar.tools import command_line
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
 
-  from flax_cifar.data.splits import Splits
-  from flax_cifar.weights import Weights
+  from flax_cifar.data import splits as splits_lib
+  from flax_cifar.run import weights as weights_lib
 
 SPLITS = ("validation", "test")
 
@@ -52,10 +51,10 @@ class Score:
 def main() -> None:
   try:
     score = evaluate_weights(parse(sys.argv[1:]))
-  except UserError as error:
-    leave(f"error: {error}", 2)
+  except errors.UserError as error:
+    command_line.leave(f"error: {error}", 2)
   except KeyboardInterrupt:
-    leave("stopped", 130)
+    command_line.leave("stopped", 130)
   print(f"data      {score.data}: {score.count:,} {score.split} images")
   peeked = " (on the test split)" if score.peeked else ""
   print(f"{score.split} accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}")
@@ -67,7 +66,7 @@ def parse(arguments: Sequence[str]) -> Options:
   Raises:
     UserError: something is missing or unknown.
   """
-  parser = Parser(
+  parser = command_line.Parser(
     "evaluate",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -91,25 +90,28 @@ def evaluate_weights(options: Options) -> Score:
     UserError: weights or data are missing, damaged or do not belong together.
   """
   # Imported here: they bring JAX, for which a wrong flag need not wait.
-  from flax_cifar.data.pipeline import create_normalize
-  from flax_cifar.evaluate import create_eval_step, evaluate
-  from flax_cifar.models import DTYPES
-  from flax_cifar.weights import create_network, load_weights
+  from flax_cifar import evaluate, models
+  from flax_cifar.data.augment import normalize
+  from flax_cifar.run import weights as weights_lib
 
-  weights = load_weights(options.weights)
-  model, config = create_network(weights), weights.config
+  weights = weights_lib.load_weights(options.weights)
+  model, config = weights_lib.create_network(weights), weights.config
   splits = _load_splits(weights, options)
   name = options.split or ("validation" if len(splits.validation) else "test")
   split = {"validation": splits.validation, "test": splits.test}[name]
   if not len(split):
-    raise UserError("--split='validation' is empty: the run held no images out; try --split=test.")
-  eval_step = create_eval_step(
+    raise errors.UserError(
+      "--split='validation' is empty: the run held no images out; try --split=test."
+    )
+  eval_step = evaluate.create_eval_step(
     model=model,
-    normalize=create_normalize(weights.mean, weights.std, dtype=DTYPES[config["compute_dtype"]]),
+    normalize=normalize.create_normalize(
+      weights.mean, weights.std, dtype=models.DTYPES[config["compute_dtype"]]
+    ),
     mesh=_create_mesh(config),
     num_seeds=1,  # a file holds one network
   )
-  scores = evaluate(eval_step, weights.variables, split, config["eval_batch_size"])
+  scores = evaluate.evaluate(eval_step, weights.variables, split, config["eval_batch_size"])
   return Score(
     split=name,
     data=options.data or config["data"]["name"],
@@ -120,9 +122,9 @@ def evaluate_weights(options: Options) -> Score:
   )
 
 
-def _load_splits(weights: "Weights", options: Options) -> "Splits":
+def _load_splits(weights: "weights_lib.Weights", options: Options) -> "splits_lib.Splits":
   """The splits of the run, or of the data set asked for, which must have the same classes."""
-  from flax_cifar.data.splits import load_splits
+  from flax_cifar.data import splits as splits_lib
 
   data = dict(weights.config["data"])
   data |= {"name": options.data or data["name"], "dir": options.data_dir or data["dir"]}
@@ -130,13 +132,15 @@ def _load_splits(weights: "Weights", options: Options) -> "Splits":
   if options.split == "test":
     # A small data set need not spare as many as the run's; a trial would have to spare some.
     protocol, data["validation_size"] = "honest", 0
-  splits = load_splits(protocol=protocol, **data)
-  differences = list_differences(
+  splits = splits_lib.load_splits(protocol=protocol, **data)
+  differences = errors.list_differences(
     {"class_names": weights.class_names, "image_shape": weights.image_shape},
     {"class_names": splits.class_names, "image_shape": splits.image_shape},
   )
   if differences:
-    raise UserError(f"the weights are of other data than {data['name']}: {'; '.join(differences)}.")
+    raise errors.UserError(
+      f"the weights are of other data than {data['name']}: {'; '.join(differences)}."
+    )
   return splits
 
 
@@ -144,14 +148,14 @@ def _create_mesh(config: Mapping[str, Any]) -> "Mesh":
   """The devices of the run where there are as many here, so that it computes the same; else one."""
   import jax
 
-  from flax_cifar.partition import create_mesh
+  from flax_cifar import parallel
 
   available = jax.local_device_count()
   wanted = config["num_devices"] or available
   fits = wanted <= available and config["eval_batch_size"] % wanted == 0
-  return create_mesh(wanted if fits else 1)
+  return parallel.create_mesh(wanted if fits else 1)
 
 
 if __name__ == "__main__":
-  apply_settings()
+  environment.apply_settings()
   main()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
 
-from flax_cifar.interrupt import SIGNALS
+from flax_cifar import signals
 
 OTHERS = (signal.SIGHUP, signal.SIGQUIT)  # save nothing, but end the run
 POLL_SECONDS = 0.05
@@ -79,12 +79,12 @@ class _Pool:
     self._free = list(shares)
     self._running: dict[subprocess.Popen[bytes], tuple[Job, Cores]] = {}
     self._signals: list[int] = []
-    self._previous: dict[int, signal._HANDLER] = {}
+    self._previous: signals.Handlers = {}
 
   def __enter__(self) -> "_Pool":
     # What nohup ignores stays so; SIGNALS do not, as in a run, though a script's `sweep &` asks it.
     others = [s for s in OTHERS if signal.getsignal(s) != signal.SIG_IGN]
-    self._previous = {s: signal.signal(s, self._forward) for s in (*SIGNALS, *others)}
+    self._previous = signals.install_handlers(self._forward, (*signals.SIGNALS, *others))
     return self
 
   def __exit__(
@@ -95,8 +95,7 @@ class _Pool:
   ) -> None:
     while self._running:
       self._collect()
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)
+    signals.restore_handlers(self._previous)
 
   def start(self, job: Job) -> None:
     """Starts the job on a share that is free."""

@@ -1,0 +1,229 @@
+"""One training step in a process of its own, so that libraries' threads and settings stay apart.
+
+Command     python -m benchmarks.speed.step_worker MODE NETWORK BATCH
+
+It prints one line of JSON when it is ready, with the seconds of the first step and the library;
+then, for each line with a number that it reads, the seconds that so many steps took; at the end of
+its input, the most memory it had, in MiB. MODE is a key of MODES.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Step = Callable[[], Any]  # runs one step and returns when it is done
+
+# The norm and the dropout rate with which each network was published.
+NORMS = {
+  "dilated": "batch",
+  "ghost": "ghost",
+  "skip": "batch",
+  "pyramid": "batch",
+  "skip_dilated": "batch",
+  "keras_base": "none",
+  "keras_fcn": "batch",
+  "five_convs": "batch",
+}
+DROPOUT = dict.fromkeys(NORMS, 0.05) | {"ghost": 0.1, "keras_base": 0.25}
+
+
+def main() -> None:
+  mode, network, batch_size = sys.argv[1:]
+  started = time.perf_counter()
+  step = MODES[mode](network, int(batch_size))
+  step()
+  ready = {"first_step": time.perf_counter() - started, "library": get_library(mode)}
+  print(json.dumps(ready), flush=True)
+  for line in sys.stdin:
+    started = time.perf_counter()
+    for _ in range(int(line)):
+      step()
+    print(time.perf_counter() - started, flush=True)
+  print(get_peak_memory())
+
+
+def get_library(mode: str) -> str:
+  """The one that computes, with its version; it is imported by now."""
+  library = sys.modules["torch" if mode.startswith("PyTorch") else "jax"]
+  return f"{library.__name__} {library.__version__}"
+
+
+def get_peak_memory() -> float:
+  """Of this process, resident, in MiB."""
+  units = 2**20 if sys.platform == "darwin" else 2**10  # that a MiB has
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
+
+
+def draw_batch(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Noise as images uint8 (N, 32, 32, 3), and labels int32 (N,)."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (batch_size, 32, 32, 3), np.uint8)
+  return images, rng.integers(0, 10, batch_size).astype(np.int32)
+
+
+#### Flax
+
+
+def create_ours(
+  network: str, batch_size: int, *, kernels: str = "auto", dtype: str = "float32"
+) -> Step:
+  """The step of `flax_cifar.train` under the settings of main.py."""
+  from flax_cifar import environment
+
+  os.environ["FLAX_CIFAR_KERNELS"] = kernels
+  environment.apply_settings()
+  return _create_flax_step(network, batch_size, dtype)
+
+
+def create_xla(network: str, batch_size: int) -> Step:
+  """As ours where oneDNN is not installed."""
+  return create_ours(network, batch_size, kernels="xla")
+
+
+def create_naive(network: str, batch_size: int) -> Step:
+  """What Flax gives out of the box: lax convolutions, Flax's norm and dropout, no settings.
+
+  The ghost norm is ours: Flax has none.
+  """
+  os.environ["FLAX_CIFAR_KERNELS"] = "definition"
+  import flax.linen as nn
+
+  from flax_cifar.models import dropout, norms
+
+  class BatchNorm(nn.Module):
+    momentum: float
+    epsilon: float
+    train_scale: bool
+    relu: bool
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+      norm = nn.BatchNorm(not train, momentum=self.momentum, epsilon=self.epsilon)
+      return nn.relu(norm(x)) if self.relu else norm(x)
+
+  class Dropout(nn.Module):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+      return nn.Dropout(self.rate, deterministic=not train)(x)
+
+  norms.NORMS["batch"] = BatchNorm
+  dropout.Dropout = Dropout
+  return _create_flax_step(network, batch_size, "float32")
+
+
+def create_parts(network: str, dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
+  """A state and the arguments of train_step, for the network as it was published."""
+  from configs import common
+  from flax_cifar import optim
+  from flax_cifar import state as state_lib
+  from flax_cifar.data.augment import normalize
+  from flax_cifar.run import config as config_lib
+
+  config = common.get_config()
+  config.model.update(name=network, norm=NORMS[network], dropout_rate=DROPOUT[network])
+  config.compute_dtype = dtype
+  model = config_lib.create_model(config, num_classes=10)
+  schedule = optim.create_schedule(steps_per_epoch=100, total_epochs=10, **config.schedule)
+  optimizer = optim.create_optimizer(schedule, **config.optimizer)
+  state = state_lib.create_train_state(
+    model=model,
+    optimizer=optimizer,
+    plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
+    image_shape=(32, 32, 3),
+    ema_decay=0,
+    seed=0,
+  )
+  return state, {
+    "model": model,
+    "optimizer": optimizer,
+    "normalize": normalize.create_normalize((0.5,) * 3, (0.25,) * 3, dtype=dtype),
+    "mixing": None,
+    "label_smoothing": 0.0,
+    "ema_decay": 0.0,
+  }
+
+
+def _create_flax_step(network: str, batch_size: int, dtype: str) -> Step:
+  import functools
+
+  import jax
+
+  from flax_cifar import train as train_lib
+
+  state, parts = create_parts(network, dtype)
+  step_fn = jax.jit(functools.partial(train_lib.train_step, **parts), donate_argnums=0)
+  images, labels = draw_batch(batch_size)
+  batch = {"image": images, "label": labels}
+
+  def step() -> None:
+    nonlocal state
+    state, metrics = step_fn(state, batch)
+    jax.block_until_ready(metrics)
+
+  return step
+
+
+def create_matmul(network: str, batch_size: int) -> Step:
+  """2048 x 2048 matrices, float32, in XLA: the rate that convolutions are held against."""
+  del network, batch_size
+  import jax
+  import jax.numpy as jnp
+
+  matrix = jnp.ones((2048, 2048))
+  multiply = jax.jit(jnp.dot)
+  return lambda: multiply(matrix, matrix).block_until_ready()
+
+
+#### PyTorch
+
+
+def create_torch(
+  network: str, batch_size: int, *, channels_last: bool = False, bfloat16: bool = False
+) -> Step:
+  """Eager PyTorch with the optimiser of its source."""
+  import torch
+  import torch.nn.functional as F
+
+  from benchmarks.speed import torch_networks
+  from flax_cifar import environment
+
+  torch.set_num_threads(environment.count_cores())
+  layout = torch.channels_last if channels_last else torch.contiguous_format
+  model = torch_networks.TORCH_NETWORKS[network]().to(memory_format=layout)
+  optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+  numpy_images, numpy_labels = draw_batch(batch_size)
+  images = torch.from_numpy(numpy_images).permute(0, 3, 1, 2)
+  labels = torch.from_numpy(numpy_labels).long()
+
+  def step() -> None:
+    x = ((images / 255 - 0.5) / 0.25).contiguous(memory_format=layout)
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+      loss = F.cross_entropy(model(x), labels)
+    loss.backward()
+    optimizer.step()
+
+  return step
+
+
+MODES: dict[str, Callable[[str, int], Step]] = {
+  "ours": create_ours,
+  "ours bf16": lambda n, b: create_ours(n, b, dtype="bfloat16"),
+  "ours, XLA alone": create_xla,
+  "naive Flax": create_naive,
+  "PyTorch": create_torch,
+  "PyTorch channels_last": lambda n, b: create_torch(n, b, channels_last=True),
+  "PyTorch channels_last bf16": lambda n, b: create_torch(n, b, channels_last=True, bfloat16=True),
+  "matmul": create_matmul,
+}
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,173 @@
+"""Training steps per second: ours, naive Flax and eager PyTorch, by turns in one run.
+
+Command     python -m benchmarks.speed.train_step [--networks dilated ghost skip pyramid]
+                [--repeats N] [--modes ours "naive Flax" ...] [--json FILE]
+                [--torch-python /other/bin/python where PyTorch lives in another environment]
+
+PyTorch comes with the extra `benchmark`; without it, its rows are left out.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import common
+from benchmarks.speed import step_worker
+
+NETWORKS = ("dilated", "ghost", "skip", "pyramid")  # of docs/performance.md
+MATMUL = "matmul"
+MATMUL_FLOP = 2 * 2048**3
+
+
+class Worker:
+  """A process of `step_worker` that waits for orders."""
+
+  def __init__(
+    self,
+    python: str,
+    mode: str,
+    network: str,
+    batch_size: int,
+    environment: Mapping[str, str] | None = None,
+  ):
+    command = [python, "-m", "benchmarks.speed.step_worker", mode, network, str(batch_size)]
+    self._process = subprocess.Popen(
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=environment,
+    )
+    ready = json.loads(self._read())
+    self.first_step, self.library = ready["first_step"], ready["library"]
+
+  def _read(self) -> str:
+    assert self._process.stdout
+    line = self._process.stdout.readline()
+    if not line:
+      sys.exit(f"error: {' '.join(self._process.args)} ended early")  # type: ignore[arg-type]
+    return line
+
+  def measure(self, steps: int) -> float:
+    """Seconds of one step, the mean of `steps`."""
+    assert self._process.stdin
+    self._process.stdin.write(f"{steps}\n")
+    self._process.stdin.flush()
+    return float(self._read()) / steps
+
+  def close(self) -> float:
+    """Ends the process; the most memory it had, in MiB."""
+    assert self._process.stdin
+    self._process.stdin.close()
+    peak_memory = float(self._read())
+    self._process.wait()
+    return peak_memory
+
+
+def main() -> None:
+  options = parse_options()
+  others = [mode for mode in options.modes if not mode.startswith("PyTorch")]
+  if others != options.modes and not has_torch(options.torch_python):
+    print(f"PyTorch is left out: {options.torch_python} has none; --torch-python names another")
+    options.modes = others or sys.exit("error: no other mode was asked for")
+  rows: list[common.Row] = []
+  for network in options.networks:
+    rows += measure_network(network, options)
+    common.print_table(rows[-len(options.modes) :])
+    print(flush=True)
+  if options.json:
+    common.write_json(options.json, rows)
+
+
+def has_torch(python: str) -> bool:
+  return subprocess.run([python, "-c", "import torch"], stderr=subprocess.DEVNULL).returncode == 0
+
+
+def parse_options() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=list(step_worker.NORMS))
+  modes = [mode for mode in step_worker.MODES if mode != MATMUL]
+  parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
+  parser.add_argument("--batch", type=common.positive, default=128)
+  parser.add_argument("--repeats", type=common.positive, default=7, help="turns of each mode")
+  parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
+  parser.add_argument("--torch-python", default=sys.executable)
+  parser.add_argument("--json", default="", help="file for the record")
+  return parser.parse_args()
+
+
+def measure_network(network: str, options: argparse.Namespace) -> list[common.Row]:
+  """A row per mode."""
+  workers = {}
+  for mode in [*options.modes, MATMUL]:
+    python = options.torch_python if mode.startswith("PyTorch") else sys.executable
+    workers[mode] = Worker(python, mode, network, options.batch)
+  seconds = take_turns(workers, options.repeats, options.seconds)
+  memory = {mode: worker.close() for mode, worker in workers.items()}
+  peak = MATMUL_FLOP / statistics.median(seconds.pop(MATMUL))
+  flop = 6 * count_multiply_adds(network) * options.batch
+  return [
+    {
+      **describe(network, mode, seconds, options.batch, flop, peak),
+      "first step s": workers[mode].first_step,
+      "peak MiB": memory[mode],
+      "library": workers[mode].library,
+    }
+    for mode in seconds
+  ]
+
+
+def take_turns(workers: Mapping[str, Worker], repeats: int, least: float) -> dict[str, list[float]]:
+  """Seconds per step of each worker, `repeats` times, A B C A B C."""
+  steps = {mode: max(1, round(least / worker.measure(1))) for mode, worker in workers.items()}
+  seconds: dict[str, list[float]] = {mode: [] for mode in workers}
+  for _ in range(repeats):
+    for mode, worker in workers.items():
+      seconds[mode].append(worker.measure(steps[mode]))
+  return seconds
+
+
+def describe(
+  network: str,
+  mode: str,
+  seconds: Mapping[str, Sequence[float]],
+  batch_size: int,
+  flop: int,
+  peak: float,
+) -> dict[str, Any]:
+  """The ratio is the median over turns, each against the fastest float32 PyTorch of its turn."""
+  own = seconds[mode]
+  rivals = [seconds[name] for name in ("PyTorch", "PyTorch channels_last") if name in seconds]
+  best = [min(turn) for turn in zip(*rivals, strict=True)]
+  ratios = [rival / mine for rival, mine in zip(best, own, strict=False)]
+  median = statistics.median(own)
+  return {
+    "network": network,
+    "mode": mode,
+    "images/s": batch_size / median,
+    "slowest": batch_size / max(own),
+    "fastest": batch_size / min(own),
+    "x best PyTorch f32": statistics.median(ratios) if ratios else None,
+    "GFLOP/s": flop / median / 1e9,
+    "% of matmul": 100 * flop / median / peak,
+  }
+
+
+def count_multiply_adds(network: str) -> int:
+  """Of one image's forward pass; a training step takes three times as many."""
+  from configs import common
+  from flax_cifar.models import layer_table
+  from flax_cifar.run import config as config_lib
+
+  config = common.get_config()
+  config.model.update(name=network, norm=step_worker.NORMS[network])
+  model = config_lib.create_model(config, num_classes=10)
+  return sum(row.multiply_adds for row in layer_table.get_layer_table(model, (32, 32, 3)))
+
+
+if __name__ == "__main__":
+  main()

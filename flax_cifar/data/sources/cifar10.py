@@ -1,0 +1,85 @@
+"""CIFAR-10: found on disk in any of its usual forms, else downloaded."""
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from flax_cifar import errors, files
+from flax_cifar.data import dataset
+from flax_cifar.data.sources import cifar10_archive, cifar10_download, cifar10_tfds
+
+LOCK = "cifar10.lock"
+
+
+def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, ...]]:
+  """Loads CIFAR-10: a prepared TFDS directory, else an archive, else a download.
+
+  What an archive or a download gave is written once to `<dir>/cifar10/3.0.2`, which later
+  starts read. The examples are sorted by a hash of their pixels, because TFDS and the archives
+  order them differently: this way one seed means one run, wherever the data came from.
+
+  Args:
+    dir: root of TFDS data sets; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+  Returns:
+    Train split (50,000), test split (10,000) and class names; images uint8 (N, 32, 32, 3).
+
+  Raises:
+    UserError: damaged files, a wrong number of examples, or no data and no working mirror.
+  """
+  asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  root = errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
+  prepared = cifar10_tfds.find_prepared(root)
+  train, test = cifar10_tfds.read_prepared(prepared) if prepared else _read_and_prepare(root)
+  return _sort_by_pixels(train), _sort_by_pixels(test), cifar10_archive.CLASS_NAMES
+
+
+def _read_and_prepare(root: Path) -> tuple[dataset.Split, dataset.Split]:
+  with _lock(root):
+    if prepared := cifar10_tfds.find_prepared(root):  # by the process that was waited for
+      return cifar10_tfds.read_prepared(prepared)
+    train, test = cifar10_archive.read_archive(
+      cifar10_archive.find_archive(root) or cifar10_download.download_archive(root)
+    )
+    _prepare(train, test, root)
+  return train, test
+
+
+@contextlib.contextmanager
+def _lock(root: Path) -> Iterator[None]:
+  """Waits for other processes that download or prepare the data; the kernel ends a dead one's lock.
+
+  Where no lock can be had, there is none: `root` is read-only, or of a cluster's file system.
+  """
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):
+      root.mkdir(parents=True, exist_ok=True)
+      file = stack.enter_context((root / LOCK).open("a"))
+      if not files.lock(file, wait=False):
+        _print(f"Waiting for another process to download or prepare CIFAR-10 in {root}.")
+        files.lock(file, wait=True)
+    yield
+
+
+def _prepare(train: dataset.Split, test: dataset.Split, root: Path) -> None:
+  _print(f"Preparing CIFAR-10 in {root / 'cifar10'}, once; about half a minute.")
+  try:
+    cifar10_tfds.prepare_cifar10(train=train, test=test, data_dir=root)
+  except OSError as error:
+    _print(f"Not prepared ({error}); going on, the next start reads the archive again.")
+
+
+def _sort_by_pixels(split: dataset.Split) -> dataset.Split:
+  digests = [hashlib.blake2b(image, digest_size=8).digest() for image in split.images]
+  keys = np.frombuffer(b"".join(digests), "<u8")
+  order = np.lexsort((split.labels, keys))
+  return dataset.Split(split.images[order], split.labels[order])
+
+
+def _print(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Convolutions of the library oneDNN, called from XLA programs on the CPU."""

@@ -1,0 +1,38 @@
+"""Several sums at once, in one pass over the data."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+ROWS = 8  # rows to add at once; XLA:CPU keeps about this many side by side
+
+
+def sum_positions(*terms: Float32[Array, "n h w c"]) -> list[Float32[Array, "n c"]]:
+  """Sums each term over its positions, H and W.
+
+  XLA:CPU adds a few long rows at memory speed. It needs several times as long to add many rows or
+  columns, or to compute one sum without another beside it.
+  """
+  count, _, _, channels = terms[0].shape
+  sums = _sum_rows(terms, length=terms[0].shape[2] * channels)
+  while sums[0].size > count * channels:
+    sums = _sum_rows(sums, length=channels)
+  return [total.reshape(count, channels) for total in sums]
+
+
+def add_each(left: list[Array], right: list[Array]) -> list[Array]:
+  """Adds two lists element by element; `lax.reduce` makes several sums at once with it."""
+  return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def _sum_rows(terms: Sequence[Array], length: int) -> Sequence[Array]:
+  """Sums each few rows of float32 terms (N, ...), in rows of `length`: (N, rows, length)."""
+  count = len(terms[0])
+  rows = terms[0].size // (count * length)
+  divisors = [n for n in range(2, rows + 1) if rows % n == 0]
+  few = min(divisors, key=lambda n: abs(math.log(n / ROWS)), default=1)
+  parts = [term.reshape(count, rows // few, few, length) for term in terms]
+  return jax.lax.reduce(parts, [jnp.zeros((), jnp.float32)] * len(parts), add_each, (2,))

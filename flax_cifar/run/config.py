@@ -1,0 +1,119 @@
+"""The config of a run: checks before it starts, and the keys that a resumed run may change."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+from ml_collections import ConfigDict
+
+from flax_cifar import errors, models
+from flax_cifar.data.augment import arguments
+
+# A resumed run may change these: its results stay the same.
+FREE_KEYS = (
+  *("log", "checkpoint", "data.dir"),
+  *("augment.workers", "steps_per_call", "num_devices", "eval_batch_size"),
+)
+# A longer run also goes on where the shorter one ended.
+RESUME_KEYS = (*FREE_KEYS, "total_epochs")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"optimizer.name": "sgd", ...}; tuples become lists, as in JSON.
+
+  >>> flatten({"seed": 0, "augment": {"ops": ("rotate",), "rotate": {"p": 0.5}}})
+  {'seed': 0, 'augment.ops': ['rotate'], 'augment.rotate.p': 0.5}
+  """
+  flat: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+  """A flat config without `keys` and the keys below them."""
+  return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in keys)}
+
+
+def check_values(config: ConfigDict) -> None:
+  """A UserError for a value that no key may have; the modules that use a key check its range."""
+  for key, value in flatten(config.to_dict()).items():
+    errors.require(value is not None, key, value, "set; configs/common.py has its default")
+    errors.require(not isinstance(value, float) or math.isfinite(value), key, value, "finite")
+  shown = config.name.isprintable() and len(config.name) <= 100
+  errors.require(shown, "name", config.name, "up to 100 printable characters")
+
+
+def check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
+  """A UserError for a number out of range that no other module checks."""
+  smoothing = config.loss.label_smoothing
+  errors.require(config.total_epochs > 0, "total_epochs", config.total_epochs, "1 or more")
+  errors.require(config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "1 or more")
+  errors.require(0 <= config.ema.decay < 1, "ema.decay", config.ema.decay, "at least 0 and below 1")
+  errors.require(0 <= smoothing < 1, "loss.label_smoothing", smoothing, "at least 0 and below 1")
+  errors.require(
+    has_validation or config.schedule.name != "plateau",
+    "data.validation_size",
+    config.data.validation_size,
+    "positive where schedule.name='plateau'",
+  )
+
+
+def check_epochs(total_epochs: int, step: int, steps_per_epoch: int) -> None:
+  """A UserError unless `total_epochs` contain the `step` that the run has come to."""
+  least = math.ceil(step / steps_per_epoch)
+  expected = f"{least} or more, as the run has come to step {step:,}"
+  errors.require(total_epochs >= least, "total_epochs", total_epochs, expected)
+
+
+def get_feed_arguments(config: ConfigDict) -> dict[str, Any]:
+  """The keyword arguments of `feeds.create_feed` that are keys of the config."""
+  names = ("batch_size", "total_epochs", "steps_per_call", "seed", "num_seeds")
+  return {
+    **{name: config[name] for name in names},
+    **{name: config.augment[name] for name in ("backend", "workers", "ops")},
+    "op_arguments": {name: config.augment[name] for name in arguments.RULES},
+  }
+
+
+def create_model(config: Mapping[str, Any], *, num_classes: int) -> nn.Module:
+  """The network that a config, as a ConfigDict or a dict, describes; see `models.create_model`.
+
+  Raises:
+    UserError: a key of the network has a value that is unknown or out of range.
+  """
+  return models.create_model(
+    **config["model"],
+    num_classes=num_classes,
+    norm_arguments=config["norm"],
+    dtype=config["compute_dtype"],
+  )
+
+
+@contextlib.contextmanager
+def explain_misfit(config: Mapping[str, Any]) -> Iterator[None]:
+  """Turns a ValueError of a network, which knows no config keys, into a UserError with the keys.
+
+  Networks are traced within it, once, before a run starts.
+  """
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except ValueError as error:
+    plain = config.to_dict() if isinstance(config, ConfigDict) else config
+    norm = plain["model"]["norm"]
+    sections = ("model", f"norm.{norm}", "data.image_size", "batch_size")
+    values = [
+      f"{key}={value!r}"
+      for key, value in flatten(plain).items()
+      if any(key == section or key.startswith(f"{section}.") for section in sections)
+    ]
+    raise errors.UserError(
+      f"{errors.shorten(error)}; change one of {', '.join(values)}."
+    ) from error

@@ -1,0 +1,93 @@
+"""Digests of a checkpoint's files, so that damage is found before anything is restored.
+
+Orbax looks at the name of a checkpoint's folder only and restores a flipped byte without a word.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+
+from flax_cifar import files
+
+DIGESTS = "digests.json"
+REPLACED = ".replaced"  # ends the name of a checkpoint while another one is written in its place
+
+
+def write_digests(path: pathlib.Path) -> None:
+  """Writes the SHA-256 of each file in the subfolders of the checkpoint at `path`.
+
+  The folder's own files are left out: Orbax still adds to them, and restores without them.
+  """
+  found = (file for item in path.iterdir() if item.is_dir() for file in item.rglob("*"))
+  digests = {file.relative_to(path).as_posix(): _digest(file) for file in found if file.is_file()}
+  files.write_json(path / DIGESTS, digests)
+
+
+def find_damage(path: pathlib.Path) -> str | None:
+  """What is wrong with the checkpoint at `path`, in a few words; None if it is as it was saved."""
+  try:
+    digests = dict(json.loads((path / DIGESTS).read_text()))
+  except FileNotFoundError:
+    return "it was not written to its end"
+  except (OSError, ValueError, TypeError) as error:
+    return f"{DIGESTS} cannot be read: {error}"
+  for name, digest in digests.items():
+    try:
+      if _digest(path / name) != digest:
+        return f"{name} has changed"
+    except OSError as error:
+      return f"{name} cannot be read: {error.strerror}"
+  return None
+
+
+def _digest(file: pathlib.Path) -> str:
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def quarantine(folder: pathlib.Path, damaged: pathlib.Path) -> list[str]:
+  """Moves what is no whole checkpoint out of `folder` to `damaged`, and says so.
+
+  Args:
+    folder: has a checkpoint per step, in a folder that is called by its number.
+    damaged: where they go; made when there is something to move.
+
+  Returns:
+    A line for each.
+  """
+  lines = []
+  for path in sorted(folder.glob("*"), key=lambda path: path.name):
+    reason = find_damage(path) if path.name.isdecimal() and path.is_dir() else None
+    if reason:
+      target = _find_free_name(damaged, path.name)
+      damaged.mkdir(exist_ok=True)
+      path.rename(target)
+      lines.append(f"checkpoint {str(path)!r} is damaged ({reason}); it is now {str(target)!r}")
+      print(f"warning: {lines[-1]}", file=sys.stderr, flush=True)
+  return lines
+
+
+def retire(path: pathlib.Path) -> None:
+  """Lets another checkpoint take the place of `path`; `settle` says which one stays."""
+  path.rename(path.with_name(path.name + REPLACED))
+
+
+def finish_replacements(folder: pathlib.Path) -> None:
+  """Keeps the replacement of a checkpoint where it is whole, and else puts the old one back."""
+  for old in folder.glob(f"*{REPLACED}"):
+    new = old.with_name(old.name.removesuffix(REPLACED))
+    if find_damage(new) is None:
+      shutil.rmtree(old)
+    else:
+      shutil.rmtree(new, ignore_errors=True)
+      old.rename(new)
+
+
+def _find_free_name(folder: pathlib.Path, name: str) -> pathlib.Path:
+  path, number = folder / name, 1
+  while path.exists():
+    number += 1
+    path = folder / f"{name}-{number}"
+  return path

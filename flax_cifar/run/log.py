@@ -1,0 +1,166 @@
+"""The log of a run: metrics.jsonl (the truth), TensorBoard, and the screen."""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from flax_cifar import files, metrics
+
+LINE_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
+Report = Callable[[metrics.Totals, int], None]  # the epoch's totals, and how many steps are new
+
+
+class Screen(Console):
+  """Goes on in silence when nobody reads any more (`| head`), where rich would end the process."""
+
+  def on_broken_pipe(self) -> None:
+    with open(os.devnull, "w") as nowhere:
+      os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+class RunLog:
+  """Appends one record per epoch to metrics.jsonl and shows it.
+
+  Opening it rewrites the file with `records`, those of the checkpoint that the run goes on from.
+  Later records will be made again, and a file that was damaged meanwhile does no harm.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    records: Sequence[metrics.Record],
+    step: int,
+    total_epochs: int,
+    tensorboard: bool,
+  ):
+    self.console = Screen(highlight=False)
+    self._path = workdir / "metrics.jsonl"
+    self._total_epochs = total_epochs
+    files.write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))
+    self._events = _open_events(workdir / "tensorboard", step) if tensorboard else None
+
+  def print(self, text: str) -> None:
+    """Prints plain text."""
+    self.console.print(text, markup=False, soft_wrap=True)
+
+  def banner(self, facts: Mapping[str, Any]) -> None:
+    """Prints what is about to run, a line each."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+      self.print(f"{name.ljust(width)}  {value}")
+
+  def print_resumed(self, step: int, steps_per_epoch: int) -> None:
+    """Says where a run goes on; nothing at its beginning."""
+    if step:
+      self.print(f"resumed at step {step:,}, epoch {step / steps_per_epoch:.2f}")
+
+  @contextlib.contextmanager
+  def progress(self, epoch: int, *, done: int, total: int) -> Iterator[Report]:
+    """Yields a function to call now and then with the epoch's totals and the number of new steps.
+
+    It moves a bar on a terminal; elsewhere it prints a line a minute.
+
+    Args:
+      epoch: counted from 1.
+      done: steps of this epoch that an earlier process made.
+      total: steps of this epoch.
+    """
+    columns = (
+      TextColumn("epoch {task.fields[epoch]}"),
+      BarColumn(None),
+      MofNCompleteColumn(),
+      TextColumn("{task.description}"),
+      TimeElapsedColumn(),
+      TextColumn("ETA"),
+      TimeRemainingColumn(),
+    )
+    terminal = self.console.is_terminal
+    with Progress(*columns, console=self.console, transient=True, disable=not terminal) as bar:
+      task = bar.add_task("", total=total, completed=done, epoch=epoch)
+      started = last_line = time.perf_counter()
+      earlier: float | None = None  # seconds of this epoch in an earlier process
+
+      def report(totals: metrics.Totals, steps: int) -> None:
+        nonlocal done, last_line, earlier
+        earlier = float(totals["seconds"]) if earlier is None else earlier
+        done, now = done + steps, time.perf_counter()
+        text = _describe(totals, earlier + now - started)
+        bar.update(task, completed=done, description=text)
+        if not terminal and now - last_line > LINE_SECONDS:
+          last_line = now
+          self.print(f"epoch {epoch}  step {done}/{total}  {text}")
+
+      yield report
+
+  def write(self, record: metrics.Record) -> None:
+    """Appends the record of an epoch to the file, TensorBoard and the screen."""
+    with self._path.open("a", encoding="utf-8") as file:
+      file.write(json.dumps(record) + "\n")
+    if self._events:
+      self._events.write_event(_create_event(record))
+      self._events.flush()
+    self.print(self._format(record))
+
+  def _format(self, record: metrics.Record) -> str:
+    width = len(str(self._total_epochs))
+    text = (
+      f"epoch {record['epoch']:{width}}/{self._total_epochs}  lr {record['learning_rate']:.2g}  "
+      f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:6.2%}  "
+    )
+    if "validation_loss" in record:
+      text += (
+        f"validation loss {record['validation_loss']:.4f} "
+        f"acc {record['validation_accuracy']:6.2%}  "
+      )
+    return text + f"{record['images_per_second']:.0f} images/s  {record['seconds']:.0f} s"
+
+  def close(self) -> None:
+    """Closes TensorBoard's file."""
+    if self._events:
+      self._events.close()
+
+
+def _open_events(folder: pathlib.Path, step: int) -> EventsWriter:
+  """A new file for TensorBoard, which forgets what earlier ones hold of later steps than `step`.
+
+  It is written at once: a SummaryWriter has a queue, which its flush leaves where it is.
+  """
+  folder.mkdir(exist_ok=True)
+  events = EventsWriter(str(folder / "events"))
+  start = SessionLog(status=SessionLog.START)
+  events.write_event(Event(step=step + 1, wall_time=time.time(), session_log=start))
+  return events
+
+
+def _create_event(record: metrics.Record) -> Event:
+  """The means of a record, tagged "train/loss" and so on."""
+  names = [name for name in record if name not in ("epoch", "step")]
+  means = {name: record[name] for name in names if not isinstance(record[name], list)}
+  points = [
+    Summary.Value(tag=name.replace("_", "/", 1), simple_value=mean) for name, mean in means.items()
+  ]
+  return Event(step=record["step"], wall_time=time.time(), summary=Summary(value=points))
+
+
+def _describe(totals: metrics.Totals, seconds: float) -> str:
+  loss, accuracy = (value.mean() for value in metrics.compute_means(totals).values())
+  rate = totals["count"].sum() / seconds
+  return f"loss {loss:.3f} acc {accuracy:.1%} {rate:.0f} images/s"

@@ -1,0 +1,185 @@
+"""The start-up banner, the end of a run, result.json and the closing summary."""
+
+import datetime
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from flax_cifar import environment, files, metrics, parallel
+from flax_cifar.data import dataset, feeds
+from flax_cifar.data import splits as splits_lib
+from flax_cifar.kernels import backend
+from flax_cifar.run import log as log_lib
+from flax_cifar.run import plots, tables, weights
+
+
+def get_facts(params: Any, num_seeds: int, mesh: Mesh) -> dict[str, Any]:
+  """The number of `parameters` of one seed, and the `hardware`."""
+  parameters = int(parameter_overview.count_parameters(params)) // num_seeds
+  return {"parameters": parameters, "hardware": environment.get_hardware(mesh.size)}
+
+
+def describe_run(
+  config: ConfigDict,
+  splits: splits_lib.Splits,
+  facts: Mapping[str, Any],
+  workdir: pathlib.Path,
+) -> dict[str, str]:
+  """The banner: what runs, on what."""
+  parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+  sizes = (f"{len(split):,} {name}" for name, split in parts.items())
+  rate = f"learning rate {config.optimizer.learning_rate:g} ({config.schedule.name})"
+  last = config.seed + config.num_seeds - 1
+  seeds = f"seed {last}" if config.num_seeds == 1 else f"seeds {config.seed} to {last}"
+  ops = ", ".join(config.augment.ops) or "none"
+  return {
+    "config": f"{config.name}, {seeds}",
+    "protocol": f"{config.protocol}: {splits_lib.PROTOCOLS[config.protocol]}",
+    "network": f"{config.model.name}, {config.model.norm} norm, {facts['parameters']:,} parameters",
+    "training": f"{config.total_epochs} epochs, batch {config.batch_size}, "
+    f"{config.optimizer.name}, {rate}",
+    "augment": f"{ops} ({config.augment.backend}), mixing {config.mixing.name}",
+    "data": f"{config.data.name}: {', '.join(sizes)} images",
+    "device": facts["hardware"],
+    "kernels": backend.describe_backend(),
+    "settings": environment.describe_settings(os.environ),
+    "workdir": str(workdir),
+  }
+
+
+def finish_run(
+  workdir: pathlib.Path,
+  *,
+  config: ConfigDict,
+  splits: splits_lib.Splits,
+  feed: feeds.Feed,
+  records: Sequence[metrics.Record],
+  variables: Mapping[str, Any],
+  logits: np.ndarray,
+  mean: Sequence[float],
+  std: Sequence[float],
+  facts: Mapping[str, Any],
+  log: log_lib.RunLog,
+) -> dict[str, Any]:
+  """Writes the weights, the plots and, last, result.json; prints the result and returns it.
+
+  Args:
+    workdir: of the run.
+    config: of the run.
+    splits: whose final split was scored.
+    feed: whose first batch is drawn.
+    records: of all epochs.
+    variables: of the first seed.
+    logits: float32 (N, classes) of the final split, or (seeds, N, classes).
+    mean: that normalization subtracts, per channel in [0, 1].
+    std: that normalization divides by.
+    facts: further entries of result.json.
+    log: prints the result.
+  """
+  weights.save_weights(
+    workdir / "weights.safetensors",
+    variables,
+    config=config.to_dict(),
+    class_names=splits.class_names,
+    image_shape=splits.image_shape,
+    mean=mean,
+    std=std,
+  )
+  scores = score(splits.final_split_name, splits.final_split, logits)
+  result = {**scores, **summarize(config, records), **facts}
+  if config.log.pictures:
+    first = parallel.select_seed(logits, config.num_seeds)
+    plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
+    misclassified = workdir / "misclassified.png"
+    plots.save_misclassified(misclassified, splits.final_split, first, splits.class_names)
+    plots.save_curves(workdir / "curves.png", records)
+    plots.save_learning_rate(workdir / "learning_rate.png", records)
+  files.write_json(workdir / "result.json", result)  # last: it says that the run is finished
+  report_result(log, result, workdir)
+  return result
+
+
+def score(name: str, split: dataset.Split, logits: np.ndarray) -> dict[str, Any]:
+  """Accuracy in [0, 1] and loss in nats of `logits` on `split`, in fields that start with `name`.
+
+  Args:
+    name: of the split.
+    split: N images.
+    logits: float32 (N, classes); of (seeds, N, classes) the fields are the mean, the sample
+      standard deviation `..._sd`, and the list `..._per_seed`.
+  """
+  labels, outputs = jnp.asarray(split.labels), jnp.asarray(logits)
+  targets = metrics.create_targets(labels, logits.shape[-1], label_smoothing=0.0)
+  losses = metrics.cross_entropy(outputs, targets)
+  sums = metrics.compute_totals(losses, outputs, labels, jnp.ones(len(split)))
+  means = metrics.compute_means(metrics.add_totals(metrics.create_totals(1), sums))
+  fields: dict[str, Any] = {}
+  for metric, values in means.items():
+    fields |= metrics.describe_seeds(f"{name}_{metric}", values)
+    if values.ndim:
+      fields[f"{name}_{metric}_sd"] = float(np.std(values, ddof=1))
+  return fields
+
+
+def summarize(config: ConfigDict, records: Sequence[metrics.Record]) -> dict[str, Any]:
+  """The entries of result.json beside the scores: protocol, training, and how to repeat it."""
+  validated = [record for record in records if "validation_accuracy" in record]
+  best = max(validated, key=lambda record: record["validation_accuracy"], default=None)
+  return {
+    "protocol": config.protocol,
+    "scored_weights": "moving average, last epoch" if config.ema.decay else "last epoch",
+    "best_validation": best and {"epoch": best["epoch"], "accuracy": best["validation_accuracy"]},
+    "epochs": records[-1]["epoch"],
+    "train_seconds": sum(record["seconds"] for record in records),
+    "images_per_second": metrics.get_median_rate(records),
+    "seed": config.seed,
+    "num_seeds": config.num_seeds,
+    "kernels": backend.select_backend(),
+    "config": json.loads(config.to_json()),
+    "versions": environment.get_versions(),
+    "command": environment.get_command(),
+    "commit": environment.get_commit(),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+  }
+
+
+def report_result(log: log_lib.RunLog, result: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Prints the final and the best validation accuracy, and the files that the run has written."""
+  accuracy, loss = format_score(result, "accuracy", ".2%"), format_score(result, "loss", ".4f")
+  log.print(f"{get_final_split_name(result)} accuracy {accuracy}, loss {loss}")
+  if result["best_validation"]:
+    best = result["best_validation"]
+    peeked = " (on the test split)" if result["protocol"] == "published" else ""
+    log.print(f"best validation accuracy {best['accuracy']:.2%}{peeked}, epoch {best['epoch']}")
+  log.print(f"result    {workdir / 'result.json'}")
+  log.print(f"weights   {workdir / 'weights.safetensors'}")
+  for picture in sorted(workdir.glob("*.png")):
+    log.print(f"picture   {picture}")
+
+
+def get_final_split_name(result: Mapping[str, Any]) -> str:
+  """The split that the run was scored on at its end: "test", or "validation" of a trial."""
+  return "test" if "test_accuracy" in result else "validation"
+
+
+def format_score(result: Mapping[str, Any], metric: str, spec: str) -> str:
+  """The final `metric` in the format `spec`; of several seeds as mean ± sd (n = k)."""
+  name = f"{get_final_split_name(result)}_{metric}"
+  if result["num_seeds"] == 1:
+    return format(result[name], spec)
+  sample = {"mean": result[name], "sd": result[f"{name}_sd"], "n": result["num_seeds"]}
+  return tables.format_sample(sample, spec)
+
+
+def format_finished(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
+  """The line that says that there is nothing to do."""
+  accuracy = format_score(result, "accuracy", ".2%")
+  return f"{workdir} is finished: {get_final_split_name(result)} accuracy {accuracy}"

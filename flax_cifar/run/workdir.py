@@ -1,0 +1,157 @@
+"""The folder of a run: which run it holds, and whether this config may go on in it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+from flax_cifar import errors, files
+from flax_cifar.models import layer_table
+from flax_cifar.run import config as config_lib
+from flax_cifar.run import tables
+
+LOCK = "lock"
+FIRST_FILES = (LOCK, "config.part")  # all there is where a run was killed as it began
+MIN_FREE_BYTES = 100 * 2**20  # checkpoints of the largest network stay under a tenth of this
+
+
+def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
+  """runs/NAME-HASH: the same config finds its own run again, another one has another folder.
+
+  Characters that do not belong in a folder's name become "_", so that no name leads out of runs/.
+
+  >>> default_workdir({"name": "a/b", "seed": 0})
+  PosixPath('runs/a_b-3a159bf2')
+  """
+  hashed = config_lib.without(config_lib.flatten(config), config_lib.FREE_KEYS)
+  text = json.dumps(hashed, sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  name = re.sub(r"[^\w.,=+-]+", "_", config["name"], flags=re.ASCII)[:100] or "run"
+  return pathlib.Path("runs") / f"{name}-{digest}"
+
+
+def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Checks that `workdir` is new or holds a run of `config`; writes nothing.
+
+  Raises:
+    UserError: it holds a run of another config, something that is no run, or another process
+      trains there; it cannot be written to, or the disk is full.
+  """
+  _check_config(workdir, config)
+  folder = next(p for p in (workdir, *workdir.absolute().parents) if p.is_dir())
+  if not os.access(folder, os.W_OK):
+    raise errors.UserError(f"{str(folder)!r} is not writable; choose another --workdir.")
+  free = shutil.disk_usage(folder).free
+  if free < MIN_FREE_BYTES:
+    raise errors.UserError(
+      f"only {free / 2**20:.0f} MiB are free on the disk of {str(folder)!r}; free "
+      f"{MIN_FREE_BYTES // 2**20} MiB or choose a --workdir on another disk."
+    )
+  if (workdir / LOCK).exists():
+    with explain_failed_writes(workdir):  # it may belong to another user
+      _lock(workdir).close()
+
+
+def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The content of result.json; None before the end of the run."""
+  return _read_json(workdir / "result.json")
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[None]:
+  """Creates `workdir`, writes the config of a new run there and keeps other processes out.
+
+  The config of an earlier run stays until this one is known to fit its checkpoint.
+
+  Raises:
+    UserError: another process trains there, or has done so with another config since the check.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with _lock(workdir) as file:
+    _check_config(workdir, config)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    if not (workdir / "config.json").exists():
+      files.write_json(workdir / "config.json", config)
+    yield
+
+
+def write_start(
+  workdir: pathlib.Path, config: Mapping[str, Any], layers: Sequence[layer_table.Row]
+) -> None:
+  """Writes config.json and summary.txt of the run that starts or goes on in `workdir`."""
+  files.write_json(workdir / "config.json", config)
+  files.write_text(workdir / "summary.txt", tables.format_layer_table(layers))
+
+
+def _lock(workdir: pathlib.Path) -> TextIO:
+  """The open lock file; closing it ends the lock."""
+  file = (workdir / LOCK).open("a+", encoding="utf-8")
+  try:
+    if files.lock(file, wait=False):
+      return file
+  except OSError as error:  # some file systems of clusters have no locks
+    print(
+      f"warning: {str(workdir)!r} cannot be locked ({error.strerror}); make sure that no other "
+      "process trains there",
+      file=sys.stderr,
+    )
+    return file
+  with file:
+    file.seek(0)
+    owner = file.read() or "another process"
+  raise errors.UserError(
+    f"workdir {str(workdir)!r} is in use by {owner}; wait for it, stop it, or choose another "
+    "--workdir."
+  )
+
+
+@contextlib.contextmanager
+def explain_failed_writes(workdir: pathlib.Path) -> Iterator[None]:
+  """Turns an OSError into a UserError that says what to do."""
+  try:
+    yield
+  except OSError as error:
+    raise errors.UserError(
+      f"workdir {str(workdir)!r} cannot be written to ({error}); what is saved there stays. Make "
+      "room, or the folder writable, and the same command goes on from the last checkpoint."
+    ) from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (OSError, ValueError, TypeError) as error:
+    raise errors.UserError(
+      f"{str(path)!r} is damaged ({error}); restore it or choose another --workdir."
+    ) from error
+
+
+def _check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  saved = _read_json(workdir / "config.json")
+  if saved is None:
+    found = [workdir] if workdir.is_file() else list(workdir.glob("*"))
+    if any(file.name not in FIRST_FILES for file in found):
+      raise errors.UserError(
+        f"workdir {str(workdir)!r} holds files that are no run of ours; choose another --workdir."
+      )
+    return
+  changes = errors.list_differences(
+    config_lib.without(config_lib.flatten(saved), config_lib.RESUME_KEYS),
+    config_lib.without(config_lib.flatten(config), config_lib.RESUME_KEYS),
+  )
+  if changes:
+    raise errors.UserError(
+      f"workdir {str(workdir)!r} holds a run of another config: {'; '.join(changes[:5])}. "
+      "Choose another --workdir, or delete this one to start anew."
+    )

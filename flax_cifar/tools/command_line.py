@@ -1,0 +1,94 @@
+"""The command line of every program: the --config flag, and one line for any error."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from flax_cifar import errors, signals
+
+
+def leave(message: str, status: int) -> NoReturn:
+  """Prints one line on standard error and exits."""
+  print(message, file=sys.stderr)
+  sys.exit(status)
+
+
+def explain(error: Exception) -> str:
+  """One line for an error of the command line; ml_collections wraps errors and tracebacks."""
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  text = str(error.args[0] if error.args else error).strip()
+  text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
+  return f"unknown config key {text}" if isinstance(error, KeyError) else text or repr(error)
+
+
+class Parser(argparse.ArgumentParser):
+  """Raises a UserError where argparse would print its usage and exit."""
+
+  def error(self, message: str) -> NoReturn:
+    raise errors.UserError(message)
+
+
+def define_config() -> flags.FlagHolder:
+  """The flag --config; reads the whole command line, of which --flagfile may be wrong."""
+  help = "A file of configs/; variants and key=value may follow it after a colon."
+  try:
+    return config_flags.DEFINE_config_file("config", None, help)
+  except Exception as error:
+    leave(f"error: {explain(error)}", 2)
+
+
+def run(main: Callable[[ConfigDict], None]) -> None:
+  """Parses the command line, calls `main` with the config, and leaves with an exit status.
+
+  0: done; 2: a mistake in what was asked for; 128 + N: stopped by signal N.
+  """
+  config = define_config()
+
+  def guarded(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.FATAL)  # Orbax logs the traceback of what it raises as well
+    try:
+      main(config.value)
+    except errors.UserError as error:
+      leave(f"error: {explain(error)}", 2)
+    except signals.Interrupted as stop:
+      leave(str(stop), 128 + stop.signum)
+    except KeyboardInterrupt:
+      leave("stopped at once; the same command goes on from the last checkpoint", 130)
+
+  sys.unraisablehook = report_unraisable
+  app.run(guarded, flags_parser=functools.partial(parse_flags, config))
+
+
+def report_unraisable(problem: Any) -> None:
+  """A `sys.unraisablehook`: after a failed save TensorStore calls an event loop that has ended."""
+  if str(problem.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(problem)
+
+
+def parse_flags(config: flags.FlagHolder, argv: list[str]) -> list[str]:
+  """Parses the command line, of which `config` is a flag; an error in it becomes one line."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ValueError(f"{rest[1]!r} is not a flag; write --config=FILE and --config.KEY=VALUE.")
+    if config.value is None:
+      raise ValueError("--config is missing; try --config=configs/quickstart.py")
+    config.value.lock()  # a file that could not be loaded says so only when it is used
+    check_overrides(config_flags.get_override_values(flags.FLAGS[config.name]))
+  except Exception as error:  # whatever a config file or an override leads to
+    leave(f"error: {explain(error)}", 2)
+  return rest
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+  """Refuses a whole section, whose other keys it would take away."""
+  for key, value in overrides.items():
+    if isinstance(value, ConfigDict):
+      raise ValueError(f"config.{key} is a section; set its keys, --config.{key}.KEY=VALUE.")

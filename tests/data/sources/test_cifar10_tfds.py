@@ -1,0 +1,121 @@
+"""What prepare_cifar10 writes is what TensorFlow Datasets reads, and is written whole or not."""
+
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from flax_cifar.data import dataset
+from flax_cifar.data.sources import cifar10_tfds
+
+SIZES = {"train": 30, "test": 7}
+
+
+def make_split(seed, n):
+  rng = np.random.default_rng(seed)
+  images = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+  return dataset.Split(images, rng.integers(0, 10, n).astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def splits():
+  return {name: make_split(i, n) for i, (name, n) in enumerate(SIZES.items())}
+
+
+@pytest.fixture(scope="module")
+def prepared(splits, tmp_path_factory):
+  root = tmp_path_factory.mktemp("data")
+  return root, cifar10_tfds.prepare_cifar10(**splits, data_dir=root)
+
+
+def test_plain_tfds_reads_the_same_pixels_and_labels(prepared, splits):
+  root, folder = prepared
+  assert folder == root / "cifar10" / "3.0.2"
+  sources = tfds.data_source("cifar10", data_dir=root, download=False)
+  for name, split in splits.items():
+    assert len(sources[name]) == SIZES[name]
+    indices = []
+    for example in sources[name]:
+      prefix, _, number = example["id"].decode().partition("_")
+      indices.append(int(number))
+      assert (prefix, len(number)) == (name, 5)
+      np.testing.assert_array_equal(example["image"], split.images[indices[-1]])
+      assert example["label"] == split.labels[indices[-1]]
+    assert sorted(indices) == list(range(SIZES[name]))
+
+
+def test_metadata_is_that_of_the_official_builder(prepared):
+  _, folder = prepared
+  ours = tfds.builder_from_directory(folder).info
+  official = tfds.builder("cifar10", data_dir=folder.parent.parent / "nowhere").info
+  assert repr(ours.features) == repr(official.features)
+  assert (ours.name, ours.version) == (official.name, official.version)
+  assert ours.supervised_keys == official.supervised_keys
+  assert ours.citation == official.citation
+  assert ours.file_format == tfds.core.FileFormat.ARRAY_RECORD
+  names = "airplane automobile bird cat deer dog frog horse ship truck"
+  assert " ".join(ours.features["label"].names) == names
+
+
+def test_no_network_no_noise(splits, tmp_path, monkeypatch, capfd):
+  def connect(*args):
+    raise AssertionError("a connection was opened")
+
+  monkeypatch.setattr(socket.socket, "connect", connect)
+  cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path)
+  assert capfd.readouterr() == ("", "")
+
+
+def test_interrupted_preparation_leaves_nothing_that_looks_prepared(splits, tmp_path, monkeypatch):
+  def fail(image):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(cifar10_tfds, "_png", fail)
+  with pytest.raises(OSError, match="disk full"):
+    cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path)
+  assert list(tmp_path.glob("cifar10/3*/*")) == []
+  monkeypatch.undo()
+  assert cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path).is_dir()
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from flax_cifar.data.sources.cifar10_tfds import prepare_cifar10
+from flax_cifar.data.dataset import Split
+split = Split(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int32))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+  prepare_cifar10(train=split, test=split, data_dir=sys.argv[1])
+except OSError as error:
+  print(error)
+"""
+
+
+def test_a_write_that_fails_is_an_oserror(tmp_path):
+  """By a limit of files' sizes: what array_record makes of it is its own."""
+  command = [sys.executable, "-c", FULL, str(tmp_path)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert "File too large" in done.stdout, done.stderr
+  assert done.stdout.count("\n") == 1
+  assert list(tmp_path.glob("cifar10/*")) == []
+
+
+def test_existing_directory_is_not_taken_for_prepared(splits, tmp_path):
+  (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+  with pytest.raises(FileExistsError, match="delete it"):
+    cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path)
+
+
+def test_tfds_own_builder_stays_registered_and_tensorflow_out():
+  code = """
+import sys
+import tensorflow_datasets as tfds
+import flax_cifar.data.sources.cifar10
+assert tfds.builder_cls("cifar10").__module__ == "tensorflow_datasets.image_classification.cifar"
+assert "tensorflow" not in sys.modules
+"""
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0

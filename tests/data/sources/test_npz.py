@@ -1,0 +1,85 @@
+"""Data sets in npz archives."""
+
+import numpy as np
+import pytest
+
+from flax_cifar import errors
+from flax_cifar.data.sources import npz
+from tests.data import test_load
+
+
+def arrays(n=6, size=8, classes=3):
+  rng = np.random.default_rng(n)
+  images = rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+  return images, np.arange(n) % classes
+
+
+def write_npz(path, keys=npz.NPZ_KEYS[0], **extra):
+  values = (*arrays(9), *arrays(6))
+  np.savez(path, **(dict(zip(keys, values, strict=True)) | extra))
+  return values
+
+
+@pytest.mark.parametrize("keys", npz.NPZ_KEYS)
+def test_npz_keeps_pixels_labels_and_order(tmp_path, keys):
+  train_x, train_y, test_x, test_y = write_npz(tmp_path / "a.npz", keys)
+  data = test_load.load(f"npz:{tmp_path / 'a.npz'}")
+  np.testing.assert_array_equal(data.train.images, train_x)
+  np.testing.assert_array_equal(data.train.labels, train_y)
+  np.testing.assert_array_equal(data.test.images, test_x)
+  np.testing.assert_array_equal(data.test.labels, test_y)
+  assert data.train.labels.dtype == np.int32
+  assert data.class_names == ("0", "1", "2")
+  assert (len(data.train), len(data.test)) == (9, 6)
+
+
+def test_npz_takes_column_labels_and_class_names(tmp_path):
+  _, labels = arrays(9)
+  write_npz(tmp_path / "a.npz", train_labels=labels[:, None], class_names=["x", "y", "z", "w"])
+  data = test_load.load(f"npz:{tmp_path / 'a.npz'}")
+  np.testing.assert_array_equal(data.train.labels, labels)
+  assert data.class_names == ("x", "y", "z", "w")
+
+
+@pytest.mark.parametrize(
+  ("extra", "message"),
+  [
+    ({"train_images": np.zeros((9, 8, 8, 3), np.float32)}, "float32.*uint8"),
+    ({"train_images": np.zeros((9, 8, 8), np.uint8)}, r"\(9, 8, 8\).*np.repeat"),
+    ({"train_images": np.zeros((9, 3, 8, 8), np.uint8)}, "transpose"),
+    ({"train_images": np.zeros((9, 8, 7, 3), np.uint8)}, "8x7 pixels"),
+    ({"test_images": np.zeros((6, 4, 4, 3), np.uint8)}, "test.*4x4.*image_size=4"),
+    ({"train_images": np.zeros((0, 8, 8, 3), np.uint8), "train_labels": np.zeros(0, int)}, "no im"),
+    ({"train_labels": np.zeros(8, int)}, r"\(8,\) for 9 images"),
+    ({"train_labels": np.zeros(9)}, "float64.*integers"),
+    ({"train_labels": np.full(9, -1)}, r"-1\.\.-1"),
+    (
+      {"train_labels": np.full(9, -1), "test_labels": np.full(6, -2)},
+      "labels go up to -1; number the classes from 0",
+    ),
+    ({"test_labels": np.full(6, 2**32), "class_names": ["a", "b", "c"]}, "4294967296.*3 classes"),
+    ({"train_labels": np.zeros(9, int), "test_labels": np.zeros(6, int)}, "one class"),
+    ({"class_names": np.array([{}], dtype=object)}, "cannot be read"),
+  ],
+)
+def test_npz_refuses(tmp_path, extra, message):
+  write_npz(tmp_path / "a.npz", **extra)
+  with pytest.raises(errors.UserError, match=message):
+    test_load.load(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_npz_missing_truncated_or_with_other_keys(tmp_path):
+  path = tmp_path / "a.npz"
+  with pytest.raises(errors.UserError, match="does not exist"):
+    test_load.load(f"npz:{path}")
+  write_npz(path)
+  path.write_bytes(path.read_bytes()[:500])
+  with pytest.raises(errors.UserError, match="cannot be read"):
+    test_load.load(f"npz:{path}")
+  with path.open("wb") as file:
+    np.save(file, np.zeros(3))
+  with pytest.raises(errors.UserError, match="cannot be read"):
+    test_load.load(f"npz:{path}")
+  np.savez(path, images=np.zeros(3))
+  with pytest.raises(errors.UserError, match=r"\['images'\].*x_train"):
+    test_load.load(f"npz:{path}")

@@ -1,0 +1,146 @@
+"""The protocols: what trains, what chooses, what tests."""
+
+import numpy as np
+import pytest
+
+from flax_cifar import errors
+from flax_cifar.data import dataset
+from flax_cifar.data import load as load_lib
+from flax_cifar.data import splits as splits_lib
+from tests.data.sources import test_npz
+
+
+def test_split_validation_is_fixed_and_loses_nothing():
+  images = np.arange(50, dtype=np.uint8).repeat(3).reshape(50, 1, 1, 3)
+  split = dataset.Split(images, np.arange(50, dtype=np.int32))
+  train, held = splits_lib.split_validation(split, validation_size=10)
+  assert (len(train), len(held)) == (40, 10)
+  assert sorted([*train.labels, *held.labels]) == list(range(50))
+  np.testing.assert_array_equal(held.images[:, 0, 0, 0], held.labels)
+  assert list(held.labels) == list(np.random.default_rng(0).permutation(50)[-10:])
+  _, smaller = splits_lib.split_validation(split, validation_size=4)
+  np.testing.assert_array_equal(smaller.labels, held.labels[-4:])
+  everything, none = splits_lib.split_validation(split, validation_size=0)
+  assert (len(everything), len(none)) == (50, 0)
+  assert none.images.shape == (0, 1, 1, 3)
+
+
+@pytest.mark.parametrize("size", [-1, 6, 7])
+def test_split_validation_refuses(size):
+  with pytest.raises(errors.UserError, match=f"validation_size={size} .*from 0 to 5"):
+    splits_lib.split_validation(dataset.Split(*test_npz.arrays(6)), validation_size=size)
+
+
+def test_channel_stats_match_floats_and_are_exact():
+  images, _ = test_npz.arrays(230, size=5)
+  mean, std = splits_lib.channel_stats(images)
+  np.testing.assert_allclose(mean, (images / 255.0).mean((0, 1, 2)), rtol=1e-12)
+  np.testing.assert_allclose(std, (images / 255.0).std((0, 1, 2)), rtol=1e-12)
+  assert splits_lib.channel_stats(np.full((3, 7, 7, 3), 85, np.uint8)) == ((1 / 3,) * 3, (0.0,) * 3)
+
+
+@pytest.fixture
+def archive(tmp_path):
+  """100 train and 30 test images; pixel value = index, test starting at 128."""
+  path = tmp_path / "tiny.npz"
+  train, test = np.arange(100, dtype=np.uint8), np.arange(128, 158, dtype=np.uint8)
+  np.savez(
+    path,
+    train_images=np.tile(train[:, None, None, None], (1, 8, 8, 3)),
+    train_labels=train % 4,
+    test_images=np.tile(test[:, None, None, None], (1, 8, 8, 3)),
+    test_labels=test % 4,
+  )
+  return f"npz:{path}"
+
+
+def load(archive, **changes):
+  defaults = {"protocol": "honest", "dir": "", "image_size": 8, "validation_size": 20, "limit": 0}
+  return splits_lib.load_splits(**(defaults | {"name": archive} | changes))
+
+
+def indices(split):
+  return split.images[:, 0, 0, 0].tolist()
+
+
+def test_honest_validation_comes_from_train(archive):
+  splits = load(archive)
+  assert len(splits.train) == 80
+  assert sorted(indices(splits.train) + indices(splits.validation)) == list(range(100))
+  assert indices(splits.test) == list(range(128, 158))
+
+
+def test_published_trains_on_all_and_validates_on_test(archive):
+  splits = load(archive, protocol="published")
+  assert sorted(indices(splits.train)) == list(range(100))
+  assert indices(splits.validation) == indices(splits.test)
+
+
+def test_a_trial_is_split_as_honest_and_judged_by_validation(archive):
+  trial, honest = load(archive, protocol="trial"), load(archive)
+  assert indices(trial.train) == indices(honest.train)
+  assert indices(trial.final_split) == indices(trial.validation) == indices(honest.validation)
+  assert indices(honest.final_split) == indices(honest.test)
+
+
+def test_normalisation_is_of_the_whole_train_split(archive):
+  expected = np.arange(100).mean() / 255, np.arange(100).std() / 255
+  for splits in (load(archive), load(archive, limit=10)):
+    np.testing.assert_allclose(splits.mean, [expected[0]] * 3, rtol=1e-12)
+    np.testing.assert_allclose(splits.std, [expected[1]] * 3, rtol=1e-12)
+
+
+def test_limit_shortens_every_split(archive):
+  splits = load(archive, limit=7)
+  assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [7, 7, 7]
+  assert splits.image_shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("protocol", ["honest", "published"])
+def test_limit_keeps_all_classes(tmp_path, protocol):
+  """Of images that lie class by class, as those of a folder do."""
+  images = np.tile(np.arange(200, dtype=np.uint8)[:, None, None, None], (1, 8, 8, 3))
+  arrays = {"images": images, "labels": np.arange(200) // 50}
+  parts = {f"{part}_{key}": value for part in ("train", "test") for key, value in arrays.items()}
+  np.savez(tmp_path / "ordered.npz", **parts)
+  name = f"npz:{tmp_path / 'ordered.npz'}"
+  first, second = (load(name, protocol=protocol, limit=20) for _ in range(2))
+  for part in ("train", "validation", "test"):
+    split = getattr(first, part)
+    assert len(set(indices(split))) == 20
+    assert set(split.labels.tolist()) == {0, 1, 2, 3}
+    assert split.labels.tolist() == [index // 50 for index in indices(split)]
+    assert indices(split) == indices(getattr(second, part))
+  assert indices(first.test) == sorted(indices(first.test))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"protocol": "honest", "validation_size": -7}, r"validation_size=-7 .*must be 0 or more"),
+    ({"protocol": "published", "validation_size": -7}, r"validation_size=-7 .*must be 0 or more"),
+    ({"protocol": "trial", "validation_size": 0}, r"size=0 .*positive where protocol='trial'"),
+    ({"limit": -1}, r"limit=-1"),
+  ],
+)
+def test_ranges_are_checked_before_anything_is_loaded(monkeypatch, changes, message):
+  def refuse(**arguments):
+    raise AssertionError("something was loaded")
+
+  monkeypatch.setattr(load_lib, "load_dataset", refuse)
+  with pytest.raises(errors.UserError, match=message):
+    load("cifar10", **changes)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"protocol": "peek"}, "protocol='peek' is unknown; choose one of honest, published, trial"),
+    ({"limit": -1}, "data.limit=-1"),
+    ({"validation_size": 100}, "validation_size=100"),
+    ({"name": "imagenet"}, "'imagenet'"),
+  ],
+)
+def test_bad_choices_are_quoted(archive, changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    load(archive, **changes)

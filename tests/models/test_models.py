@@ -1,0 +1,633 @@
+"""The networks against the tables their sources published, and against float64 NumPy."""
+
+import importlib
+import pkgutil
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import configs
+from configs import common
+from flax_cifar import errors, models
+from flax_cifar.models import dropout, ghost, layer_table
+from flax_cifar.run import config as config_lib
+from tests.models import test_blocks
+
+F32 = jnp.dtype(jnp.float32)
+NORMS_WITH_PARAMETERS = ("batch", "layer", "group", "ghost")
+
+
+def unit(operation, side, channels, parameters):
+  """The rows of conv and norm: (operation, output shape, parameters)."""
+  shape = (*side, channels) if isinstance(side, tuple) else (side, side, channels)
+  return [(operation, shape, parameters), ("norm", shape, 2 * channels)]
+
+
+def pool(side, channels):
+  return ("MaxPool", (side, side, channels), 0)
+
+
+def separable(side, channels=32, features=32):
+  """Depthwise separable."""
+  return [
+    (f"conv 3x3 groups {channels}", (side, side, channels), 9 * channels),
+    *unit("conv 1x1", side, features, channels * features),
+  ]
+
+
+def spatial(side, channels, features):
+  """Spatially separable."""
+  return [
+    ("conv 3x1", (side, side, features), 3 * channels * features),
+    *unit("conv 1x3", side, features, 3 * features * features),
+  ]
+
+
+def two_groups(second, taps, side, channels, features):
+  """A 3x3 group of convolutions and a second one that has `taps` weights a channel."""
+  half = (side, side, features // 2)
+  return [
+    ("conv 3x3", half, 9 * (channels // 2) * (features // 2)),
+    (second, half, taps * (channels // 2) * (features // 2)),
+    ("norm", (side, side, features), 2 * features),
+  ]
+
+
+def block(side, last_channels, last_parameters):
+  """C2, C3 and C4 of `dilated`."""
+  return [
+    *unit("conv 3x3", side, 32, 9216),
+    *unit("conv 3x3 dilation 2", side, 32, 9216),
+    *separable(side),
+    *unit("conv 3x3 dilation 4", side, 32, 9216),
+    *unit("conv 3x3", side, last_channels, last_parameters),
+    *unit("conv 3x3 dilation 8", side, last_channels, last_parameters),
+  ]
+
+
+# In execution order. The widths of `keras_fcn` and `five_convs` are ours.
+PUBLISHED = {
+  "dilated": [
+    *unit("conv 3x3", 32, 32, 864),
+    *separable(32),
+    *unit("conv 3x3 dilation 2", 32, 32, 9216),
+    *unit("conv 3x3", 32, 32, 9216),
+    *unit("conv 3x3 dilation 4", 32, 32, 9216),
+    *block(30, 32, 9216),
+    *block(28, 32, 9216),
+    *block(26, 64, 18432),
+    ("GlobalAveragePool", (1, 1, 64), 0),
+    ("conv 1x1", (1, 1, 10), 640),
+  ],
+  "pyramid": [
+    *unit("conv 3x3", 32, 16, 432),
+    *unit("conv 3x3", 32, 32, 4608),
+    ("conv 1x1", (32, 32, 16), 512),
+    pool(16, 16),
+    *unit("conv 3x3", 16, 16, 2304),
+    *unit("conv 3x3", 16, 32, 4608),
+    *unit("conv 3x3", 14, 32, 9216),
+    ("conv 1x1", (14, 14, 16), 512),
+    pool(7, 16),
+    *unit("conv 3x3", 7, 16, 2304),
+    *unit("conv 3x3", 5, 32, 4608),
+    *unit("conv 3x3", 3, 64, 18432),
+    ("GlobalAveragePool", (1, 1, 64), 0),
+    ("conv 1x1", (1, 1, 10), 640),
+  ],
+  "ghost": [
+    *unit("conv 3x3", 32, 32, 896),
+    *unit("conv 3x3", 32, 32, 9248),
+    pool(16, 32),
+    *unit("conv 1x1", 18, 16, 528),
+    *unit("conv 3x1", (18, 20), 64, 3136),
+    *unit("conv 1x3", 20, 64, 12_352),
+    pool(10, 64),
+    *unit("conv 1x1", 12, 32, 2080),
+    *unit("conv 3x3 dilation 2", 12, 128, 36_992),
+    *unit("conv 3x3 dilation 2", 10, 128, 147_584),
+    pool(5, 128),
+    ("conv 3x3", (5, 5, 256), 295_168),
+    ("conv 3x3", (5, 5, 64), 147_520),
+    ("GlobalAveragePool", (1, 1, 64), 0),
+    ("conv 1x1", (1, 1, 10), 650),
+  ],
+  "skip": [
+    *unit("conv 3x3", 32, 24, 648),
+    *unit("conv 3x3", 32, 24, 5184),
+    ("conv 1x1", (32, 32, 8), 192),
+    pool(16, 8),
+    *unit("conv 3x3", 16, 32, 2304),
+    *unit("conv 3x3", 16, 32, 9216),
+    *unit("conv 3x3", 16, 32, 9216),
+    ("conv 1x1", (16, 16, 8), 256),
+    pool(8, 8),
+    *unit("conv 3x3", 8, 32, 2304),
+    *unit("conv 3x3", 8, 32, 9216),
+    *unit("conv 3x3", 8, 32, 9216),
+    ("GlobalAveragePool", (1, 1, 32), 0),
+    ("conv 1x1", (1, 1, 10), 320),
+  ],
+  "skip_dilated": [
+    *unit("conv 3x3", 32, 32, 864),
+    *unit("conv 3x3", 32, 32, 9216),
+    *unit("conv 3x3 stride 2", 16, 64, 18_432),
+    ("conv 1x1", (16, 16, 16), 1024),
+    *unit("conv 3x3 dilation 2", 16, 32, 4608),
+    *unit("conv 3x3 groups 32", 16, 32, 288),
+    *unit("conv 3x3 stride 2", 8, 64, 18_432),
+    ("conv 1x1", (8, 8, 32), 2048),
+    *unit("conv 3x3", 8, 64, 18_432),
+    *unit("conv 3x3", 8, 64, 36_864),
+    *unit("conv 3x3 stride 2", 4, 96, 55_296),
+    ("GlobalAveragePool", (1, 1, 96), 0),
+    ("conv 1x1", (1, 1, 10), 960),
+  ],
+  "keras_base": [
+    *unit("conv 3x3", 32, 48, 9 * 3 * 48 + 48),
+    *unit("conv 3x3", 30, 48, 9 * 48 * 48 + 48),
+    pool(15, 48),
+    *unit("conv 3x3", 15, 96, 9 * 48 * 96 + 96),
+    *unit("conv 3x3", 13, 96, 9 * 96 * 96 + 96),
+    pool(6, 96),
+    *unit("conv 3x3", 6, 192, 9 * 96 * 192 + 192),
+    *unit("conv 3x3", 4, 192, 9 * 192 * 192 + 192),
+    pool(2, 192),
+    ("dense", (512,), 768 * 512 + 512),
+    ("dense", (256,), 512 * 256 + 256),
+    ("dense", (10,), 256 * 10 + 10),
+  ],
+  "keras_fcn": [
+    *unit("conv 3x3", 32, 32, 9 * 3 * 32),
+    *unit("conv 3x3", 32, 32, 9 * 32 * 32),
+    ("conv 1x1", (32, 32, 24), 32 * 24),
+    pool(16, 24),
+    *unit("conv 3x3", 16, 64, 9 * 24 * 64),
+    *unit("conv 3x3", 16, 64, 9 * 64 * 64),
+    ("conv 1x1", (16, 16, 32), 64 * 32),
+    pool(8, 32),
+    *unit("conv 3x3", 8, 128, 9 * 32 * 128),
+    *unit("conv 3x3", 8, 128, 9 * 128 * 128),
+    ("GlobalAveragePool", (1, 1, 128), 0),
+    ("conv 1x1", (1, 1, 10), 128 * 10),
+  ],
+  "five_convs": [
+    *unit("conv 3x3", 32, 32, 9 * 3 * 32),
+    *unit("conv 3x3", 32, 32, 9 * 32 * 32),
+    ("conv 1x1", (32, 32, 32), 32 * 32),
+    pool(16, 32),
+    *spatial(16, 32, 64),
+    *spatial(16, 64, 64),
+    *separable(16, 64, 96),
+    *separable(16, 96, 96),
+    ("conv 1x1", (16, 16, 64), 96 * 64),
+    pool(8, 64),
+    *two_groups("conv 5x5", 25, 8, 64, 128),
+    *two_groups("conv 5x5", 25, 8, 128, 128),
+    *two_groups("conv 3x3 dilation 2", 9, 8, 128, 128),
+    *two_groups("conv 3x3 dilation 2", 9, 8, 128, 128),
+    ("GlobalAveragePool", (1, 1, 128), 0),
+    ("conv 1x1", (1, 1, 10), 128 * 10),
+  ],
+}
+# The norm of the source; the totals are with it, the rows above with a norm in every network.
+NORMS = dict.fromkeys(PUBLISHED, "batch") | {"ghost": "ghost", "keras_base": "none"}
+CASES = [*NORMS.items(), ("keras_base", "batch")]
+TOTALS = {
+  "dilated": 192_672,
+  "pyramid": 48_656,
+  "keras_base": 1_172_410,
+  "keras_fcn": 250_080,
+  "five_convs": 436_480,
+  "ghost": 657_146,
+  "skip": 48_552,
+  "skip_dilated": 167_424,
+}
+NORM_PARAMETERS = {
+  "dilated": 21 * 64 + 2 * 128,
+  "pyramid": 480,
+  "keras_base": 4 * (48 + 96 + 192),
+  "keras_fcn": 4 * (32 + 64 + 128),
+  "five_convs": 4 * (32 + 64 + 96 + 128 + 128),
+  "ghost": 992,
+  "skip": 480,
+  "skip_dilated": 960,
+}
+UNITS = {  # with a norm
+  "dilated": 1 + 2 * 11,
+  "pyramid": 8,
+  "keras_base": 6,
+  "keras_fcn": 6,
+  "five_convs": 10,
+  "ghost": 8,
+  "skip": 8,
+  "skip_dilated": 9,
+}
+RATE = 0.125
+DROPOUT = {name: [RATE] * units for name, units in UNITS.items()}
+DROPOUT["ghost"] = [0, *[RATE] * 7, 0, 0]  # the first unit and those without norm have none
+DROPOUT["keras_base"] = [0, 0, RATE] * 3 + [2 * RATE] * 2  # after the pools and the dense layers
+# One, and for each layer what its kernel adds, times the distance of the pixels that it sees.
+FIELDS = {
+  "dilated": 99,
+  "pyramid": 44,
+  "keras_base": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 1) + 4 * (2 + 2 + 1),
+  "keras_fcn": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 1) + 4 * (2 + 2),
+  "five_convs": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 2 + 2 + 1) + 4 * (4 + 4 + 4 + 4),
+  # 3x3 3x3 pool, 1x1 3x1 1x3 pool, 1x1 and two dilated, pool, 3x3 3x3: jumps 1, 2, 4 and 8.
+  "ghost": 1 + (2 + 2 + 1) + 2 * (2 + 1) + 4 * (4 + 4 + 1) + 8 * (2 + 2),
+  "skip": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 2 + 1) + 4 * (2 + 2 + 2),
+  "skip_dilated": 1 + (2 + 2 + 2) + 2 * (4 + 2 + 2) + 4 * (2 + 2 + 2),
+}
+
+
+def get_rows(name, norm):
+  """The published rows as they are with `norm`."""
+  return [row for row in PUBLISHED[name] if norm != "none" or row[0] != "norm"]
+
+
+def get_total(name, norm):
+  """The published total, changed by the parameters of the norms if they come or go."""
+  change = (norm != "none") - (NORMS[name] != "none")
+  return TOTALS[name] + change * NORM_PARAMETERS[name]
+
+
+def create(
+  name, *, norm="batch", num_classes=10, dropout_rate=0.05, dtype="float32", **norm_changes
+):
+  return models.create_model(
+    name=name,
+    num_classes=num_classes,
+    norm=norm,
+    norm_arguments={norm: common.get_config().norm[norm].to_dict() | norm_changes},
+    dropout_rate=dropout_rate,
+    init="torch",
+    dtype=dtype,
+  )
+
+
+def get_variable_shapes(model):
+  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+  return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+
+
+def count_parameters(model):
+  return sum(leaf.size for leaf in jax.tree.leaves(get_variable_shapes(model)["params"]))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rows_are_the_published_ones_in_execution_order(name, norm):
+  rows = layer_table.get_layer_table(create(name, norm=norm), (32, 32, 3))
+  actual = [
+    ("norm" if row.kind.endswith("Norm") else row.kind, row.output_shape, row.parameters)
+    for row in rows
+  ]
+  assert actual == get_rows(name, norm)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_rows_add_up_to_the_published_total(name):
+  assert sum(parameters for _, _, parameters in get_rows(name, NORMS[name])) == TOTALS[name]
+  norms = [parameters for kind, _, parameters in PUBLISHED[name] if kind == "norm"]
+  assert (len(norms), sum(norms)) == (UNITS[name], NORM_PARAMETERS[name])
+
+
+@pytest.mark.parametrize("norm", [*NORMS_WITH_PARAMETERS, "none"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_parameters_add_up_to_the_published_total_with_every_norm(name, norm):
+  assert count_parameters(create(name, norm=norm)) == get_total(name, norm)
+
+
+def test_ghosts_scales_are_fixed_and_counted():
+  model = create("ghost", norm="ghost", train_scale=False)
+  leaves = jax.tree_util.tree_leaves_with_path(get_variable_shapes(model)["params"])
+  fixed = [leaf.size for path, leaf in leaves if path[-1].key == "fixed_scale"]
+  assert (len(fixed), sum(fixed)) == (8, 496)
+  assert sum(leaf.size for _, leaf in leaves) == TOTALS["ghost"]
+  rows = layer_table.get_layer_table(model, (32, 32, 3))
+  assert [row.parameters for row in rows] == [count for _, _, count in PUBLISHED["ghost"]]
+
+
+def test_skip_has_its_other_published_totals():
+  assert count_parameters(create("skip", norm="group", num_groups=4)) == 48_552
+  assert count_parameters(create("skip", norm="layer", affine=False)) == 48_072
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_receptive_field_is_that_of_the_formula(name):
+  rows = layer_table.get_layer_table(create(name), (32, 32, 3))
+  assert layer_table.get_receptive_field(rows) == (FIELDS[name], FIELDS[name])
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_logits_are_float32_and_one_per_class(name, norm, train):
+  model = create(name, norm=norm, num_classes=7)
+  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+  apply = partial(
+    model.apply, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+  )
+  logits, _ = jax.eval_shape(apply, get_variable_shapes(model), images)
+  assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_dropout_is_where_published_and_norms_update_their_statistics_in_training(name, norm):
+  model, calls = create(name, norm=norm, dropout_rate=RATE), []
+
+  def record(next_fun, args, kwargs, context):
+    if isinstance(context.module, dropout.Dropout) and context.method_name == "__call__":
+      calls.append((context.module.rate, args[1]))
+    return next_fun(*args, **kwargs)
+
+  variables = get_variable_shapes(model)
+  apply = partial(
+    model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+  )
+  with nn.intercept_methods(record):
+    _, changed = jax.eval_shape(apply, variables, jnp.zeros((2, 32, 32, 3)))
+  assert calls == [(rate, True) for rate in DROPOUT[name]]
+  statistics = {key: value for key, value in variables.items() if key == "batch_stats"}
+  assert jax.tree.structure(changed) == jax.tree.structure(statistics)
+  assert len(jax.tree.leaves(changed)) == (0 if norm == "none" else 2 * UNITS[name])
+
+
+def draw_variables(model):
+  """Random values of the size that keeps activations near one, as NumPy arrays."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    name, shape = path[-1].key, leaf.shape
+    if name == "kernel":
+      value = rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape)
+    elif name in ("scale", "var"):
+      value = rng.uniform(0.5, 1.5, shape)
+    else:
+      value = rng.normal(0, 0.3, shape)
+    return value.astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, get_variable_shapes(model))
+
+
+class Reference:
+  """Units of a network in evaluation, in float64, from its variables by the path of the module."""
+
+  def __init__(self, variables):
+    self.variables = variables
+
+  def get(self, collection, path):
+    tree = self.variables[collection]
+    for key in path.split("/"):
+      tree = tree[key]
+    return tree
+
+  def conv(self, x, path, **options):
+    conv = self.get("params", path)
+    return test_blocks.convolve(x, conv["kernel"], **options) + conv.get("bias", 0)
+
+  def normalise(self, x, path):
+    """The norm of the unit at `path`, if it has one."""
+    if "norm" not in self.get("params", path):
+      return x
+    norm = f"{path}/norm"
+    return test_blocks.normalise(x, self.get("params", norm), self.get("batch_stats", norm))
+
+  def finish(self, x, path):
+    return np.maximum(self.normalise(x, path), 0)
+
+  def unit(self, x, path, **options):
+    return self.finish(self.conv(x, f"{path}/conv", **options), path)
+
+  def relu_first(self, x, path, *, padding=1, **options):
+    x = np.maximum(self.conv(x, f"{path}/conv", padding=padding, **options), 0)
+    return self.normalise(x, path)
+
+  def separable(self, x, path):
+    x = self.conv(x, f"{path}/depthwise", padding=1)
+    return self.finish(self.conv(x, f"{path}/pointwise"), path)
+
+  def spatial(self, x, path):
+    x = self.conv(x, f"{path}/vertical", padding=(1, 0))
+    return self.finish(self.conv(x, f"{path}/horizontal", padding=(0, 1)), path)
+
+  def two_groups(self, x, path, **options):
+    """A 3x3 group and one with `options`; their outputs take turns."""
+    first, second = np.split(x, 2, axis=-1)
+    outputs = np.empty((*x.shape[:3], 128))
+    outputs[..., 0::2] = self.conv(first, f"{path}/group1", padding=1)
+    outputs[..., 1::2] = self.conv(second, f"{path}/group2", padding=2, **options)
+    return self.finish(outputs, path)
+
+  def reflected(self, x, path, dilation, padding):
+    return self.unit(x, path, dilation=dilation, padding=padding, mode="reflect")
+
+  def head(self, x):
+    return self.conv(x.mean((1, 2), keepdims=True), "head/conv")[:, 0, 0]
+
+
+def run_dilated(variables, x):
+  net = Reference(variables)
+  x = net.unit(x, "c1_1", padding=1)
+  x = net.separable(x, "c1_2/plain") + net.reflected(x, "c1_2/dilated", 2, 2)
+  x = net.unit(x, "c1_3/plain", padding=1) + net.reflected(x, "c1_3/dilated", 4, 4)
+  for c in ("c2", "c3", "c4"):
+    x = net.unit(x, f"{c}_1/plain") + net.reflected(x, f"{c}_1/dilated", 2, 1)
+    x = net.separable(x, f"{c}_2/plain") + net.reflected(x, f"{c}_2/dilated", 4, 4)
+    x = net.unit(x, f"{c}_3/plain", padding=1) + net.reflected(x, f"{c}_3/dilated", 8, 8)
+  return net.head(x)
+
+
+def halve(x):
+  n, h, w, c = x.shape
+  return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def run_pyramid(variables, x):
+  net = Reference(variables)
+  x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
+  x = halve(net.conv(x, "transition1/conv"))
+  x = net.unit(net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1), "c2_3")
+  x = halve(net.conv(x, "transition2/conv"))
+  x = net.unit(net.unit(net.unit(x, "c3_1", padding=1), "c3_2"), "c3_3")
+  return net.head(x)
+
+
+def run_ghost(variables, x):
+  net = Reference(variables)
+  x = halve(net.relu_first(net.relu_first(x, "c1"), "c2"))
+  x = halve(net.relu_first(net.relu_first(net.relu_first(x, "c3"), "c4"), "c5"))
+  x = net.relu_first(net.relu_first(x, "c6"), "c7", dilation=2, padding=2)
+  x = halve(net.relu_first(x, "c8", dilation=2))
+  x = np.maximum(net.conv(x, "c9/conv", padding=1), 0)
+  x = np.maximum(net.conv(x, "c10/conv", padding=1), 0)
+  return net.head(x[:, :4, :4])
+
+
+def run_skip(variables, x):
+  net = Reference(variables)
+  x = net.relu_first(x, "c1")
+  x = x + net.relu_first(x, "c2")
+  x = net.relu_first(halve(net.conv(x, "transition1/conv")), "c4")
+  x = x + net.relu_first(x, "c5")
+  x = halve(net.conv(net.relu_first(x, "c6"), "transition2/conv"))
+  x = net.relu_first(net.relu_first(net.relu_first(x, "c8"), "c9"), "c10")
+  return net.head(x)
+
+
+def run_skip_dilated(variables, x):
+  net = Reference(variables)
+  x = net.relu_first(x, "c1")
+  x = x + net.relu_first(x, "c2")
+  x = net.conv(net.relu_first(x, "c3", stride=2), "transition1/conv")
+  x = net.relu_first(x, "c4", dilation=2, padding=2)
+  x = x + net.relu_first(x, "c5")
+  x = net.conv(net.relu_first(x, "c6", stride=2), "transition2/conv")
+  x = net.relu_first(x, "c7")
+  x = x + net.relu_first(x, "c8")
+  return net.head(net.relu_first(x, "c9", stride=2))
+
+
+def run_keras_base(variables, x):
+  net = Reference(variables)
+  x = halve(net.unit(net.unit(x, "c1_1", padding=1), "c1_2"))
+  x = halve(net.unit(net.unit(x, "c2_1", padding=1), "c2_2"))
+  x = halve(net.unit(net.unit(x, "c3_1", padding=1), "c3_2"))
+  x = x.reshape(len(x), 768)
+  for name in ("dense1", "dense2"):
+    dense = net.get("params", name)
+    x = np.maximum(x @ dense["kernel"].astype(np.float64) + dense["bias"], 0)
+  head = net.get("params", "head")
+  return x @ head["kernel"].astype(np.float64) + head["bias"]
+
+
+def run_keras_fcn(variables, x):
+  net = Reference(variables)
+  x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
+  x = halve(net.conv(x, "transition1/conv"))
+  x = net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1)
+  x = halve(net.conv(x, "transition2/conv"))
+  return net.head(net.unit(net.unit(x, "c3_1", padding=1), "c3_2", padding=1))
+
+
+def run_five_convs(variables, x):
+  net = Reference(variables)
+  x = net.unit(net.unit(x, "normal_1", padding=1), "normal_2", padding=1)
+  x = halve(net.conv(x, "normal_transition/conv"))
+  x = net.spatial(net.spatial(x, "spatial_1"), "spatial_2")
+  x = net.separable(net.separable(x, "depthwise_1"), "depthwise_2")
+  x = halve(net.conv(x, "depthwise_transition/conv"))
+  x = net.two_groups(net.two_groups(x, "kernel_groups_1"), "kernel_groups_2")
+  x = net.two_groups(x, "dilation_groups_1", dilation=2)
+  return net.head(net.two_groups(x, "dilation_groups_2", dilation=2))
+
+
+REFERENCES = {
+  "dilated": run_dilated,
+  "pyramid": run_pyramid,
+  "keras_base": run_keras_base,
+  "keras_fcn": run_keras_fcn,
+  "five_convs": run_five_convs,
+  "ghost": run_ghost,
+  "skip": run_skip,
+  "skip_dilated": run_skip_dilated,
+}
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_logits_equal_the_published_network_written_in_numpy(name, norm):
+  model = create(name, norm=norm)
+  variables = draw_variables(model)
+  images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  logits = jax.jit(partial(model.apply, train=False))(variables, images)
+  expected = REFERENCES[name](variables, images)
+  assert expected.std() > 0.1
+  np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("side", [4, 5, 7, 8, 11])
+def test_ghosts_average_pool_sees_the_whole_windows_of_four(side):
+  x = np.random.default_rng(0).normal(size=(2, side, side, 3))
+  windows = [
+    x[:, i : i + 4, j : j + 4].mean((1, 2))
+    for i in range(0, side - 3, 4)
+    for j in range(0, side - 3, 4)
+  ]
+  actual = ghost.keep_whole_windows(x, 4).mean((1, 2))
+  np.testing.assert_allclose(actual, np.mean(windows, 0), atol=1e-12)
+
+
+def test_ghost_names_images_too_small_for_its_average_pool():
+  images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+  with pytest.raises(ValueError, match=r"too small .*last map has 3x3 pixels and needs 4"):
+    jax.eval_shape(partial(create("ghost").init, train=False), jax.random.key(0), images)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_in_bfloat16_parameters_statistics_and_logits_are_float32_and_the_logits_close(name, norm):
+  variables = draw_variables(create(name, norm=norm))
+  images = np.random.default_rng(1).normal(size=(4, 32, 32, 3)).astype(np.float32)
+  logits, stats = {}, {}
+  for dtype in ("float32", "bfloat16"):
+    model = create(name, norm=norm, dtype=dtype, dropout_rate=0.0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(get_variable_shapes(model))} == {F32}
+    apply = partial(model.apply, train=True, mutable=["batch_stats"])
+    logits[dtype], stats[dtype] = jax.jit(apply)(variables, images)
+    assert logits[dtype].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(stats[dtype])} <= {F32}
+  assert (logits["bfloat16"] != logits["float32"]).any()
+  scale = np.std(logits["float32"])
+  np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.1 * scale)
+
+
+def test_an_unknown_dtype_is_an_error_that_lists_the_choices():
+  message = r"compute_dtype='bfloat61' is unknown; .*float32, bfloat16.*'bfloat16'"
+  with pytest.raises(errors.UserError, match=message):
+    create("pyramid", dtype="bfloat61")
+
+
+def test_an_unknown_network_is_an_error_that_lists_the_choices():
+  message = (
+    r"model\.name='piramid' is unknown; .*dilated, pyramid, keras_base, keras_fcn, five_convs, "
+    r"ghost, skip, skip_dilated.*'pyramid'"
+  )
+  with pytest.raises(errors.UserError, match=message):
+    create("piramid")
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
+def test_an_impossible_dropout_rate_is_named(rate):
+  with pytest.raises(errors.UserError, match=rf"model\.dropout_rate={rate} .*below 1"):
+    create("pyramid", dropout_rate=rate)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.75])
+def test_keras_base_takes_dropout_rates_below_a_half_only(rate):
+  """After the dense layers it is twice as high."""
+  with pytest.raises(ValueError, match=rf"dropout_rate={rate} .*below 0\.5.*dense"):
+    get_variable_shapes(create("keras_base", norm="none", dropout_rate=rate))
+
+
+def test_every_network_is_tested_here():
+  tables = (PUBLISHED, NORMS, TOTALS, NORM_PARAMETERS, UNITS, DROPOUT, FIELDS, REFERENCES)
+  for tested in tables:
+    assert set(models.MODELS) == set(tested)
+
+
+SHARED = ("common", "variants", "recipes")  # modules of configs/ that are no config
+
+
+@pytest.mark.parametrize(
+  "name",
+  [m.name for m in pkgutil.iter_modules(configs.__path__) if m.name not in SHARED],
+)
+def test_every_config_names_a_network_and_a_norm_that_are_tested_here(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  assert config.model.name in PUBLISHED
+  assert config.model.norm in (*NORMS_WITH_PARAMETERS, "none")
+  model = config_lib.create_model(config, num_classes=10)
+  assert count_parameters(model) == get_total(config.model.name, config.model.norm)

@@ -1,0 +1,127 @@
+"""Digests find whatever may happen to a checkpoint's files, and move it out of the way."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from flax_cifar.run import integrity
+
+FILES = {"state/manifest": b"m" * 40, "state/d/array": bytes(range(200)), "log/metadata": b"{}"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+  path = tmp_path / "checkpoints" / "10"
+  for name, content in FILES.items():
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_bytes(content)
+  (path / "commit_success.txt").write_text("Orbax writes this one later")
+  integrity.write_digests(path)
+  return path
+
+
+def flip_bit(path, bit):
+  content = bytearray(path.read_bytes())
+  content[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(content)
+
+
+def test_what_is_as_it_was_is_whole(checkpoint):
+  (checkpoint / "commit_success.txt").write_text("changed")
+  (checkpoint / "state" / "notes.txt").write_text("added by hand")
+  assert integrity.find_damage(checkpoint) is None
+  assert json.loads((checkpoint / integrity.DIGESTS).read_text()).keys() == FILES.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_single_bit_counts(checkpoint, name):
+  size = len(FILES[name])
+  for bit in np.random.default_rng(0).choice(8 * size, min(8 * size, 50), replace=False):
+    flip_bit(checkpoint / name, bit)
+    assert integrity.find_damage(checkpoint) == f"{name} has changed"
+    flip_bit(checkpoint / name, bit)
+  assert integrity.find_damage(checkpoint) is None
+
+
+@pytest.mark.parametrize("keep", [0, 1, 0.5, -1])
+@pytest.mark.parametrize("name", [*FILES, integrity.DIGESTS])
+def test_a_file_cut_short(checkpoint, name, keep):
+  content = (checkpoint / name).read_bytes()
+  end = len(content) // 2 if keep == 0.5 else keep
+  (checkpoint / name).write_bytes(content[:end])
+  # The last byte of the seal is its end of line, without which it says the same.
+  whole = name == integrity.DIGESTS and keep == -1
+  assert (integrity.find_damage(checkpoint) is None) == whole
+
+
+@pytest.mark.parametrize("name", [*FILES, integrity.DIGESTS])
+def test_a_missing_file(checkpoint, name):
+  (checkpoint / name).unlink()
+  reason = (
+    "it was not written to its end"
+    if name == integrity.DIGESTS
+    else f"{name} cannot be read: No such"
+  )
+  assert integrity.find_damage(checkpoint).startswith(reason)
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "null", '{"state/d/array": 7}', "\xff"])
+def test_a_seal_that_is_none(checkpoint, content):
+  (checkpoint / integrity.DIGESTS).write_bytes(content.encode("latin-1"))
+  assert integrity.find_damage(checkpoint)
+
+
+def test_a_folder_in_the_place_of_a_file(checkpoint):
+  (checkpoint / "log" / "metadata").unlink()
+  (checkpoint / "log" / "metadata").mkdir()
+  assert "cannot be read" in integrity.find_damage(checkpoint)
+
+
+def test_only_what_is_damaged_is_set_aside(checkpoint, tmp_path, capsys):
+  folder, damaged = checkpoint.parent, tmp_path / "damaged"
+  shutil.copytree(checkpoint, folder / "20")
+  (folder / "20" / "state" / "d" / "array").write_bytes(b"")
+  (folder / "99").mkdir()  # what a broken program would leave
+  (folder / "30.orbax-checkpoint-tmp").mkdir()  # Orbax removes these
+  (folder / "777").write_text("a file")
+  lines = integrity.quarantine(folder, damaged)
+  assert {path.name for path in folder.iterdir()} == {"10", "30.orbax-checkpoint-tmp", "777"}
+  assert {path.name for path in damaged.iterdir()} == {"20", "99"}
+  assert [line.split("'")[1].rsplit("/", 1)[1] for line in lines] == ["20", "99"]
+  shown = capsys.readouterr().err
+  assert "20' is damaged (state/d/array has changed); it is now" in shown
+  assert "99' is damaged (it was not written to its end)" in shown
+
+
+def test_nothing_is_lost_when_it_happens_again(checkpoint, tmp_path):
+  folder, damaged = checkpoint.parent, tmp_path / "damaged"
+  for name in ("10", "10-2", "10-3"):
+    (folder / "10").mkdir(exist_ok=True)
+    (folder / "10" / integrity.DIGESTS).unlink(missing_ok=True)
+    integrity.quarantine(folder, damaged)
+    assert (damaged / name).is_dir()
+
+
+def test_there_may_be_no_folder_yet(tmp_path):
+  assert integrity.quarantine(tmp_path / "none", tmp_path / "damaged") == []
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("new", ["absent", "begun", "whole"])
+def test_one_of_two_stays_when_one_is_replaced(checkpoint, new):
+  """Whenever the process ends, `settle` finds a whole one."""
+  integrity.retire(checkpoint)
+  assert not checkpoint.exists()
+  if new != "absent":
+    (checkpoint / "state").mkdir(parents=True)
+    (checkpoint / "state" / "manifest").write_bytes(b"new")
+  if new == "whole":
+    integrity.write_digests(checkpoint)
+  for _ in range(2):
+    integrity.finish_replacements(checkpoint.parent)
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["10"]
+    assert integrity.find_damage(checkpoint) is None
+    content = b"new" if new == "whole" else FILES["state/manifest"]
+    assert (checkpoint / "state" / "manifest").read_bytes() == content

@@ -1,0 +1,206 @@
+"""What a run writes: one JSON line and one TensorBoard point per epoch."""
+
+import io
+import json
+import os
+import struct
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from flax_cifar import metrics
+from flax_cifar.run import log as log_lib
+
+TRAIN = {
+  "loss_sum": np.array(30.0),
+  "correct": np.array(15.0),
+  "count": np.array(20.0),
+  "seconds": np.array(4.0),
+}
+
+
+def write(log, epoch, validation=None):
+  record = metrics.create_record(
+    epoch=epoch, step=10 * epoch, learning_rate=0.1, train=TRAIN, validation=validation
+  )
+  log.write(record)
+
+
+def lines(path):
+  return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def open_log(path, records=(), tensorboard=False):
+  return log_lib.RunLog(
+    path, records=list(records), step=10 * len(records), total_epochs=12, tensorboard=tensorboard
+  )
+
+
+def test_a_line_holds_the_means(tmp_path):
+  log = open_log(tmp_path)
+  write(log, 1, {"loss": 0.5, "accuracy": 0.8})
+  log.close()
+  assert lines(tmp_path) == [
+    {
+      "epoch": 1,
+      "step": 10,
+      "learning_rate": 0.1,
+      "train_loss": 1.5,
+      "train_accuracy": 0.75,
+      "validation_loss": 0.5,
+      "validation_accuracy": 0.8,
+      "seconds": 4.0,
+      "images_per_second": 5.0,
+    }
+  ]
+
+
+def test_seeds_are_averaged_and_listed(tmp_path, capsys):
+  log = open_log(tmp_path, tensorboard=True)
+  train = {name: np.stack([values, 2 * values]) for name, values in TRAIN.items()}
+  train["seconds"] = TRAIN["seconds"]
+  train["correct"] = np.array([15.0, 10.0])
+  rates, validation = np.array([0.1, 0.3]), {"loss": np.ones(2), "accuracy": np.array([0.5, 0.9])}
+  record = metrics.create_record(
+    epoch=1, step=10, learning_rate=rates, train=train, validation=validation
+  )
+  log.write(record)
+  with log.progress(2, done=0, total=8) as report:
+    report(train, 1)
+  log.close()
+  (line,) = lines(tmp_path)
+  assert line["train_accuracy"] == 0.5
+  assert line["train_accuracy_per_seed"] == [0.75, 0.25]
+  assert line["validation_accuracy"] == pytest.approx(0.7)
+  assert line["validation_accuracy_per_seed"] == [0.5, 0.9]
+  assert line["learning_rate_per_seed"] == [0.1, 0.3]
+  assert line["images_per_second"] == 15  # over all seeds
+  assert "70.00%" in capsys.readouterr().out
+
+
+def test_without_validation_nothing_is_claimed(tmp_path):
+  log = open_log(tmp_path)
+  write(log, 1)
+  log.close()
+  assert not any(name.startswith("validation") for name in lines(tmp_path)[0])
+
+
+def test_resuming_goes_on_from_the_records_of_the_checkpoint(tmp_path):
+  """Whatever has become of the file."""
+  log = open_log(tmp_path)
+  for epoch in (1, 2, 3):
+    write(log, epoch)
+  log.close()
+  known = lines(tmp_path)[:2]
+  (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "st')
+  log = open_log(tmp_path, records=known)
+  assert lines(tmp_path) == known
+  write(log, 3)
+  log.close()
+  assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3]
+  assert len(known) == 2
+
+
+def test_the_screen_shows_percent_and_speed(tmp_path, capsys):
+  log = open_log(tmp_path)
+  write(log, 1, {"loss": 0.5, "accuracy": 0.8})
+  log.close()
+  shown = capsys.readouterr().out
+  for part in ("epoch  1/12", "lr 0.1", "1.5000", "75.00%", "80.00%", "5 images/s"):
+    assert part in shown
+
+
+def read_events(path):
+  """The records of a file in the format of TensorFlow, whose checksums are left unread."""
+  content = path.read_bytes()
+  while content:
+    (length,) = struct.unpack("<Q", content[:8])
+    yield Event.FromString(content[12 : 12 + length])
+    content = content[16 + length :]
+
+
+def test_tensorboard_gets_every_number_at_once(tmp_path):
+  """Not when the next epoch is done: the process may be killed before."""
+  log = open_log(tmp_path, records=[{"epoch": 1}], tensorboard=True)
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  for epoch in (2, 3):
+    write(log, epoch, {"loss": 0.5, "accuracy": 0.8})
+    version, start, *points = read_events(path)
+    assert len(points) == epoch - 1
+    assert points[-1].step == 10 * epoch
+    assert {point.tag: point.simple_value for point in points[-1].summary.value} == {
+      "learning/rate": pytest.approx(0.1),
+      "train/loss": 1.5,
+      "train/accuracy": 0.75,
+      "validation/loss": 0.5,
+      "validation/accuracy": pytest.approx(0.8),
+      "seconds": 4.0,
+      "images/per_second": 5.0,
+    }
+  log.close()
+  assert version.file_version == "brain.Event:2"  # of which TensorBoard takes the next as a restart
+  assert (start.step, start.session_log.status) == (11, SessionLog.START)
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+  log = open_log(tmp_path)
+  with log.progress(1, done=4, total=8) as report:
+    report(TRAIN, 1)
+  assert capsys.readouterr().out == ""
+  monkeypatch.setattr(log_lib, "LINE_SECONDS", 0)
+  with log.progress(1, done=4, total=8) as report:
+    report(TRAIN, 1)
+    report(TRAIN, 3)
+  log.close()
+  first, second = capsys.readouterr().out.splitlines()
+  assert first.startswith("epoch 1  step 5/8  loss 1.500 acc 75.0% 5 images/s")
+  assert second.startswith("epoch 1  step 8/8")
+  assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("earlier", [0, 4])
+def test_time_within_an_epoch_counts_once(tmp_path, capsys, monkeypatch, earlier):
+  """Its calls of `train_chunks` add their seconds to the totals; five images a second in each."""
+  now = [100.0]
+  monkeypatch.setattr(log_lib.time, "perf_counter", lambda: now[0])
+  monkeypatch.setattr(log_lib, "LINE_SECONDS", 0)
+  log = open_log(tmp_path)
+  with log.progress(1, done=0, total=8) as report:
+    for seconds in (earlier, earlier + 4, earlier + 8):
+      now[0] += 4
+      count = np.array(5.0 * (seconds + 4))
+      report({**TRAIN, "count": count, "seconds": np.array(float(seconds))}, 1)
+  log.close()
+  rates = [line.split("%")[1] for line in capsys.readouterr().out.splitlines()]
+  assert rates == [" 5 images/s"] * 3
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, monkeypatch):
+  reading, writing = os.pipe()
+  os.close(reading)
+  with open(writing, "w") as broken:
+    monkeypatch.setattr(sys, "stdout", broken)
+    log = open_log(tmp_path)
+    log.print("to nobody")
+    write(log, 1)
+    log.close()
+    print("neither", flush=True)
+  assert [line["epoch"] for line in lines(tmp_path)] == [1]
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path):
+  log = open_log(tmp_path)
+  log.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+  with log.progress(2, done=0, total=8) as report:
+    report(TRAIN, 1)
+  log.close()
+  assert "1/8" in log.console.file.getvalue()
+  assert "loss 1.500 acc 75.0%" in log.console.file.getvalue()
+
+
+@pytest.mark.parametrize(("rates", "median"), [([1, 9, 2], 2), ([4, 2], 3)])
+def test_median_rate(rates, median):
+  assert metrics.get_median_rate([{"images_per_second": rate} for rate in rates]) == median

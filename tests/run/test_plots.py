@@ -1,0 +1,84 @@
+"""Pictures: files that hold what they should."""
+
+import matplotlib.axes
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_cifar.data import dataset
+from flax_cifar.run import plots
+
+NAMES = ("cat", "dog", "frog")
+
+
+@pytest.fixture
+def titles(monkeypatch):
+  """Collects the titles that are drawn."""
+  seen = []
+  original = matplotlib.axes.Axes.set_title
+
+  def remember(self, label, *args, **kwargs):
+    seen.append(label)
+    return original(self, label, *args, **kwargs)
+
+  monkeypatch.setattr(matplotlib.axes.Axes, "set_title", remember)
+  return seen
+
+
+def images(count):
+  return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+
+def test_misclassified_shows_only_errors_as_predicted_and_actual(tmp_path, titles):
+  labels, predicted = np.array([0, 1, 2, 1]), np.array([0, 2, 2, 0])
+  split = dataset.Split(images(4), labels)
+  plots.save_misclassified(tmp_path / "m.png", split, np.eye(3)[predicted], NAMES)
+  assert titles == ["frog / dog", "cat / dog"]
+  assert Image.open(tmp_path / "m.png").size[0] > 300
+
+
+def test_no_error_at_all_still_makes_a_picture(tmp_path, titles):
+  split = dataset.Split(images(3), np.array([0, 1, 2]))
+  plots.save_misclassified(tmp_path / "m.png", split, np.eye(3), NAMES)
+  assert titles == []
+  assert (tmp_path / "m.png").exists()
+
+
+def test_augmented_samples_carry_their_classes(tmp_path, titles):
+  batch = {"image": images(25), "label": np.arange(25) % 3}
+  plots.save_augmented(tmp_path / "a.png", batch, NAMES)
+  assert titles == [NAMES[i % 3] for i in range(20)]
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  class Full:
+    def savefig(self, path, **options):
+      path.write_bytes(b"half")
+      raise OSError(28, "No space left on device")
+
+  with pytest.raises(OSError, match="No space left"):
+    plots.save_figure(Full(), tmp_path / "a.png")
+  assert not (tmp_path / "a.png").exists()
+
+
+def test_curves_have_a_line_per_split_and_metric(tmp_path, monkeypatch):
+  drawn = []
+  original = matplotlib.axes.Axes.plot
+
+  def remember(self, x, y, *args, **kwargs):
+    drawn.append((list(x), list(y)))
+    return original(self, x, y, *args, **kwargs)
+
+  monkeypatch.setattr(matplotlib.axes.Axes, "plot", remember)
+  record = {"train_loss": 2.0, "train_accuracy": 0.25, "learning_rate": 0.1}
+  records = [record | {"epoch": 1}, record | {"epoch": 2}]
+  records[1] |= {"validation_loss": 1.0, "validation_accuracy": 0.5}
+  plots.save_curves(tmp_path / "c.png", records)
+  plots.save_learning_rate(tmp_path / "l.png", records)
+  assert drawn == [
+    ([1, 2], [2.0, 2.0]),
+    ([1, 2], [25.0, 25.0]),
+    ([2], [1.0]),
+    ([2], [50.0]),
+    ([1, 2], [0.1, 0.1]),
+  ]

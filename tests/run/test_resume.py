@@ -1,0 +1,262 @@
+"""A run that is stopped, killed or copied ends as the uninterrupted one, to the last bit."""
+
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from flax_cifar import errors, evaluate, signals, train
+from flax_cifar.run import checkpoint, integrity, plots
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("tiny_model")
+
+PLATEAU = runs.AVERAGE_AND_PLATEAU
+ONE_CYCLE = {"schedule.name": "one_cycle", "ema.decay": 0.9}
+HOST = {"augment.backend": "albumentations"}
+
+
+def stop_at(workdir, data, step, changes, *, saved=None):
+  """Runs until a signal comes before the call that makes `step` (from 0)."""
+  with pytest.MonkeyPatch.context() as patch:
+    runs.interrupt_at(patch, step)
+    with pytest.raises(signals.Interrupted, match=f"saved at step {saved or step + 1};"):
+      runs.run(workdir, data, **changes)
+  assert not (workdir / "result.json").exists()
+
+
+@pytest.fixture
+def whole(tmp_path, data):
+  """The uninterrupted run with all that a state can hold."""
+  runs.run(tmp_path / "whole", data, **PLATEAU)
+  return tmp_path / "whole"
+
+
+@pytest.mark.parametrize(
+  "steps",
+  [
+    [0],  # the first step
+    [7],  # within an epoch
+    [runs.STEPS_PER_EPOCH - 1],  # the end of an epoch
+    [runs.STEPS_PER_EPOCH],  # one after
+    [runs.LAST_STEP - 1],  # the last one
+    [1, 2, 4, 5, 9, 11, 13, 14],  # eight times in a row
+  ],
+)
+def test_stopped_at_any_step(tmp_path, data, whole, steps):
+  for step in steps:
+    stop_at(tmp_path / "cut", data, step, PLATEAU)
+  runs.run(tmp_path / "cut", data, **PLATEAU)
+  runs.assert_same_run(whole, tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+  ("changes", "stops"),
+  [
+    ({"model.norm": "layer", **ONE_CYCLE}, {3: 4, 9: 10}),
+    ({"model.norm": "group", "mixing.name": "cutmix", **PLATEAU}, {4: 5, 12: 13}),
+    ({"model.norm": "ghost", "steps_per_call": 3, "optimizer.name": "muon", **PLATEAU}, {6: 8}),
+    ({"model.norm": "none", "optimizer.name": "adamw", **ONE_CYCLE, **HOST}, {2: 3, 10: 11}),
+    ({"model.norm": "batch", **PLATEAU, **HOST}, {4: 5, 7: 8}),
+    ({"model.norm": "ghost", "num_seeds": 2, **PLATEAU}, {5: 6, 13: 14}),
+    ({"data.validation_size": 0, **ONE_CYCLE}, {3: 4, 7: 8}),
+  ],
+)
+def test_stopped_with_every_norm_schedule_and_backend(tmp_path, data, changes, stops):
+  """`stops`: the step before whose call a signal comes, and the steps done when it is saved."""
+  if changes.get("data.validation_size") == 0:
+    changes = {**changes, "total_epochs": 3, "batch_size": 19}  # 96 images: five steps again
+  runs.run(tmp_path / "whole", data, **changes)
+  for step, saved in stops.items():
+    stop_at(tmp_path / "cut", data, step, changes, saved=saved)
+  runs.run(tmp_path / "cut", data, **changes)
+  runs.assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict"])
+def test_stopped_in_an_evaluation(tmp_path, data, whole, monkeypatch, name):
+  """It is not waited for, but done again: the validation after epoch 2, or the test."""
+  calls = []
+  original = getattr(evaluate, name)
+
+  def interrupted(*args, **kwargs):
+    calls.append(name)
+    if len(calls) == (2 if name == "evaluate" else 1):
+      signal.raise_signal(signal.SIGTERM)
+    return original(*args, **kwargs)
+
+  step = 2 * runs.STEPS_PER_EPOCH if name == "evaluate" else runs.LAST_STEP
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, name, interrupted)
+    with pytest.raises(signals.Interrupted, match=f"saved at step {step};") as stop:
+      runs.run(tmp_path / "cut", data, **PLATEAU)
+  assert stop.value.signum == signal.SIGTERM
+  assert len(runs.lines(tmp_path / "cut")) == (1 if name == "evaluate" else 3)
+  assert not (tmp_path / "cut" / "result.json").exists()
+  runs.run(tmp_path / "cut", data, **PLATEAU)
+  runs.assert_same_run(whole, tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+  ("policy", "saved"),
+  [
+    ({"every": 1}, [5, 10, 15]),
+    ({"every": 2}, [10, 15]),
+    ({"every": 9, "every_steps": 4}, [4, 8, 12, 15]),
+    ({"every": 9, "every_steps": 100}, [15]),
+    ({"every": 9, "every_minutes": 1e-9}, list(range(1, 16))),
+    ({"every": 9, "every_minutes": 9.0}, [15]),
+    ({"every": 9, "every_steps": 4, "steps_per_call": 3}, [4, 8, 12, 15]),
+  ],
+)
+def test_saved_by_epochs_steps_and_minutes(tmp_path, data, whole, monkeypatch, policy, saved):
+  """When a run is saved changes nothing else."""
+  steps = []
+  original = checkpoint.Checkpoints.save
+
+  def save(self, progress, *args):
+    steps.append(progress.step)
+    original(self, progress, *args)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+  changes = {k if k == "steps_per_call" else f"checkpoint.{k}": v for k, v in policy.items()}
+  runs.run(tmp_path / "run", data, **PLATEAU, **changes)
+  assert steps == saved
+  if "steps_per_call" not in policy:
+    runs.assert_same_run(whole, tmp_path / "run")
+
+
+class Killed(BaseException):
+  """Stands for kill -9."""
+
+
+def test_killed_between_two_saves(tmp_path, data, whole, monkeypatch):
+  """Nothing is written after step 12, where the last save is of step 10."""
+  original = train._collect
+
+  def die(progress, chunks, report):
+    if progress.step + sum(len(chunk["count"]) for chunk in chunks) >= 12:
+      raise Killed
+    return original(progress, chunks, report)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "_collect", die)
+    with pytest.raises(Killed):
+      runs.run(tmp_path / "cut", data, **PLATEAU)
+  assert max(runs.checkpoint_steps(tmp_path / "cut")) == 10
+  runs.run(tmp_path / "cut", data, **PLATEAU)
+  runs.assert_same_run(whole, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("how", ["copied", "moved", "linked"])
+def test_a_workdir_may_be_elsewhere(tmp_path, data, whole, how):
+  stop_at(tmp_path / "cut", data, 6, PLATEAU)
+  {"copied": shutil.copytree, "moved": shutil.move, "linked": lambda a, b: b.symlink_to(a)}[how](
+    tmp_path / "cut", tmp_path / "there"
+  )
+  runs.run(tmp_path / "there", data, **PLATEAU)
+  runs.assert_same_run(whole, tmp_path / "there")
+
+
+def test_what_the_clock_said_does_not_matter(tmp_path, data, whole):
+  """The latest checkpoint is the one of the highest step, not of the latest time."""
+  stop_at(tmp_path / "cut", data, 11, PLATEAU)
+  future = 4e9
+  for path in (tmp_path / "cut" / "checkpoints" / "10").rglob("*"):
+    os.utime(path, (future, future))
+  os.utime(tmp_path / "cut" / "checkpoints" / "10", (future, future))
+  os.utime(tmp_path / "cut" / "checkpoints" / "12", (0, 0))
+  stop_at(tmp_path / "cut", data, 12, PLATEAU)
+  runs.run(tmp_path / "cut", data, **PLATEAU)
+  runs.assert_same_run(whole, tmp_path / "cut")
+
+
+def test_other_numbers_of_devices_go_on_with_the_same_curve(tmp_path, data):
+  """Saved on two, restored on one and on four; sums over devices round differently."""
+  runs.run(tmp_path / "two", data, **PLATEAU, num_devices=2)
+  for devices in (1, 4):
+    cut = tmp_path / str(devices)
+    stop_at(cut, data, 6, {**PLATEAU, "num_devices": 2})
+    runs.run(cut, data, **PLATEAU, num_devices=devices)
+    for one, other in zip(runs.lines(tmp_path / "two"), runs.lines(cut), strict=True):
+      assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+      assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+
+
+PICTURES = ("augmented.png", "curves.png", "learning_rate.png", "misclassified.png")
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+  """To draw them takes seconds."""
+  monkeypatch.setattr(plots, "save_figure", lambda figure, path: path.touch())
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_pictures_that_cannot_be_written_are_drawn_by_the_same_command(tmp_path, data, monkeypatch):
+  def fail(path, records):
+    raise OSError(28, "No space left on device")
+
+  changes = {"total_epochs": 1, "log.pictures": True}
+  with monkeypatch.context() as patch:
+    patch.setattr(plots, "save_curves", fail)
+    with pytest.raises(errors.UserError, match="No space left"):
+      runs.run(tmp_path / "run", data, **changes)
+  assert not (tmp_path / "run" / "result.json").exists()
+  runs.run(tmp_path / "run", data, **changes)
+  assert {path.name for path in (tmp_path / "run").glob("*.png")} == set(PICTURES)
+  assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_stopped_after_its_first_epoch_still_shows_its_images(tmp_path, data, epochs):
+  """Without validation, within which the epoch would not be over."""
+  changes = {"total_epochs": epochs, "data.validation_size": 0, "batch_size": 19}
+  changes["log.pictures"] = True
+  stop_at(tmp_path / "run", data, runs.STEPS_PER_EPOCH - 1, changes)
+  assert not (tmp_path / "run" / "augmented.png").exists()
+  runs.run(tmp_path / "run", data, **changes)
+  assert (tmp_path / "run" / "augmented.png").exists()
+
+
+def test_a_workdir_that_vanishes_ends_the_run_in_one_line(tmp_path, data, monkeypatch):
+  def vanish(*args, **kwargs):
+    shutil.rmtree(tmp_path / "run")
+    return {"loss": np.zeros(()), "accuracy": np.zeros(())}
+
+  monkeypatch.setattr(evaluate, "evaluate", vanish)
+  with pytest.raises(errors.UserError, match=r"run.* cannot be written to .*goes on"):
+    runs.run(tmp_path / "run", data)
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, data, whole, monkeypatch):
+  """The disk is full from the second save on; with room again the run goes on."""
+  original, calls = integrity.write_digests, []
+
+  def fail(path):
+    calls.append(path)
+    if len(calls) > 1:
+      raise OSError(28, "No space left on device")
+    original(path)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(integrity, "write_digests", fail)
+    with pytest.raises(errors.UserError, match=r"could not be written .*No space left.*goes on"):
+      runs.run(tmp_path / "cut", data, **PLATEAU)
+  runs.run(tmp_path / "cut", data, **PLATEAU)
+  runs.assert_same_run(whole, tmp_path / "cut")
+
+
+def test_the_last_save_must_succeed_before_a_run_is_finished(tmp_path, data, monkeypatch):
+
+  def fail(path):
+    if path.name.startswith(str(runs.LAST_STEP)):
+      raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(integrity, "write_digests", fail)
+  with pytest.raises(errors.UserError, match="No space left"):
+    runs.run(tmp_path / "run", data)
+  assert not (tmp_path / "run" / "result.json").exists()

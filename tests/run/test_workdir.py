@@ -1,0 +1,206 @@
+"""Which folder a run may use, and what it says otherwise."""
+
+import errno
+import fcntl
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import tests
+from flax_cifar import errors, files
+from flax_cifar.run import config as config_lib
+from flax_cifar.run import workdir as workdir_lib
+from tests import tiny
+
+FILE = "fixtures/default_workdirs.json"
+
+
+def config(**changes):
+  return tiny.get_config("shapes", **changes).to_dict()
+
+
+def start(workdir, saved):
+  workdir.mkdir()
+  files.write_json(workdir / "config.json", saved)
+
+
+def test_new_and_empty_folders_are_fine(tmp_path):
+  workdir_lib.check_workdir(tmp_path / "new" / "deep", config())
+  workdir_lib.check_workdir(tmp_path, config())
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_config_may_go_on(tmp_path):
+  start(tmp_path / "run", config())
+  workdir_lib.check_workdir(tmp_path / "run", config())
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"total_epochs": 9}, {"log.pictures": True}, {"augment.workers": 2}, {"steps_per_call": 3}],
+)
+def test_what_leaves_the_past_alone_may_change(tmp_path, change):
+  start(tmp_path / "run", config())
+  workdir_lib.check_workdir(tmp_path / "run", config(**change))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"seed": 1}, "seed is 0 there and 1 here"),
+    ({"num_seeds": 2}, "num_seeds is 1 there and 2 here"),
+    ({"augment.backend": "albumentations"}, "augment.backend is 'device' there"),
+    ({"model.norm": "group"}, "model.norm is 'batch' there and 'group' here"),
+    ({"augment.ops": ()}, r"augment.ops is \['horizontal_flip'\] there and \[\] here"),
+  ],
+)
+def test_another_config_is_refused_and_the_change_named(tmp_path, change, message):
+  start(tmp_path / "run", config())
+  with pytest.raises(errors.UserError, match=f"another config: {message}"):
+    workdir_lib.check_workdir(tmp_path / "run", config(**change))
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+  (tmp_path / "thesis.tex").write_text("precious")
+  with pytest.raises(errors.UserError, match="no run of ours"):
+    workdir_lib.check_workdir(tmp_path, config())
+
+
+def test_a_damaged_config_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"seed": ')
+  with pytest.raises(errors.UserError, match=r"config.json' is damaged"):
+    workdir_lib.check_workdir(tmp_path, config())
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  with pytest.raises(errors.UserError, match="only 3 MiB are free"):
+    workdir_lib.check_workdir(tmp_path / "run", config())
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+  with pytest.raises(errors.UserError, match="not writable"):
+    workdir_lib.check_workdir(tmp_path / "run", config())
+
+
+PINNED = json.loads((pathlib.Path(tests.__file__).parent / FILE).read_text())
+
+
+@pytest.mark.parametrize("config_name", PINNED)
+def test_default_workdirs_are_those_of_earlier_versions(config_name):
+  """Another name would start the run of an earlier version anew."""
+  file, _, variant = config_name.partition(":")
+  changed = importlib.import_module(f"configs.{file}").get_config(variant)
+  assert str(workdir_lib.default_workdir(changed.to_dict())) == PINNED[config_name]
+
+
+def test_default_workdir_follows_what_is_computed():
+  base = workdir_lib.default_workdir(config())
+  assert base.parts[0] == "runs"
+  assert base.name.startswith("tiny-")
+  assert workdir_lib.default_workdir(config(**{"augment.workers": 3})) == base
+  others = {
+    workdir_lib.default_workdir(config(**change)) for change in ({"seed": 1}, {"total_epochs": 9})
+  }
+  assert len(others | {base}) == 3
+
+
+def test_only_one_process_may_use_a_folder(tmp_path):
+  """Neither the check before loading data nor the start itself lets another one in."""
+  with workdir_lib.open_workdir(tmp_path / "run", config()):
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    owner = f"in use by process {os.getpid()} on "
+    with pytest.raises(errors.UserError, match=owner):
+      workdir_lib.check_workdir(tmp_path / "run", config())
+    with (
+      pytest.raises(errors.UserError, match=owner),
+      workdir_lib.open_workdir(tmp_path / "run", config()),
+    ):
+      pass
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+  workdir_lib.check_workdir(tmp_path / "run", config())
+
+
+def test_a_dead_process_leaves_no_lock(tmp_path):
+  """Its note stays in the file, and is taken for what it is."""
+  code = f"""
+import os, pathlib, signal
+from flax_cifar.run.workdir import open_workdir
+with open_workdir(pathlib.Path({str(tmp_path / "run")!r}), {config()!r}):
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+  done = subprocess.run([sys.executable, "-c", code], timeout=60)
+  assert done.returncode == -signal.SIGKILL
+  assert (tmp_path / "run" / "lock").read_text().startswith("process ")
+  workdir_lib.check_workdir(tmp_path / "run", config())
+  with workdir_lib.open_workdir(tmp_path / "run", config()):
+    assert f"process {os.getpid()} on" in (tmp_path / "run" / "lock").read_text()
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+  def refuse(file, operation):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  with workdir_lib.open_workdir(tmp_path / "run", config()):
+    workdir_lib.check_workdir(tmp_path / "run", config())
+  assert "run' cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_config_written_meanwhile_is_seen(tmp_path):
+  """Another run may begin and end there while this one loads its data."""
+  workdir_lib.check_workdir(tmp_path / "run", config())
+  start(tmp_path / "run", config(seed=1))
+  with (
+    pytest.raises(errors.UserError, match="another config"),
+    workdir_lib.open_workdir(tmp_path / "run", config()),
+  ):
+    pass
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("left", [["lock"], ["lock", "config.part"], []])
+def test_a_run_killed_as_it_began_may_begin_again(tmp_path, left):
+  for name in left:
+    (tmp_path / name).write_text("{")
+  workdir_lib.check_workdir(tmp_path, config())
+  with workdir_lib.open_workdir(tmp_path, config()):
+    assert json.loads((tmp_path / "config.json").read_text())["name"] == "tiny"
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "7", "null", b"\xff\xfe", "{}}"])
+def test_json_that_is_no_object_is_damage(tmp_path, content):
+  (tmp_path / "config.json").write_bytes(
+    content if isinstance(content, bytes) else content.encode()
+  )
+  with pytest.raises(errors.UserError, match=r"config.json' is damaged"):
+    workdir_lib.check_workdir(tmp_path, config())
+
+
+def test_failed_writes_say_what_to_do(tmp_path):
+  message = r"cannot be written to \(.*No space left.*the same command"
+  with pytest.raises(errors.UserError, match=message), workdir_lib.explain_failed_writes(tmp_path):
+    pathlib.Path("/dev/full").write_text("x")
+
+
+def test_flatten_names_every_leaf():
+  assert config_lib.flatten({"a": {"b": (1, 2), "c": {}}, "d": 3}) == {"a.b": [1, 2], "d": 3}
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+  path = tmp_path / "x.json"
+  files.write_json(path, {"good": 1})
+  with pytest.raises(TypeError):
+    files.write_json(path, {"bad": object()})
+  assert json.loads(path.read_text()) == {"good": 1}

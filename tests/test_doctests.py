@@ -1,0 +1,19 @@
+"""The examples in docstrings."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = (
+  *("configs.variants", "flax_cifar.errors", "flax_cifar.optim", "flax_cifar.state"),
+  *("flax_cifar.data.augment.arguments", "flax_cifar.models.layer_table"),
+  *("flax_cifar.run.config", "flax_cifar.run.tables", "flax_cifar.run.workdir"),
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_give_what_they_show(name):
+  result = doctest.testmod(importlib.import_module(name))
+  assert result.attempted
+  assert not result.failed

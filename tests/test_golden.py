@@ -1,0 +1,162 @@
+"""Ten training steps of two networks on fixed data, against figures measured once.
+
+They hold everything that a step computes: loss, gradients, norms, optimizer, schedule, moving
+average. Where a change is meant to change one of them, run `python -m tests.test_golden`, look at
+the differences, and replace GOLDEN with what it prints, in a commit of its own that says why.
+"""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_cifar import optim, train
+from flax_cifar import state as state_lib
+from flax_cifar.data.augment import normalize
+from flax_cifar.run import config as config_lib
+
+BATCH_SIZE, STEPS = 16, 10
+GOLDEN = {
+  "s9": {
+    1: {
+      "loss": 4.7674608,
+      "correct": 2.0,
+      "update norm": 0.01619084,
+      "parameter norm": 50.520145,
+      "batch statistics norm": 30.182501,
+      "average norm": 50.520168,
+      "average of batch statistics norm": 29.942125,
+    },
+    10: {
+      "loss": 4.5838408,
+      "correct": 2.0,
+      "update norm": 0.0033889858,
+      "parameter norm": 50.516953,
+      "batch statistics norm": 53.484612,
+      "average norm": 50.517128,
+      "average of batch statistics norm": 51.27919,
+    },
+  },
+  "ghost": {
+    1: {
+      "loss": 3.2528095,
+      "correct": 0.0,
+      "update norm": 0.0016759775,
+      "parameter norm": 51.57856,
+      "batch statistics norm": 21.808983,
+      "average norm": 51.578583,
+      "average of batch statistics norm": 21.834114,
+    },
+    10: {
+      "loss": 3.1475577,
+      "correct": 0.0,
+      "update norm": 0.00040147384,
+      "parameter norm": 51.576321,
+      "batch statistics norm": 27.172283,
+      "average norm": 51.576416,
+      "average of batch statistics norm": 26.371605,
+    },
+  },
+}
+# Muon makes rounding errors of small singular values larger, before they are added to the weights.
+TOLERANCES = {"update norm": 1e-3}
+
+
+def draw_batch():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (BATCH_SIZE, 32, 32, 3)).astype(np.uint8)
+  return {"image": jnp.asarray(images), "label": jnp.asarray(rng.integers(10, size=BATCH_SIZE))}
+
+
+def draw_params(shapes):
+  """Of the scale of an initialization, by numpy: JAX's numbers may differ with its version."""
+  rng = np.random.default_rng(1)
+
+  def draw(leaf):
+    if leaf.ndim == 1:
+      return jnp.asarray(1 + 0.1 * rng.normal(size=leaf.shape), jnp.float32)
+    fan_in = np.prod(leaf.shape[:-1])
+    return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
+
+  return jax.tree.map(draw, shapes)
+
+
+def create_parts(name):
+  """A state with drawn parameters, and a jitted step, of the config `name`."""
+  config = importlib.import_module(f"configs.{name}").get_config()
+  config.schedule.one_cycle.initial = 0.5  # so that the first step moves the parameters
+  # Small steps: at full rate a ReLU that switches by rounding shows within ten of them.
+  config.optimizer.learning_rate /= 100
+  model = config_lib.create_model(config, num_classes=10)
+  schedule = optim.create_schedule(steps_per_epoch=5, total_epochs=2, **config.schedule)
+  optimizer = optim.create_optimizer(schedule, **config.optimizer)
+  state = state_lib.create_train_state(
+    model=model,
+    optimizer=optimizer,
+    plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
+    image_shape=(32, 32, 3),
+    ema_decay=config.ema.decay,
+    seed=0,
+  )
+  params = draw_params(state.params)
+  state = state.replace(
+    params=params,
+    opt_state=optimizer.init(params),
+    ema={"params": params, "batch_stats": state.batch_stats},
+  )
+
+  @jax.jit
+  def step(state, batch):
+    return train.train_step(
+      state,
+      batch,
+      model=model,
+      optimizer=optimizer,
+      normalize=normalize.create_normalize((0.5,) * 3, (0.25,) * 3, dtype="float32"),
+      mixing=None,
+      label_smoothing=config.loss.label_smoothing,
+      ema_decay=config.ema.decay,
+    )
+
+  return state, step
+
+
+def measure(name):
+  """The figures after one step and after STEPS."""
+  state, step = create_parts(name)
+  batch, figures = draw_batch(), {}
+  for number in range(1, STEPS + 1):
+    before = state.params
+    state, sums = step(state, batch)
+    if number in (1, STEPS):
+      moved = jax.tree.map(jnp.subtract, state.params, before)
+      figures[number] = {
+        "loss": float(sums["loss_sum"]) / BATCH_SIZE,
+        "correct": float(sums["correct"]),
+        "update norm": float(optax.global_norm(moved)),
+        "parameter norm": float(optax.global_norm(state.params)),
+        "batch statistics norm": float(optax.global_norm(state.batch_stats)),
+        "average norm": float(optax.global_norm(state.ema["params"])),
+        "average of batch statistics norm": float(optax.global_norm(state.ema["batch_stats"])),
+      }
+  return figures
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_steps_compute_what_they_always_have(name):
+  figures = measure(name)
+  for number, expected in GOLDEN[name].items():
+    for figure, value in expected.items():
+      np.testing.assert_allclose(
+        figures[number][figure],
+        value,
+        rtol=TOLERANCES.get(figure, 1e-5),
+        err_msg=f"{figure} after {number} steps; if that is meant: python -m tests.test_golden",
+      )
+
+
+if __name__ == "__main__":
+  print({name: measure(name) for name in ("s9", "ghost")})

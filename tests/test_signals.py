@@ -1,0 +1,52 @@
+"""The first signal is remembered, the second ends the process."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flax_cifar import signals
+
+
+@pytest.mark.parametrize("signum", signals.SIGNALS)
+def test_the_first_signal_is_remembered_and_announced(signum, capfd):
+  before = [signal.getsignal(each) for each in signals.SIGNALS]
+  with signals.InterruptGuard() as guard:
+    assert guard.signum is None
+    assert not guard.is_caught()
+    signal.raise_signal(signum)
+    assert guard.signum == signum
+    assert guard.is_caught()
+  assert [signal.getsignal(each) for each in signals.SIGNALS] == before
+  assert f"{signum.name}: saving after this step" in capfd.readouterr().err
+
+
+def test_a_screen_that_nobody_reads_changes_nothing(monkeypatch):
+  """As with `2>&1 | tee log`, which the same Ctrl-C ends."""
+  reading, writing = os.pipe()
+  os.close(reading)
+  with open(writing, "w") as broken, signals.InterruptGuard() as guard:
+    monkeypatch.setattr(sys, "stderr", broken)
+    signal.raise_signal(signal.SIGINT)
+    assert guard.signum == signal.SIGINT
+
+
+@pytest.mark.parametrize("second", signals.SIGNALS)
+def test_the_second_signal_ends_the_process_at_once(second):
+  """Whatever it is doing: here it is within a `finally`."""
+  code = f"""
+import signal, time
+from flax_cifar.signals import InterruptGuard
+with InterruptGuard():
+  signal.raise_signal(signal.SIGTERM)
+  try:
+    print("alive", flush=True)
+    signal.raise_signal({int(second)})
+  finally:
+    print("too late", flush=True)
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  assert done.returncode == -second  # a shell makes 128 + N of it
+  assert done.stdout == "alive\n"

@@ -1,0 +1,196 @@
+"""The tool that evaluates saved weights: the scores of their run, and what it refuses."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cifar import errors, models, parallel, train
+from flax_cifar.data import splits as splits_lib
+from flax_cifar.run import weights
+from flax_cifar.tools import evaluate
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+  monkeypatch.setitem(models.MODELS, "tiny", tiny.TinyNet)
+
+
+@pytest.fixture
+def data(tmp_path):
+  return tiny.write_data(tmp_path / "tiny.npz", test=41)  # no whole number of batches
+
+
+def run(workdir, data, monkeypatch, **changes):
+  """Trains and saves the weights the test was made with; returns their path and the result."""
+  config = tiny.get_config(data, **{"total_epochs": 1, **changes})
+  splits, path = (
+    splits_lib.load_splits(protocol=config.protocol, **config.data),
+    workdir / "copy.safetensors",
+  )
+  predict = train.predict
+
+  def save_and_predict(eval_step, variables, *rest, **options):
+    weights.save_weights(
+      path,
+      parallel.select_seed(variables, config.num_seeds),
+      config=config.to_dict(),
+      class_names=splits.class_names,
+      image_shape=splits.image_shape,
+      mean=config.augment.mean or splits.mean,
+      std=config.augment.std or splits.std,
+    )
+    return predict(eval_step, variables, *rest, **options)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "predict", save_and_predict)
+    result = train.train_and_evaluate(config, workdir)
+  return path, result
+
+
+def last_record(workdir):
+  return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"ema.decay": 0.9},
+    {"num_devices": 4, "augment.mean": (0.5, 0.4, 0.3), "augment.std": (0.3, 0.2, 0.1)},
+  ],
+)
+def test_the_scores_are_those_of_the_run(tmp_path, data, monkeypatch, changes):
+  path, result = run(tmp_path / "run", data, monkeypatch, **changes)
+  test = evaluate.evaluate_weights(evaluate.Options(path, split="test"))
+  assert (test.split, test.count, test.data) == ("test", 41, data)
+  assert test.accuracy == result["test_accuracy"]
+  assert test.loss == pytest.approx(result["test_loss"], rel=1e-6)
+  validation = evaluate.evaluate_weights(evaluate.Options(path))
+  assert (validation.split, validation.count) == ("validation", 16)
+  assert validation.accuracy == last_record(tmp_path / "run")["validation_accuracy"]
+  assert validation.loss == last_record(tmp_path / "run")["validation_loss"]
+  assert not validation.peeked
+
+
+def test_weights_of_one_of_several_seeds(tmp_path, data, monkeypatch):
+  path, result = run(tmp_path / "run", data, monkeypatch, num_seeds=2)
+  test = evaluate.evaluate_weights(evaluate.Options(path, split="test"))
+  assert test.accuracy == result["test_accuracy_per_seed"][0]
+  assert test.loss == pytest.approx(result["test_loss_per_seed"][0], rel=1e-5)
+
+
+def make_weights(path, data, *, split=None, **changes):
+  """Weights as they are before the first step, without a run."""
+  config = tiny.get_config(data, **changes)
+  shape = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
+  init = jax.jit(lambda key: tiny.TinyNet().init(key, jnp.zeros((1, *shape)), train=False))
+  weights.save_weights(
+    path,
+    init(jax.random.key(0)),
+    config=config.to_dict(),
+    class_names=("0", "1", "2"),
+    image_shape=shape,
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
+  )
+  return evaluate.Options(path, split=split)
+
+
+def test_without_held_out_images_the_default_is_test(tmp_path, data):
+  options = make_weights(tmp_path / "w", data, **{"data.validation_size": 0})
+  score = evaluate.evaluate_weights(options)
+  assert (score.split, score.count) == ("test", 41)
+  with pytest.raises(errors.UserError, match="held no images out; try --split=test"):
+    evaluate.evaluate_weights(dataclasses.replace(options, split="validation"))
+
+
+def test_published_validation_is_said_to_be_the_test_split(tmp_path, data, monkeypatch, capsys):
+  options = make_weights(tmp_path / "w", data, protocol="published")
+  score = evaluate.evaluate_weights(options)
+  assert (score.split, score.count, score.peeked) == ("validation", 41, True)
+  assert (
+    score.accuracy == evaluate.evaluate_weights(dataclasses.replace(options, split="test")).accuracy
+  )
+  monkeypatch.setattr(sys, "argv", ["evaluate", f"--weights={options.weights}"])
+  evaluate.main()
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == f"data      {data}: 41 validation images"
+  shown = f"validation accuracy {score.accuracy:.2%} (on the test split), loss {score.loss:.4f}"
+  assert lines[1] == shown
+
+
+def test_the_test_split_after_a_trial(tmp_path, data):
+  """The run left it alone; who asks for it now has chosen."""
+  trial = make_weights(tmp_path / "trial", data, split="test", protocol="trial")
+  score = evaluate.evaluate_weights(trial)
+  assert (score.split, score.count) == ("test", 41)
+  assert score == evaluate.evaluate_weights(make_weights(tmp_path / "honest", data, split="test"))
+
+
+def test_other_data_of_the_same_classes(tmp_path, data):
+  """Its test split may be smaller than what the run held out."""
+  options = make_weights(tmp_path / "w", data, split="test")
+  other = tiny.write_data(tmp_path / "other.npz", train=10, test=7, seed=1)
+  score = evaluate.evaluate_weights(dataclasses.replace(options, data=other))
+  assert (score.data, score.count) == (other, 7)
+
+
+def test_other_classes_are_refused(tmp_path, data):
+  options = make_weights(tmp_path / "w", data)
+  arrays = dict(np.load(data.removeprefix("npz:")))
+  np.savez(tmp_path / "named.npz", **arrays, class_names=np.array(["a", "b", "c"]))
+  expected = r"class_names is \('0', '1', '2'\) there and \('a', 'b', 'c'\) here"
+  with pytest.raises(errors.UserError, match=expected):
+    evaluate.evaluate_weights(dataclasses.replace(options, data=f"npz:{tmp_path / 'named.npz'}"))
+
+
+def test_the_directory_of_the_data_can_be_another(tmp_path, data, monkeypatch):
+  """Weights travel: the directory of the machine they were trained on does not."""
+  options = make_weights(tmp_path / "w", data, **{"data.dir": "/there"})
+  seen = []
+
+  def load(**arguments):
+    seen.append(arguments["dir"])
+    return splits_lib.load_splits(**arguments)
+
+  monkeypatch.setattr("flax_cifar.data.splits.load_splits", load)
+  evaluate.evaluate_weights(options)
+  evaluate.evaluate_weights(dataclasses.replace(options, data_dir="/here"))
+  assert seen == ["/there", "/here"]
+
+
+def test_more_devices_than_there_are(tmp_path, data):
+  few = evaluate.evaluate_weights(make_weights(tmp_path / "few", data, num_devices=1))
+  many = evaluate.evaluate_weights(make_weights(tmp_path / "many", data, num_devices=64))
+  odd = evaluate.evaluate_weights(
+    make_weights(tmp_path / "odd", data, num_devices=3, eval_batch_size=7)
+  )
+  assert few == many
+  assert odd.accuracy == few.accuracy
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "required: --weights"),
+    (["--weights=nowhere"], "'nowhere' does not exist"),
+    (["--weights=x", "--split=train"], "--split: invalid choice: 'train'"),
+    (["--weights=x", "--wieghts=y"], "unrecognized arguments: --wieghts=y"),
+    (["--weights", f"{pathlib.Path(__file__)}"], "is damaged or no weights file"),
+  ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+  with pytest.raises(SystemExit) as stop:
+    evaluate.main()
+  assert stop.value.code == 2
+  stderr = capsys.readouterr().err
+  assert stderr.startswith("error: ")
+  assert message in stderr
+  assert stderr.count("\n") == 1

@@ -1,0 +1,337 @@
+"""The sweep: which runs it makes, what it refuses, and how it compares."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import matplotlib.axes
+import numpy as np
+import pytest
+
+from flax_cifar import environment, errors, optim
+from flax_cifar.data import feeds
+from flax_cifar.tools import compare as compare_lib
+from flax_cifar.tools import sweep
+from tests import tiny as tiny_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "--config=configs/quickstart.py"
+ACCURACIES = {  # run -> train, validation of each epoch, test
+  "norm=batch,seed=0": ([0.5, 0.7], [0.6, 0.5], 0.55),
+  "norm=batch,seed=1": ([0.4, 0.8], [0.5, 0.7], 0.65),
+  "norm=batch,seed=2": ([0.6, 0.9], [0.7, 0.8], 0.75),
+  "norm=layer,seed=0": ([0.3, 0.4], [0.2, 0.3], 0.25),
+  "norm=layer,seed=1": ([0.2, 0.5], [0.4, 0.1], 0.15),
+  "norm=layer,seed=2": ([0.3, 0.3], [0.3, 0.3], 0.35),
+}
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def create_record(epoch, train, validation):
+  return {
+    "epoch": epoch,
+    "train_loss": 1 - train,
+    "train_accuracy": train,
+    "validation_loss": 1 - validation,
+    "validation_accuracy": validation,
+  }
+
+
+def create_run(name, train, validation, test, **changes):
+  settings = dict(part.split("=") for part in name.split(",") if part)
+  epochs = range(1, len(train) + 1)
+  records = [create_record(*values) for values in zip(epochs, train, validation, strict=True)]
+  result = {"test_accuracy": test, "parameters": 1234, "protocol": "honest", "train_seconds": 60.0}
+  return compare_lib.Run(settings, result | changes, records)
+
+
+def create_runs():
+  return [create_run(name, *values) for name, values in ACCURACIES.items()]
+
+
+def write_run(workdir, run):
+  folder = workdir / sweep.format_settings(run.settings)
+  folder.mkdir(parents=True)
+  (folder / "result.json").write_text(json.dumps(run.result))
+  lines = "".join(json.dumps(record) + "\n" for record in run.records)
+  (folder / "metrics.jsonl").write_text(lines)
+
+
+def test_the_runs_are_the_product_and_their_commands_are_those_of_main(tmp_path):
+  flags = ["--over=norm=layer,group", "--over=seed=1,2", f"--workdir={tmp_path}"]
+  parsed = sweep.parse([CONFIG, *flags, "--config.total_epochs=2"])
+  names = ["norm=layer,seed=1", "norm=layer,seed=2", "norm=group,seed=1", "norm=group,seed=2"]
+  commands = [sweep.get_command(parsed, s) for s in sweep.get_combinations(parsed.over)]
+  assert [command[2:] for command in commands] == [
+    [f"{CONFIG}:{name}", "--config.total_epochs=2", f"--workdir={tmp_path / name}"]
+    for name in names
+  ]
+  assert commands[0][:2] == [sys.executable, "main.py"]
+
+
+def test_a_variant_of_the_file_stays_before_what_is_swept():
+  parsed = sweep.parse(["--config=configs/s9.py:study", "--over=norm=layer"])
+  assert "--config=configs/s9.py:study,norm=layer" in sweep.get_command(parsed, {"norm": "layer"})
+
+
+def test_more_values_are_the_same_sweep_and_other_overrides_another():
+  few = sweep.parse([CONFIG, "--over=seed=0,1"])
+  more = sweep.parse([CONFIG, "--over=seed=0,1,2"])
+  other = sweep.parse([CONFIG, "--over=seed=0,1", "--config.batch_size=64"])
+  assert few.workdir == more.workdir != other.workdir
+  assert str(few.workdir).startswith("runs/quickstart-sweep-seed-")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--over=norm=batch"], "--config is missing"),
+    (["--config=configs/nope.py", "--over=norm=batch"], "configs/nope.py' is no file"),
+    ([CONFIG], "--over is missing"),
+    ([CONFIG, "--over"], "expected one argument"),
+    ([CONFIG, "--over=nrm=batch"], "--over='nrm' is unknown; choose one of norm, .*'norm'"),
+    ([CONFIG, "--over=norm"], "--over=norm lacks a value"),
+    ([CONFIG, "--over=norm="], "--over=norm lacks a value"),
+    ([CONFIG, "--over=seed=1,,2"], "--over=seed lacks a value"),
+    ([CONFIG, "--over=norm=batch,layer,batch"], "repeats 'batch'"),
+    ([CONFIG, "--over=seed=1", "--over=seed=2"], "--over=seed is given twice"),
+    ([CONFIG, "--over=norm=batch,gruop"], "--over=norm='gruop' is unknown.*'group'"),
+    ([CONFIG, "--over=seed=0,one"], "--over=seed='one' is not valid"),
+    ([CONFIG, "--over=seed=1,01"], "--over=seed='01' is not valid"),
+    ([CONFIG, "--over=lr=0.1,big"], "--over=lr='big' is not valid.*a positive number"),
+    ([CONFIG, "--over=lr=-1"], "--over=lr='-1' is not valid"),
+    ([CONFIG, "--over=lr=0.1,1e39"], r"--over=lr='1e39' is not valid.*1e\+38 at most"),
+    ([CONFIG, "--over=epochs=1,0"], "--over=epochs='0' is not valid.*from 1 to"),
+    ([CONFIG, "--over=seed=0,4294967296"], "'4294967296' is not valid.*from 0 to 4294967295"),
+    ([CONFIG, f"--over=seed={'9' * 5000}"], "is not valid.*a whole number"),
+    ([CONFIG, "--over=seed=1", "--config.seed=3"], "would hold for every run"),
+    ([CONFIG, "--over=norm=batch", "--config.model.norm=layer"], "would hold for every run"),
+    ([CONFIG, "--over=seed=1", "--config.num_seeds=2"], "would hold for every run"),
+    ([CONFIG, "--over=norm=batch", "--wrokdir=x"], "'--wrokdir=x' is unknown"),
+    ([CONFIG, "--over=norm=batch", "--config.seed", "3"], "'3' is unknown"),
+    ([CONFIG, "--over=norm=batch", "--jobs=two"], "--jobs: invalid int value: 'two'"),
+    ([CONFIG, "--over=norm=batch", "--jobs=0"], "--jobs=0 is not valid.*from 1 to"),
+    ([CONFIG, "--over=norm=batch", "--jobs=4097"], "--jobs=4097 is not valid.*the cores"),
+  ],
+)
+def test_a_mistake_is_named_before_anything_runs(arguments, message):
+  with pytest.raises(errors.UserError, match=message):
+    sweep.parse(arguments)
+
+
+def test_the_ranges_are_those_of_the_runs():
+  assert sweep.RANGES["seed"] == (0, feeds.SEEDS - 1)
+  assert sweep.RANGES["lr"] == (0, optim.MAX_NUMBER)
+
+
+def test_what_is_not_swept_can_be_overridden():
+  parsed = sweep.parse([CONFIG, "--over=norm=batch", "--config.seed=3", "--config.num_seeds=2"])
+  assert parsed.overrides == ["--config.seed=3", "--config.num_seeds=2"]
+
+
+def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
+  for run in create_runs():
+    write_run(tmp_path, run)
+  over = {"norm": ["batch", "layer"], "seed": ["0", "1", "2"]}
+  asked = sweep.Sweep("configs/quickstart.py", over, ["--config.total_epochs=2"], tmp_path)
+  runs = [compare_lib.read_run(asked, settings) for settings in sweep.get_combinations(over)]
+  assert runs == create_runs()
+  rows = [
+    compare_lib.summarize(name, group) for name, group in compare_lib.group_runs(runs).items()
+  ]
+  assert [row["combination"] for row in rows] == ["norm=batch", "norm=layer"]
+  for row in rows:
+    values = [v for name, v in ACCURACIES.items() if name.startswith(row["combination"])]
+    expected = {
+      "train_accuracy": [train[-1] for train, _, _ in values],
+      "validation_accuracy": [validation[-1] for _, validation, _ in values],
+      "best_validation_accuracy": [max(validation) for _, validation, _ in values],
+      "test_accuracy": [test for _, _, test in values],
+    }
+    for name, numbers in expected.items():
+      assert row[name]["mean"] == pytest.approx(np.mean(numbers))
+      assert row[name]["sd"] == pytest.approx(np.std(numbers, ddof=1))
+      assert row[name]["n"] == 3
+  sweep.write_table(asked, rows)
+  assert json.loads((tmp_path / "table.json").read_text())["rows"] == rows
+  lines = (tmp_path / "table.md").read_text().splitlines()
+  assert lines[0].endswith(
+    "sweep --config=configs/quickstart.py --over=norm=batch,layer --over=seed=0,1,2 "
+    "--config.total_epochs=2"
+  )
+  assert lines[4] == (
+    "| norm=batch | 1,234 | 66.67 ± 15.28 (n = 3) | 70.00 ± 10.00 (n = 3) "
+    "| 65.00 ± 10.00 (n = 3) | 80.00 ± 10.00 (n = 3) | 60 |"
+  )
+  assert "published" not in "".join(lines)
+
+
+@pytest.mark.parametrize("content", [None, b'{"epoch": 1', b"\xff\xfe"])
+def test_records_that_are_gone_are_named_with_what_to_do(tmp_path, content):
+  run = create_runs()[0]
+  write_run(tmp_path, run)
+  path = tmp_path / sweep.format_settings(run.settings) / "metrics.jsonl"
+  path.unlink() if content is None else path.write_bytes(content)
+  asked = sweep.Sweep("configs/quickstart.py", {}, [], tmp_path)
+  with pytest.raises(errors.UserError, match=r"metrics.jsonl' cannot be read .*delete result.json"):
+    compare_lib.read_run(asked, run.settings)
+
+
+def test_one_run_has_no_deviation_and_no_validation_is_a_dash():
+  run = create_run("seed=4", [0.5], [0.6], 0.55, protocol="published")
+  for name in ("validation_accuracy", "validation_loss"):
+    run.records[0].pop(name)
+  ((name, group),) = compare_lib.group_runs([run]).items()
+  row = compare_lib.summarize(name, group)
+  text = compare_lib.format_table([row])
+  assert "| all seeds | 1,234 | – | – | 55.00 (n = 1) | 50.00 (n = 1) | 60 |" in text
+  assert "validation is on the test split" in text
+
+
+def test_a_trial_has_no_test_accuracy():
+  run = create_run("lr=0.1", [0.5], [0.6], None, protocol="trial")
+  del run.result["test_accuracy"]
+  text = compare_lib.format_table([compare_lib.summarize("lr=0.1", [run])])
+  assert "| lr=0.1 | 1,234 | 60.00 (n = 1) | 60.00 (n = 1) | – | 50.00 (n = 1) | 60 |" in text
+  assert "the test split was not looked at" in text
+
+
+def test_seeds_trained_at_once_count_as_seeds():
+  run = create_run("norm=batch", [0.4, 0.5], [0.5, 0.5], 0.6)
+  run.result["test_accuracy_per_seed"] = [0.5, 0.7]
+  for record, values in zip(run.records, ([0.3, 0.7], [0.6, 0.4]), strict=True):
+    record["validation_accuracy_per_seed"] = values
+  scores = compare_lib.get_scores(run.result, run.records)
+  assert scores["test_accuracy"] == [0.5, 0.7]
+  assert scores["validation_accuracy"] == [0.6, 0.4]
+  assert scores["best_validation_accuracy"] == [0.6, 0.7]
+  assert scores["train_accuracy"] == [0.5]
+
+
+def test_runs_of_different_length_are_not_averaged():
+  runs = [create_run("seed=0", [0.1], [0.1], 0.1), create_run("seed=1", [0.1] * 2, [0.1] * 2, 0.1)]
+  with pytest.raises(errors.UserError, match=r"\[1, 2\] epochs"):
+    compare_lib.group_runs(runs)
+
+
+def test_curves_are_means_over_seeds_with_a_band(tmp_path, monkeypatch):
+  lines, bands = [], []
+
+  def remember(seen, name):
+    original = getattr(matplotlib.axes.Axes, name)
+
+    def call(self, *arrays, **options):
+      if len(arrays[0]):
+        seen.append((np.asarray(arrays[1:]), options["color"], options.get("linestyle")))
+      return original(self, *arrays, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, name, call)
+
+  remember(lines, "plot")
+  remember(bands, "fill_between")
+  compare_lib.save_curves(tmp_path / "curves.png", compare_lib.group_runs(create_runs()))
+  assert [(colour, style) for _, colour, style in lines] == [
+    (colour, style) for _ in range(2) for colour in ("C0", "C1") for style in ("--", "-")
+  ]
+  assert len(bands) == 8
+  validation = 100 * np.array([[0.6, 0.5], [0.5, 0.7], [0.7, 0.8]])
+  mean, sd = validation.mean(0), validation.std(0, ddof=1)
+  np.testing.assert_allclose(lines[5][0][0], mean)
+  np.testing.assert_allclose(bands[5][0], [mean - sd, mean + sd])
+  np.testing.assert_allclose(lines[0][0][0], [0.5, 0.2])
+  assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_many_combinations_have_a_colour_each(tmp_path):
+  runs = [create_run(f"epochs={number}", [0.5], [0.5], 0.5) for number in range(12)]
+  compare_lib.save_curves(tmp_path / "curves.png", compare_lib.group_runs(runs))
+  assert len(set(sweep._get_colours(12))) == 12
+
+
+def test_a_run_that_fails_stops_the_sweep(tmp_path, monkeypatch, capsys):
+  def create_command(asked, settings):
+    name = settings["norm"]
+    code = f"open({str(asked.workdir / name)!r}, 'w'); raise SystemExit({3 * (name == 'layer')})"
+    return [sys.executable, "-c", code]
+
+  monkeypatch.setattr(sweep, "get_command", create_command)
+  flags = [CONFIG, "--over=norm=batch,layer,group", f"--workdir={tmp_path}"]
+  monkeypatch.setattr(sys, "argv", ["sweep", *flags])
+  with pytest.raises(SystemExit) as stop:
+    sweep.main()
+  assert stop.value.code == 3
+  assert {path.name for path in tmp_path.iterdir()} == {"batch", "layer"}
+  stderr = capsys.readouterr().err
+  assert (
+    stderr == "error: run norm=layer ended with status 3; the same command goes on from there\n"
+  )
+
+
+def test_jax_is_not_needed_to_refuse_arguments():
+  code = "import sys; from flax_cifar.tools import sweep; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def call(*arguments):
+  done = subprocess.run(
+    [sys.executable, "-m", "flax_cifar.tools.sweep", *arguments],
+    env=os.environ,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_runs_at_once_print_to_files_and_change_no_command(tmp_path):
+  flags = [CONFIG, "--over=seed=0,1", f"--workdir={tmp_path}"]
+  alone, together = sweep.parse(flags), dataclasses.replace(sweep.parse(flags), num_jobs=2)
+  one, two = (sweep.create_job(asked, {"seed": "1"}) for asked in (alone, together))
+  assert one.command == two.command
+  assert (one.log, two.log) == (None, tmp_path / "seed=1.log")
+
+
+def test_a_folder_for_the_logs_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / "file").touch()
+  asked = sweep.Sweep("configs/quickstart.py", {"seed": ["0"]}, [], tmp_path / "file" / "sweep", 2)
+  with pytest.raises(errors.UserError, match="sweep' cannot be written to"):
+    sweep.run_sweep(asked)
+
+
+def test_a_sweep_of_real_runs_at_once_and_again_one_by_one(tmp_path):
+  tiny = {
+    "data.name": tiny_lib.write_data(tmp_path / "tiny.npz", train=48, test=16, size=32),
+    "data.validation_size": 16,
+    "batch_size": 16,
+    "eval_batch_size": 16,
+    "num_devices": 1,
+    "total_epochs": 1,
+    "log.pictures": False,
+    "log.tensorboard": False,
+  }
+  flags = [CONFIG, "--over=seed=0,1", f"--workdir={tmp_path / 'sweep'}"]
+  flags += [f"--config.{key}={value}" for key, value in tiny.items()]
+  num_jobs = min(environment.count_cores(), 2)
+  status, stdout, stderr = call(*flags, f"--jobs={num_jobs}")
+  assert (status, stderr) == (0, "")
+  logs = sorted((tmp_path / "sweep").glob("*.log"))
+  assert [log.name for log in logs] == ["seed=0.log", "seed=1.log"] * (num_jobs > 1)
+  folders = [tmp_path / "sweep" / name for name in ("seed=0", "seed=1")]
+  made = [json.loads((path / "result.json").read_text()) for path in folders]
+  (row,) = json.loads((tmp_path / "sweep" / "table.json").read_text())["rows"]
+  assert row["test_accuracy"]["mean"] == pytest.approx(np.mean([r["test_accuracy"] for r in made]))
+  assert f"| all seeds | {made[0]['parameters']:,} |" in stdout
+  assert (tmp_path / "sweep" / "curves.png").exists()
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("seed=*/**/*")}
+  status, stdout, _ = call(*flags)
+  assert status == 0
+  assert stdout.count("is finished: test accuracy") == 2
+  after = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("seed=*/**/*")}
+  assert after == before
