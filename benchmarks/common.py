@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, the table, and a record that names its origin."""
+"""Shared by the benchmarks: turns, tables, and records that name their origin."""
 
 import argparse
 import datetime
@@ -80,7 +80,7 @@ def write_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
 
 
 def get_command(arguments: Sequence[str]) -> str:
-  """What to type, without PATH_FLAGS and their values."""
+  """The command to repeat it, without PATH_FLAGS and their values."""
   pairs = itertools.pairwise(["", *arguments])
   kept = [
     word

@@ -13,6 +13,58 @@ import sys
 from collections.abc import Mapping
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "albumentations")
+XLA_FLAGS = {
+  # Switched off, XLA:CPU orders a step for memory, which halves it and is faster too.
+  "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
+  # LLVM keeps to half the width of AVX-512 otherwise; without AVX-512 this changes nothing.
+  "--xla_cpu_prefer_vector_width": "512",
+}
+# A step needs a gigabyte of memory. If the system got it back after each step, it would clear it,
+# page by page, for the next one.
+MALLOC = {
+  "hugetlb": 1,  # pages of 2 MiB
+  "arena_max": 1,  # one heap for all threads: that of a thread may not grow beyond 64 MiB
+  "mmap_threshold": 2**40,  # from the heap, whatever the size
+  "trim_threshold": 2**40,  # and the heap keeps what is freed
+}
+VARIABLES = {
+  "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache" / "flax_cifar" / "xla"),
+  # Many small programs make up a start, and all are worth keeping.
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+  "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
+}
+
+
+# ---- Settings
+
+
+def apply_settings() -> None:
+  """Sets the variables that the user has not set, and restarts Python where one needs that.
+
+  glibc reads GLIBC_TUNABLES when a process starts; only Linux has glibc.
+  """
+  missing = {name: value for name, value in VARIABLES.items() if name not in os.environ}
+  if not _has_glibc():
+    missing.pop("GLIBC_TUNABLES", None)
+  os.environ.update(missing)
+  flags = os.environ.get("XLA_FLAGS", "")
+  added = [f"{flag}={value}" for flag, value in XLA_FLAGS.items() if flag not in flags]
+  os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *added])
+  if "GLIBC_TUNABLES" in missing:
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _has_glibc() -> bool:
+  return platform.libc_ver()[0] == "glibc"
+
+
+def describe_settings(environment: Mapping[str, str]) -> str:
+  """One line for the banner: the settings that hold."""
+  names = [*VARIABLES, "XLA_FLAGS", "OMP_NUM_THREADS"]
+  return ", ".join(f"{name}={environment[name]}" for name in names if environment.get(name))
+
+
+# ---- Versions, hardware, commit
 
 
 def get_versions() -> dict[str, str]:
@@ -23,7 +75,7 @@ def get_versions() -> dict[str, str]:
 
 def get_hardware(num_devices: int) -> str:
   """One line: the `num_devices` devices in use, the host's processor and the cores we may use."""
-  import jax  # here, because PyTorch's side of the benchmarks counts cores without it
+  import jax  # here: the benchmarks count cores for PyTorch without it
 
   kind = jax.local_devices()[0].device_kind
   cores = count_cores()
@@ -31,7 +83,7 @@ def get_hardware(num_devices: int) -> str:
 
 
 def count_cores() -> int:
-  """That this process may use."""
+  """The number of cores that this process may use."""
   if hasattr(os, "sched_getaffinity"):  # not on macOS
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -63,51 +115,3 @@ def _git(*arguments: str) -> str:
   folder = pathlib.Path(__file__).parent
   done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
   return done.stdout.strip()
-
-
-XLA_FLAGS = {
-  # Switched off, XLA:CPU orders a step for memory, which halves it and is faster too.
-  "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
-  # LLVM keeps to half the width of AVX-512 otherwise; without AVX-512 this changes nothing.
-  "--xla_cpu_prefer_vector_width": "512",
-}
-# A step asks for a gigabyte of memory. Given back to the system after it, it would come back
-# cleared, page by page, at each step.
-MALLOC = {
-  "hugetlb": 1,  # pages of 2 MiB
-  "arena_max": 1,  # one heap for all threads: that of a thread may not grow beyond 64 MiB
-  "mmap_threshold": 2**40,  # from the heap, whatever the size
-  "trim_threshold": 2**40,  # and the heap keeps what is freed
-}
-VARIABLES = {
-  "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache" / "flax_cifar" / "xla"),
-  # Many small programs make up a start, and all are worth keeping.
-  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-  "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
-}
-
-
-def apply_settings() -> None:
-  """Sets what the user has not, and starts Python anew where a setting needs that.
-
-  glibc reads GLIBC_TUNABLES when a process starts, and it matters on Linux alone.
-  """
-  missing = {name: value for name, value in VARIABLES.items() if name not in os.environ}
-  if not _has_glibc():
-    missing.pop("GLIBC_TUNABLES", None)
-  os.environ.update(missing)
-  flags = os.environ.get("XLA_FLAGS", "")
-  added = [f"{flag}={value}" for flag, value in XLA_FLAGS.items() if flag not in flags]
-  os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *added])
-  if "GLIBC_TUNABLES" in missing:
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _has_glibc() -> bool:
-  return platform.libc_ver()[0] == "glibc"
-
-
-def describe_settings(environment: Mapping[str, str]) -> str:
-  """The settings that hold, on one line: for the banner."""
-  names = [*VARIABLES, "XLA_FLAGS", "OMP_NUM_THREADS"]
-  return ", ".join(f"{name}={environment[name]}" for name in names if environment.get(name))

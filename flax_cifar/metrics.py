@@ -22,7 +22,7 @@ Record = dict[str, Any]  # an epoch, as a line of metrics.jsonl has it
 
 
 def create_targets(
-  labels: Int[Array, " n"], num_classes: int, *, label_smoothing: float
+  labels: Int[Array | np.ndarray, " n"], num_classes: int, *, label_smoothing: float
 ) -> Float[Array, "n {num_classes}"]:
   """Distributions float32 (N, classes) for labels int32 (N,).
 
@@ -64,7 +64,7 @@ def create_totals(num_seeds: int) -> Totals:
 def compute_totals(
   losses: Float[Array, "*seeds n"],
   logits: Float[Array, "*seeds n classes"],
-  labels: Int[Array, " n"],
+  labels: Int[Array | np.ndarray, " n"],
   mask: Float[Array, " n"],
 ) -> Metrics:
   """Sums over the examples whose mask is 1.
@@ -100,8 +100,8 @@ def iterate_steps(chunks: Sequence[Metrics]) -> Iterator[dict[str, np.ndarray]]:
 def compute_means(totals: Totals) -> dict[str, np.ndarray]:
   """Mean `loss` in nats and `accuracy` in [0, 1], () or (seeds,)."""
   return {
-    "loss": totals["loss_sum"] / totals["count"],
-    "accuracy": totals["correct"] / totals["count"],
+    "loss": np.asarray(totals["loss_sum"] / totals["count"]),
+    "accuracy": np.asarray(totals["correct"] / totals["count"]),
   }
 
 
@@ -112,9 +112,9 @@ def create_record(
   *,
   epoch: int,
   step: int,
-  learning_rate: np.ndarray,
+  learning_rate: np.ndarray | float,
   train: Totals,
-  validation: Mapping[str, np.ndarray] | None,
+  validation: Mapping[str, np.ndarray | float] | None,
 ) -> Record:
   """The record of an epoch; values with an axis for the seeds as `describe_seeds` gives them.
 

@@ -166,7 +166,7 @@ def create_plateau(
 
 def compute_lr_factor(schedule: Schedule, step: int, plateau_state: Any) -> np.ndarray:
   """The learning rate of `step` as a factor of the peak: float64 () or (seeds,)."""
-  return np.float64(schedule(step) * plateau_state.scale)
+  return np.asarray(schedule(step) * plateau_state.scale, np.float64)
 
 
 # ---- Optimizers

@@ -91,7 +91,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     model=model,
     optimizer=optimizer,
     normalize=normalize,
-    mixing=mixing_lib.create_mixing(**config.mixing),
+    mixing=mixing_lib.create_mixing(**config.mixing.to_dict()),
     label_smoothing=config.loss.label_smoothing,
     ema_decay=config.ema.decay,
   )

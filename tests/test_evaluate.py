@@ -27,7 +27,7 @@ def make_variables(seed):
 
 
 def normalize(images):
-  return images / 255
+  return jnp.asarray(images) / 255
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(4, 1), (16, 4)])

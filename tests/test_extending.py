@@ -158,7 +158,9 @@ def test_the_augmentation_has_albumentations_pixels(execute):
   create, images = device.DEVICE_OPS["solarize"], snippet.images
   thresholds = np.random.default_rng(1).uniform(size=len(images)).astype(np.float32)
   pixels = device_pixels.pack(jnp.asarray(images))
-  actual = device_pixels.unpack(create(lowest=0.0, p=1.0).apply(pixels, threshold=thresholds))
+  actual = device_pixels.unpack(
+    create(lowest=0.0, p=1.0).apply(pixels, threshold=jnp.asarray(thresholds))
+  )
   transform = A.Solarize()
   expected = [transform.apply(*pair) for pair in zip(images, thresholds.tolist(), strict=True)]
   np.testing.assert_array_equal(actual, expected)

@@ -2,16 +2,24 @@
 
 import itertools
 
+import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from flax_cifar import metrics
 
 
+def compute_totals(losses, logits, labels, mask):
+  """Of arrays of NumPy."""
+  losses, logits, mask = (jnp.asarray(array, jnp.float32) for array in (losses, logits, mask))
+  return metrics.compute_totals(losses, logits, labels, mask)
+
+
 def test_masked_examples_do_not_count():
   logits = np.float32([[2, 1], [1, 2], [5, 0]])
   labels, losses = np.array([0, 0, 1]), np.float32([0.5, 1.5, 99.0])
-  totals = metrics.compute_totals(losses, logits, labels, np.float32([1, 1, 0]))
+  totals = compute_totals(losses, logits, labels, np.float32([1, 1, 0]))
   assert {name: float(value) for name, value in totals.items()} == {
     "loss_sum": 2.0,
     "correct": 1.0,
@@ -26,13 +34,17 @@ def test_means_do_not_depend_on_the_batches():
   for bounds in ([0, 10], [0, 3, 6, 9, 10], [0, 1, 10]):
     totals = metrics.create_totals(1)
     for a, b in itertools.pairwise(bounds):
-      batch = metrics.compute_totals(
-        losses[a:b], logits[a:b], labels[a:b], np.ones(b - a, np.float32)
-      )
+      batch = compute_totals(losses[a:b], logits[a:b], labels[a:b], np.ones(b - a))
       totals = metrics.add_totals(totals, batch)
     means = metrics.compute_means(totals)
     assert means["loss"] == pytest.approx(losses.mean(), rel=1e-6)
     assert means["accuracy"] == (logits.argmax(-1) == labels).mean()
+
+
+def test_labels_with_an_axis_for_the_classes_are_refused():
+  pytest.importorskip("beartype")
+  with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'labels'"):
+    compute_totals(np.ones(3), np.ones((3, 2)), np.ones((3, 2), int), np.ones(3))
 
 
 def test_adding_leaves_the_start_alone():
@@ -47,7 +59,7 @@ def test_totals_keep_their_shape_and_precision(seeds):
   start = metrics.create_totals(seeds)
   shape = () if seeds == 1 else (seeds,)
   step = {"loss_sum": np.full(shape, np.float32(1e-9)), "count": np.full(shape, np.float32(1))}
-  totals = metrics.add_totals({**start, "loss_sum": start["loss_sum"] + 1}, step)
+  totals = metrics.add_totals({**start, "loss_sum": np.ones(shape)}, step)
   for name, values in totals.items():
     assert isinstance(values, np.ndarray)
     assert (values.shape, values.dtype) == (start[name].shape, np.float64)
@@ -58,15 +70,18 @@ def test_seeds_have_totals_of_their_own():
   rng = np.random.default_rng(0)
   logits, losses = rng.normal(size=(2, 6, 3)).astype(np.float32), rng.uniform(size=(2, 6))
   labels, mask = rng.integers(3, size=6), np.float32([1, 1, 1, 1, 0, 0])
-  both = metrics.compute_totals(np.float32(losses), logits, labels, mask)
+  both = compute_totals(losses, logits, labels, mask)
   for seed in range(2):
-    one = metrics.compute_totals(np.float32(losses[seed]), logits[seed], labels, mask)
+    one = compute_totals(losses[seed], logits[seed], labels, mask)
     for name in ("loss_sum", "correct"):
       assert both[name][seed] == pytest.approx(float(one[name]), rel=1e-6)
 
 
 def test_steps_come_in_order():
-  calls = [{"count": np.arange(3), "loss_sum": np.arange(6).reshape(3, 2)}, {"count": [3]}]
+  calls = [
+    {"count": jnp.arange(3), "loss_sum": jnp.arange(6).reshape(3, 2)},
+    {"count": jnp.array([3])},
+  ]
   steps = list(metrics.iterate_steps(calls))
   assert [int(step["count"]) for step in steps] == [0, 1, 2, 3]
   assert steps[2]["loss_sum"].tolist() == [4, 5]

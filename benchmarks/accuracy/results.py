@@ -54,7 +54,7 @@ no deviation.
   last epoch, with the moving average of the weights and without test-time augmentation. **Full**
   is the same recipe on all of train, as the sources trained, with nothing held out to choose by.
   That of E1 to E3 was tuned once more, on validation, after a test score fell short:
-  `configs/skip.py` tells it.
+  docs/recipes.md tells how.
 - **B1**: an early text of its source has the figures of a study of norms beside this network; by
   the study itself they are of B2's. `s9:study` makes that study with this network.
 - **Target** is what ours, or full where it has been run, is to reach; where we have set none, to

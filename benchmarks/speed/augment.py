@@ -114,7 +114,7 @@ def thread_case(arguments: dict[str, Any], images: np.ndarray) -> Case:
 def grain_case(
   arguments: dict[str, Any], images: np.ndarray, batch_size: int, *, workers: int
 ) -> Case:
-  """Starts the workers anew for each repeat, lest they work while others are timed."""
+  """Starts the workers for each repeat, so that they do not work while others are timed."""
   measured = len(images) // batch_size
   batches = batches_lib.TrainBatches(
     dataset.Split(images, np.zeros(len(images), np.int32)),

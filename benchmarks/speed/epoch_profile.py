@@ -1,4 +1,4 @@
-"""Where an epoch's time goes: what share is spent in compiled code, and in which operations.
+"""The time of an epoch: its part within compiled code, and the operations there.
 
 Command     python -m benchmarks.speed.epoch_profile [--network dilated] [--steps N] [--json FILE]
 

@@ -55,7 +55,7 @@ def get_library(mode: str) -> str:
 
 
 def get_peak_memory() -> float:
-  """Of this process, resident, in MiB."""
+  """The most resident memory of this process, in MiB."""
   units = 2**20 if sys.platform == "darwin" else 2**10  # that a MiB has
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
@@ -87,7 +87,7 @@ def create_xla(network: str, batch_size: int) -> Step:
 
 
 def create_naive(network: str, batch_size: int) -> Step:
-  """What Flax gives out of the box: lax convolutions, Flax's norm and dropout, no settings.
+  """Flax out of the box: lax convolutions, Flax's norm and dropout, no settings.
 
   The ghost norm is ours: Flax has none.
   """

@@ -158,7 +158,7 @@ def describe(
 
 
 def count_multiply_adds(network: str) -> int:
-  """Of one image's forward pass; a training step takes three times as many."""
+  """Multiply-adds of one image's forward pass; a training step takes three times as many."""
   from configs import common
   from flax_cifar.models import layer_table
   from flax_cifar.run import config as config_lib

@@ -18,7 +18,7 @@ PROTOCOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """The splits of a run, with statistics of the training images.
+  """The splits of a run, with the statistics that normalize their images.
 
   Attributes:
     train: the training images.
@@ -26,8 +26,8 @@ class Splits:
     test: the images that test it.
     final_split_name: the split scored at the end of the run: "test", or "validation" of a trial.
     class_names: the name of each label.
-    mean: of each channel, in [0, 1].
-    std: of each channel, in units where 255 is 1.
+    mean: of each channel over the data set's whole training split, in [0, 1].
+    std: the standard deviation, likewise.
   """
 
   train: dataset_lib.Split

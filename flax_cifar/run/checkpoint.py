@@ -141,7 +141,7 @@ class Checkpoints:
       if self._quarantined:
         raise errors.UserError(
           f"no checkpoint is left: {'; '.join(self._quarantined)}. Choose another --workdir, or "
-          "delete this one to start anew."
+          "delete this one to start again."
         )
       return start
     self._check_shapes(step, start.state)

@@ -77,7 +77,7 @@ def get_feed_arguments(config: ConfigDict) -> dict[str, Any]:
   return {
     **{name: config[name] for name in names},
     **{name: config.augment[name] for name in ("backend", "workers", "ops")},
-    "op_arguments": {name: config.augment[name] for name in arguments.RULES},
+    "op_arguments": {name: config.augment[name].to_dict() for name in arguments.RULES},
   }
 
 

@@ -26,7 +26,7 @@ def write_digests(path: pathlib.Path) -> None:
 
 
 def find_damage(path: pathlib.Path) -> str | None:
-  """What is wrong with the checkpoint at `path`, in a few words; None if it is as it was saved."""
+  """A few words on the damage of the checkpoint at `path`; None if it is as it was saved."""
   try:
     digests = dict(json.loads((path / DIGESTS).read_text()))
   except FileNotFoundError:
@@ -48,14 +48,14 @@ def _digest(file: pathlib.Path) -> str:
 
 
 def quarantine(folder: pathlib.Path, damaged: pathlib.Path) -> list[str]:
-  """Moves what is no whole checkpoint out of `folder` to `damaged`, and says so.
+  """Moves damaged and unfinished checkpoints out of `folder` to `damaged`, and warns of each.
 
   Args:
-    folder: has a checkpoint per step, in a folder that is called by its number.
-    damaged: where they go; made when there is something to move.
+    folder: has a checkpoint per step, in a folder whose name is the step.
+    damaged: where they go; created when there is one to move.
 
   Returns:
-    A line for each.
+    The warnings.
   """
   lines = []
   for path in sorted(folder.glob("*"), key=lambda path: path.name):
@@ -70,12 +70,12 @@ def quarantine(folder: pathlib.Path, damaged: pathlib.Path) -> list[str]:
 
 
 def retire(path: pathlib.Path) -> None:
-  """Lets another checkpoint take the place of `path`; `settle` says which one stays."""
+  """Makes room for a replacement of `path`; `finish_replacements` decides which one stays."""
   path.rename(path.with_name(path.name + REPLACED))
 
 
 def finish_replacements(folder: pathlib.Path) -> None:
-  """Keeps the replacement of a checkpoint where it is whole, and else puts the old one back."""
+  """Keeps each replacement that is whole; otherwise puts the retired checkpoint back."""
   for old in folder.glob(f"*{REPLACED}"):
     new = old.with_name(old.name.removesuffix(REPLACED))
     if find_damage(new) is None:

@@ -57,6 +57,7 @@ def save_nonfinite_dump(
   """
   file = workdir / f"nonfinite-step-{step + 1}.npz"
   leaves = state_lib.name_leaves(state.replace(key=jax.random.key_data(state.key)))
-  arrays: dict[str, Any] = {f"state/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
-  np.savez(file, **arrays, **batch)
+  arrays = {f"state/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
+  contents: dict[str, Any] = {**arrays, **batch}
+  np.savez(file, **contents)
   return file

@@ -31,7 +31,7 @@ NO_DIGEST = "0" * 64  # stands for the SHA-256 while it is taken
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """What a file holds: a network and how to use it.
+  """The content of a file: a network and how to use it.
 
   Attributes:
     variables: nested dicts of numpy arrays: `params` and, unless empty, `batch_stats`.

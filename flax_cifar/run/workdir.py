@@ -153,5 +153,5 @@ def _check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   if changes:
     raise errors.UserError(
       f"workdir {str(workdir)!r} holds a run of another config: {'; '.join(changes[:5])}. "
-      "Choose another --workdir, or delete this one to start anew."
+      "Choose another --workdir, or delete this one to start again."
     )

@@ -69,7 +69,7 @@ def read_records(workdir: pathlib.Path) -> list[Record]:
   except (OSError, ValueError) as error:
     raise errors.UserError(
       f"{str(path)!r} cannot be read ({errors.shorten(error)}); delete result.json beside it, "
-      "and the same command writes both anew from the last checkpoint."
+      "and the same command writes both again from the last checkpoint."
     ) from error
 
 

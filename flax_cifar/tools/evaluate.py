@@ -28,7 +28,7 @@ SPLITS = ("validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What to evaluate; None leaves it to the weights' config."""
+  """The options of the command line; None leaves the choice to the weights' config."""
 
   weights: pathlib.Path
   data: str | None = None
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-  """What a command line asks for.
+  """The options of a command line.
 
   Raises:
     UserError: something is missing or unknown.
@@ -90,7 +90,9 @@ def evaluate_weights(options: Options) -> Score:
     UserError: weights or data are missing, damaged or do not belong together.
   """
   # Imported here: they bring JAX, for which a wrong flag need not wait.
-  from flax_cifar import evaluate, models
+  import jax
+
+  from flax_cifar import evaluate, parallel
   from flax_cifar.data.augment import normalize
   from flax_cifar.run import weights as weights_lib
 
@@ -103,15 +105,15 @@ def evaluate_weights(options: Options) -> Score:
     raise errors.UserError(
       "--split='validation' is empty: the run held no images out; try --split=test."
     )
+  mesh = _create_mesh(config)
   eval_step = evaluate.create_eval_step(
     model=model,
-    normalize=normalize.create_normalize(
-      weights.mean, weights.std, dtype=models.DTYPES[config["compute_dtype"]]
-    ),
-    mesh=_create_mesh(config),
+    normalize=normalize.create_normalize(weights.mean, weights.std, dtype=config["compute_dtype"]),
+    mesh=mesh,
     num_seeds=1,  # a file holds one network
   )
-  scores = evaluate.evaluate(eval_step, weights.variables, split, config["eval_batch_size"])
+  variables = jax.device_put(weights.variables, parallel.replicated(mesh))
+  scores = evaluate.evaluate(eval_step, variables, split, config["eval_batch_size"])
   return Score(
     split=name,
     data=options.data or config["data"]["name"],

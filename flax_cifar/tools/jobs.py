@@ -67,11 +67,11 @@ def run_jobs(jobs: Sequence[Job], shares: Sequence[Cores]) -> None:
 
 
 class _Pool:
-  """Processes, each with a share of the cores; leaving it waits for them.
+  """Processes, each with a share of the cores; leaving the pool waits for them.
 
-  Each has a group of its own: what a terminal or a scheduler sends to this process's group reaches
-  it once, from here, and is waited for, because a second signal would end it unsaved. A signal that
-  comes too late for a job is its status, lest the next one start.
+  Each process has a group of its own. A signal of a terminal or a scheduler to this process's group
+  thus reaches it once, from here, and the pool waits for it: a second signal would end it unsaved.
+  A signal that comes too late for a job becomes its status, so that the next job does not start.
   """
 
   def __init__(self, shares: Sequence[Cores]):
@@ -82,7 +82,8 @@ class _Pool:
     self._previous: signals.Handlers = {}
 
   def __enter__(self) -> "_Pool":
-    # What nohup ignores stays so; SIGNALS do not, as in a run, though a script's `sweep &` asks it.
+    # A signal that nohup ignores stays ignored. SIGNALS are handled even where a script's `sweep &`
+    # has them ignored, as in a run.
     others = [s for s in OTHERS if signal.getsignal(s) != signal.SIG_IGN]
     self._previous = signals.install_handlers(self._forward, (*signals.SIGNALS, *others))
     return self
@@ -107,7 +108,7 @@ class _Pool:
         job.command, process_group=0, stdout=log, stderr=subprocess.STDOUT if log else None
       )
     self._running[process] = job, cores
-    for signum in tuple(self._signals):  # these came first; it has nothing to save yet
+    for signum in tuple(self._signals):  # they came first, and the job has nothing to save yet
       process.send_signal(signum)
 
   def wait_for_share(self) -> None:
@@ -116,7 +117,7 @@ class _Pool:
       self._collect()
 
   def _collect(self) -> None:
-    """Takes note of the processes that have ended, after a moment's sleep."""
+    """Sleeps for a moment, then collects the processes that have ended."""
     time.sleep(POLL_SECONDS)
     for process in [one for one in self._running if one.poll() is not None]:
       job, cores = self._running.pop(process)
@@ -128,7 +129,7 @@ class _Pool:
           print(f"run {job.name} ended with status {status}; waiting for {other.name}", flush=True)
 
   def _get_status(self, code: int) -> int:
-    """Of a process that ended with `code`, as a shell gives it."""
+    """The status, as a shell shows it, of a process that ended with `code`."""
     if code == 0 and self._signals:
       return 128 + self._signals[0]
     return code if code >= 0 else 128 - code

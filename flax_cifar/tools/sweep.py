@@ -22,6 +22,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from configs import common, variants
 from flax_cifar import environment, errors, files
@@ -37,7 +38,7 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What to run: `over` has the values of each swept key, `overrides` are flags of main.py."""
+  """The runs of a sweep: `over` has the values of each key, `overrides` are flags of main.py."""
 
   config: str
   over: dict[str, list[str]]
@@ -76,13 +77,19 @@ def run_sweep(sweep: Sweep) -> None:
   runs = [compare.read_run(get_workdir(sweep, settings), settings) for settings in combinations]
   groups = compare.group_runs(runs)
   rows = [compare.summarize(name, group) for name, group in groups.items()]
-  table = f"    {get_command_line(sweep)}\n\n{compare.format_table(rows)}"
-  files.write_json(sweep.workdir / "table.json", {"command": get_command_line(sweep), "rows": rows})
-  files.write_text(sweep.workdir / "table.md", table)
+  table = compare.format_table(rows)
+  write_table(sweep, rows, table)
   compare.save_curves(sweep.workdir / "curves.png", groups)
-  print(table)
+  print(f"    {get_command_line(sweep)}\n\n{table}")
   for name in ("table.md", "table.json", "curves.png"):
     print(f"written   {sweep.workdir / name}")
+
+
+def write_table(sweep: Sweep, rows: Sequence[Mapping[str, Any]], table: str) -> None:
+  """Writes table.md, and its rows as table.json, under the command that made them."""
+  command = get_command_line(sweep)
+  files.write_json(sweep.workdir / "table.json", {"command": command, "rows": rows})
+  files.write_text(sweep.workdir / "table.md", f"    {command}\n\n{table}")
 
 
 #### Arguments

@@ -12,7 +12,8 @@ from flax_cifar.models import norms
 from flax_cifar.run import config as config_lib
 
 FOLDER = pathlib.Path(common.__file__).parent
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common"))
+SHARED = ("__init__", "common", "recipes", "variants")  # modules that are no config
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 
 
 def load(name, arg=""):

@@ -81,7 +81,7 @@ def test_augmentation_of_an_example_does_not_depend_on_the_batch_size():
 
 
 def test_batch_larger_than_the_data_is_an_error():
-  with pytest.raises(errors.UserError, match=r"batch_size=11 .* at most the 10 train images"):
+  with pytest.raises(errors.UserError, match=r"batch_size=11 .* at most the 10 training images"):
     batches(batch_size=11)
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -138,7 +139,7 @@ def test_batches_follow_the_order_and_keep_their_labels(devices):
     _, inputs = next(feed.chunks(range(step, step + 1)))
     batch = get_batch(key, step, inputs)
     index = get_orders(feed)[epoch][position]
-    everything = np.asarray(FLIP(split.images, key, np.int32(epoch), np.arange(COUNT)))
+    everything = np.asarray(FLIP(split.images, key, jnp.int32(epoch), jnp.arange(COUNT)))
     np.testing.assert_array_equal(batch["label"], index)
     np.testing.assert_array_equal(batch["image"], everything[index])
     shards = {shard.data.shape[0] for shard in batch["image"].addressable_shards}
@@ -161,7 +162,7 @@ def test_any_batch_can_be_looked_up(number):
   for step in range(2 * one.steps_per_epoch):
     found = both.batch_at(step, number)
     [(_, inputs)] = one.chunks(range(step, step + 1))
-    batch = one.get_batch(jax.random.key(number), np.int32(step), inputs)
+    batch = one.get_batch(jax.random.key(number), jnp.int32(step), inputs)
     for name in ("image", "label"):
       np.testing.assert_array_equal(found[name], batch[name])
     np.testing.assert_array_equal(found["label"], split.labels[found["example"]])
@@ -215,7 +216,7 @@ def test_the_host_feed_looks_up_while_grain_works(monkeypatch):
 
 
 def test_more_than_there_is_in_a_batch_is_an_error():
-  with pytest.raises(errors.UserError, match=r"batch_size=23 .* at most the 22 train images"):
+  with pytest.raises(errors.UserError, match=r"batch_size=23 .* at most the 22 training images"):
     device_feed.DeviceFeed(
       make_split(),
       batch_size=23,

@@ -5,6 +5,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax import lax
@@ -134,6 +135,19 @@ def test_other_convolutions_are_left_to_jax(changes):
   assert "custom_vjp" not in trace
 
 
+def test_an_image_without_a_batch_axis_is_refused():
+  pytest.importorskip("beartype")
+  with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'lhs'"):
+    conv_lib.conv_general_dilated(
+      jnp.ones((5, 5, 2)),
+      jnp.ones((3, 3, 2, 2)),
+      (1, 1),
+      SAME,
+      rhs_dilation=(1, 1),
+      feature_group_count=1,
+    )
+
+
 @partial(jax.jit, static_argnums=0)
 def apply(conv, variables, x):
   """Value and all gradients."""
@@ -218,7 +232,7 @@ def test_max_pool_loses_no_gradient_where_its_input_is_computed_again():
 
   model = test_models.create("ghost", norm="ghost", dropout_rate=0.1)
   variables = test_models.draw_variables(model)
-  images = np.random.default_rng(0).normal(size=(10, 32, 32, 3)).astype(np.float32)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(10, 32, 32, 3)), jnp.float32)
 
   def loss_fn(params, pool):
     with pytest.MonkeyPatch.context() as patch:
@@ -298,7 +312,7 @@ def test_the_gradient_of_pad_reflect_in_bfloat16_is_rounded_once(monkeypatch):
 
 
 def test_pad_reflect_of_an_image_smaller_than_its_padding_equals_numpy():
-  x = np.arange(9.0, dtype=np.float32).reshape(1, 3, 3, 1)
+  x = jnp.arange(9.0).reshape(1, 3, 3, 1)
   expected = np.pad(x, ((0, 0), (5, 5), (5, 5), (0, 0)), mode="reflect")
   np.testing.assert_array_equal(padding_lib.pad_reflect(x, 5), expected)
 

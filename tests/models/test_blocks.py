@@ -274,7 +274,7 @@ def test_groups_with_equal_kernels_are_a_grouped_convolution_and_a_shuffle_of_ch
 
 def test_each_group_of_the_next_grouped_unit_reads_from_all_groups_of_this_one():
   module = blocks.GroupedUnit(6, norms.NoNorm, nn.initializers.constant(1), 0.0, F32)
-  variables = module.init(KEY, X6, train=False)
+  variables = jax.jit(partial(module.init, train=False))(KEY, X6)
   only_first = np.concatenate([np.ones_like(X6[..., :3]), np.zeros_like(X6[..., 3:])], -1)
   once = evaluate(module, variables, only_first)
   assert (np.asarray(once) > 0).any((0, 1, 2)).tolist() == [True, False] * 3
@@ -351,13 +351,13 @@ def test_parallel_sum_adds_its_branches():
 def test_pad_reflect_equals_numpy(padding):
   widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
   np.testing.assert_array_equal(
-    padding_lib.pad_reflect(X, padding), np.pad(X, widths, mode="reflect")
+    padding_lib.pad_reflect(jnp.asarray(X), padding), np.pad(X, widths, mode="reflect")
   )
 
 
 @pytest.mark.parametrize("window", [2, 3])
 def test_max_pool_takes_the_maximum_of_each_whole_window(window):
-  actual = np.asarray(blocks.MaxPool(window).apply({}, X))
+  actual = np.asarray(blocks.MaxPool(window).apply({}, jnp.asarray(X)))
   assert actual.shape == (2, 12 // window, 11 // window, 3)
   for i, j in np.ndindex(actual.shape[1:3]):
     tile = X[:, i * window : (i + 1) * window, j * window : (j + 1) * window]
@@ -365,7 +365,7 @@ def test_max_pool_takes_the_maximum_of_each_whole_window(window):
 
 
 def test_global_average_pool_is_the_mean_over_positions():
-  actual = blocks.GlobalAveragePool().apply({}, X)
+  actual = blocks.GlobalAveragePool().apply({}, jnp.asarray(X))
   assert actual.shape == (2, 1, 1, 3)
   np.testing.assert_allclose(actual[:, 0, 0], X.astype(np.float64).mean((1, 2)), atol=1e-6)
 
@@ -386,7 +386,7 @@ def test_a_head_with_bias_adds_it():
   head = blocks.ConvHead(7, nn.initializers.zeros, use_bias=True)
   bias = RNG.normal(size=7).astype(np.float32)
   conv = {"kernel": np.zeros((1, 1, 3, 7), np.float32), "bias": bias}
-  logits = head.apply({"params": {"conv": conv}}, X)
+  logits = head.apply({"params": {"conv": conv}}, jnp.asarray(X))
   np.testing.assert_array_equal(logits, [bias] * 2)
 
 
@@ -528,4 +528,4 @@ def test_he_init_keeps_the_variance_through_conv_and_relu():
 )
 def test_attributes_that_a_convolution_would_ignore_are_refused(ignored):
   with pytest.raises(ValueError, match=rf"{next(iter(ignored))}=[\s\S]* has no effect"):
-    blocks.Conv(4, (3, 3), **ignored).init(KEY, X)
+    blocks.Conv(4, (3, 3), **ignored).init(KEY, jnp.asarray(X))

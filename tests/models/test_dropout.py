@@ -141,7 +141,7 @@ def test_the_share_of_zeros_is_binomial_over_examples(rate):
 
 @pytest.mark.parametrize(("rate", "train"), [(0.0, True), (0.0, False), (0.5, False)])
 def test_rate_zero_and_evaluation_are_the_identity_and_need_no_key(rate, train):
-  x = np.random.default_rng(0).normal(size=(2, 3, 3, 4)).astype(np.float32)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 4)), jnp.float32)
   np.testing.assert_array_equal(dropout.Dropout(rate).apply({}, x, train), x)
 
 
@@ -156,7 +156,7 @@ def test_the_gradient_is_the_mask_times_the_scale():
 
 
 def test_masks_do_not_depend_on_jit():
-  x = np.ones((8, 4, 4, 8), np.float32)
+  x = jnp.ones((8, 4, 4, 8))
   eager = dropout.Dropout(0.3).apply({}, x, True, rngs={"dropout": jax.random.key(1)})
   np.testing.assert_array_equal(drop(0.3, jax.random.key(1), x), eager)
 

@@ -237,8 +237,8 @@ class DenseHead(nn.Module):
     x = nn.Conv(4, (3, 3), strides=2, name="a")(x)
     x = nn.relu(x).reshape(len(x), -1)
     x = nn.Dense(7, name="b")(x)
-    x = norms.BatchNorm(0.9, 1e-5, name="c")(nn.relu(x), train)
-    return nn.Dense(5, use_bias=False, name="d")(x)
+    x = norms.BatchNorm(0.9, 1e-5, name="c")(nn.relu(x)[:, None, None], train)
+    return nn.Dense(5, use_bias=False, name="d")(x[:, 0, 0])
 
 
 def test_rows_of_dense_layers():
@@ -247,7 +247,7 @@ def test_rows_of_dense_layers():
   assert actual == [
     ("a", "conv 3x3 stride 2", (3, 2, 4), 27 * 4 + 4),
     ("b", "dense", (7,), 3 * 2 * 4 * 7 + 7),
-    ("c", "BatchNorm", (7,), 14),
+    ("c", "BatchNorm", (1, 1, 7), 14),
     ("d", "dense", (5,), 7 * 5),
   ]
   assert [row.multiply_adds for row in rows] == [3 * 2 * 27 * 4, 3 * 2 * 4 * 7, 0, 7 * 5]

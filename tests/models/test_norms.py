@@ -5,6 +5,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -27,6 +28,15 @@ GROUP_VARIABLES = {"params": VARIABLES["params"]}
 
 def batch_norm(num_splits=1):
   return norms.BatchNorm(momentum=0.9, epsilon=EPSILON, num_splits=num_splits)
+
+
+def apply(norm, variables, x, *arguments, **options):
+  """Linen's `apply` for arrays of NumPy."""
+  return norm.apply(*jax.tree.map(jnp.asarray, (variables, x)), *arguments, **options)
+
+
+def init(norm, train=False):
+  return norm.init(jax.random.key(0, impl="rbg"), jnp.asarray(X), train)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -68,7 +78,7 @@ def test_running_statistics_are_torchs_averaged_over_the_parts(num_splits, steps
 
 
 def test_statistics_start_at_mean_zero_and_variance_one():
-  variables = batch_norm().init(jax.random.key(0, impl="rbg"), X, False)
+  variables = init(batch_norm())
   assert variables["batch_stats"]["mean"].tolist() == [0] * 4
   assert variables["batch_stats"]["var"].tolist() == [1] * 4
   assert variables["params"]["scale"].tolist() == [1] * 4
@@ -78,7 +88,7 @@ def test_statistics_start_at_mean_zero_and_variance_one():
 @pytest.mark.parametrize("num_splits", [1, 2, 3])
 def test_evaluation_uses_the_running_statistics_and_keeps_them(num_splits):
   norm = batch_norm(num_splits)  # three does not divide the batch, which does not matter here
-  y, changed = norm.apply(VARIABLES, X, False, mutable=["batch_stats"])
+  y, changed = apply(norm, VARIABLES, X, False, mutable=["batch_stats"])
   expected = (X.astype(np.float64) - MEAN) / np.sqrt(VAR.astype(np.float64) + EPSILON)
   np.testing.assert_allclose(y, expected * SCALE + BIAS, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(changed["batch_stats"]["mean"], MEAN)
@@ -89,7 +99,7 @@ def test_evaluation_uses_the_running_statistics_and_keeps_them(num_splits):
 def test_batch_norm_equals_flax_in_output_and_running_mean(train):
   flax_norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=EPSILON)
   expected, flax_stats = flax_norm.apply(VARIABLES, X, mutable=["batch_stats"])
-  y, stats = batch_norm().apply(VARIABLES, X, train, mutable=["batch_stats"])
+  y, stats = apply(batch_norm(), VARIABLES, X, train, mutable=["batch_stats"])
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(
     stats["batch_stats"]["mean"], flax_stats["batch_stats"]["mean"], rtol=1e-5
@@ -108,18 +118,18 @@ def test_statistics_cover_the_whole_batch_when_it_is_split_over_devices(num_spli
 @pytest.mark.parametrize("num_splits", [3, 16, 0, -2])
 def test_a_number_of_splits_that_does_not_divide_the_batch_is_named(num_splits):
   with pytest.raises(ValueError, match=rf"num_splits={num_splits} .*batch size 8"):
-    batch_norm(num_splits).apply(VARIABLES, X, True, mutable=["batch_stats"])
+    apply(batch_norm(num_splits), VARIABLES, X, True, mutable=["batch_stats"])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_group_norm_matches_numpy(groups):
-  y = norms.GroupNorm(groups, EPSILON).apply(GROUP_VARIABLES, X, True)
+  y = apply(norms.GroupNorm(groups, EPSILON), GROUP_VARIABLES, X, True)
   np.testing.assert_allclose(y, group_norm_reference(X, groups), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_group_norm_equals_flax(groups):
-  y = norms.GroupNorm(groups, EPSILON).apply(GROUP_VARIABLES, X, False)
+  y = apply(norms.GroupNorm(groups, EPSILON), GROUP_VARIABLES, X, False)
   expected = nn.GroupNorm(groups, epsilon=EPSILON).apply(GROUP_VARIABLES, X)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
@@ -127,29 +137,27 @@ def test_group_norm_equals_flax(groups):
 @pytest.mark.parametrize("groups", [3, 8, 0, -2])
 def test_a_number_of_groups_that_does_not_divide_the_channels_is_named(groups):
   with pytest.raises(ValueError, match=rf"num_groups={groups} .*4 channels"):
-    norms.GroupNorm(groups, EPSILON).apply(GROUP_VARIABLES, X, True)
+    apply(norms.GroupNorm(groups, EPSILON), GROUP_VARIABLES, X, True)
 
 
 def test_layer_norm_normalises_over_channels_and_positions_together():
   norm = models.get_norm("layer", {"layer": {"epsilon": EPSILON}})()
-  y = norm.apply(GROUP_VARIABLES, X, True)
+  y = apply(norm, GROUP_VARIABLES, X, True)
   np.testing.assert_allclose(y, group_norm_reference(X, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_layer_norm_without_affine_has_no_parameters(train):
   norm = models.get_norm("layer", {"layer": {"epsilon": EPSILON, "affine": False}})()
-  assert norm.init(jax.random.key(0, impl="rbg"), X, train) == {}
-  y = norm.apply({}, X, train)
+  assert init(norm, train) == {}
+  y = apply(norm, {}, X, train)
   np.testing.assert_allclose(y, normalise(X, (1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_a_fixed_scale_is_one_and_has_no_gradient(num_splits):
   norm = norms.BatchNorm(momentum=0.9, epsilon=EPSILON, num_splits=num_splits, train_scale=False)
-  params = jax.tree.map(
-    np.asarray, norm.init(jax.random.key(0, impl="rbg"), X, False)["params"] | {"bias": BIAS}
-  )
+  params = jax.tree.map(np.asarray, init(norm)["params"] | {"bias": BIAS})
   assert params["fixed_scale"].tolist() == [1] * 4
   variables = {"params": params, "batch_stats": VARIABLES["batch_stats"]}
   y, _ = train_step(norm, variables, X)
@@ -172,9 +180,9 @@ def test_bfloat16_is_normalised_in_float32(name, train):
   x = jnp.asarray(X + 100, jnp.bfloat16)  # squares of this would lose all digits of the variance
   variables = norm.init(jax.random.key(0, impl="rbg"), x, train)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-  y, changed = norm.apply(variables, x, train, mutable=["batch_stats"])
-  expected, expected_changed = norm.apply(
-    variables, x.astype(jnp.float32), train, mutable=["batch_stats"]
+  y, changed = apply(norm, variables, x, train, mutable=["batch_stats"])
+  expected, expected_changed = apply(
+    norm, variables, x.astype(jnp.float32), train, mutable=["batch_stats"]
   )
   np.testing.assert_array_equal(y, expected.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
@@ -198,7 +206,7 @@ def test_a_large_offset_does_not_spoil_the_variance_of_batch_norm(noise):
 @pytest.mark.parametrize("noise", [0.0, 1e-3, 1.0])
 def test_a_large_offset_does_not_spoil_the_variance_of_group_norm(noise, groups):
   x = (1e4 + noise * RNG.standard_normal((4, 8, 8, 4))).astype(np.float32)
-  y = np.asarray(norms.GroupNorm(groups, EPSILON).apply(GROUP_VARIABLES, x, True))
+  y = np.asarray(apply(norms.GroupNorm(groups, EPSILON), GROUP_VARIABLES, x, True))
   assert np.isfinite(y).all()
   # float32 knows a mean near 1e4 to about 1e-3: 1e-3 standard deviations if the noise is 1, and
   # a third of the root of epsilon otherwise; SCALE at most doubles that.
@@ -213,10 +221,16 @@ def test_a_single_value_per_channel_stays_finite():
   np.testing.assert_allclose(changed["batch_stats"]["var"], 0.9 * VAR, rtol=1e-6)
 
 
+def test_an_image_without_a_batch_axis_is_refused():
+  pytest.importorskip("beartype")
+  with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'x'"):
+    apply(batch_norm(), VARIABLES, X[0], False)
+
+
 def test_no_norm_is_the_identity():
   norm = models.get_norm("none", {"none": {}})()
   for train in (True, False):
-    np.testing.assert_array_equal(norm.apply({}, X, train), X)
+    np.testing.assert_array_equal(apply(norm, {}, X, train), X)
 
 
 def test_an_unknown_norm_is_an_error_that_lists_the_choices():
@@ -354,7 +368,7 @@ def test_with_relu_a_norm_is_itself_and_then_relu(name, train):
   plain, joined = (
     models.get_norm(name, common.get_config().norm)(relu=relu) for relu in (False, True)
   )
-  variables = plain.init(jax.random.key(0, impl="rbg"), X, train)
-  (y, _), (z, _) = (n.apply(variables, X, train, mutable=["batch_stats"]) for n in (plain, joined))
+  variables = init(plain, train)
+  (y, _), (z, _) = (apply(n, variables, X, train, mutable=["batch_stats"]) for n in (plain, joined))
   np.testing.assert_allclose(z, np.maximum(y, 0), rtol=1e-6, atol=1e-6)
   assert 0 < (np.asarray(z) == 0).mean() < 1

@@ -7,6 +7,7 @@ import os
 import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -38,7 +39,7 @@ def make_variables(model=None, seed=0):
   """Random ones, of the batch statistics too, in numpy."""
   rng = np.random.default_rng(seed)
   init = (model or tiny.TinyNet()).init
-  shapes = jax.eval_shape(lambda: init(jax.random.key(0), np.zeros((1, *SHAPE)), train=False))
+  shapes = jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
   return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes)
 
 
@@ -102,7 +103,9 @@ def test_the_network_is_rebuilt_from_the_file_alone(path):
   model = weights_lib.create_network(weights)
   pixels = np.random.default_rng(1).integers(0, 256, (5, *SHAPE), dtype=np.uint8)
   normalize = normalize_lib.create_normalize(weights.mean, weights.std, dtype=np.float32)
-  logits = model.apply(weights.variables, normalize(pixels), train=False)
+  logits = model.apply(
+    jax.device_put(weights.variables), normalize(jnp.asarray(pixels)), train=False
+  )
   images = (pixels / 255 - np.array(REST["mean"])) / np.array(REST["std"])
   params, stats = make_variables()["params"], make_variables()["batch_stats"]
   padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))

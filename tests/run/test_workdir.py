@@ -99,7 +99,7 @@ PINNED = json.loads((pathlib.Path(tests.__file__).parent / FILE).read_text())
 
 @pytest.mark.parametrize("config_name", PINNED)
 def test_default_workdirs_are_those_of_earlier_versions(config_name):
-  """Another name would start the run of an earlier version anew."""
+  """With another name, the command of an earlier run would start from nothing."""
   file, _, variant = config_name.partition(":")
   changed = importlib.import_module(f"configs.{file}").get_config(variant)
   assert str(workdir_lib.default_workdir(changed.to_dict())) == PINNED[config_name]

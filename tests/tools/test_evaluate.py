@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors, models, parallel, train
+from flax_cifar import evaluate as evaluate_lib
 from flax_cifar.data import splits as splits_lib
 from flax_cifar.run import weights
 from flax_cifar.tools import evaluate
@@ -34,7 +35,7 @@ def run(workdir, data, monkeypatch, **changes):
     splits_lib.load_splits(protocol=config.protocol, **config.data),
     workdir / "copy.safetensors",
   )
-  predict = train.predict
+  predict = evaluate_lib.predict
 
   def save_and_predict(eval_step, variables, *rest, **options):
     weights.save_weights(
@@ -49,7 +50,7 @@ def run(workdir, data, monkeypatch, **changes):
     return predict(eval_step, variables, *rest, **options)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "predict", save_and_predict)
+    patch.setattr(evaluate_lib, "predict", save_and_predict)
     result = train.train_and_evaluate(config, workdir)
   return path, result
 
@@ -153,11 +154,11 @@ def test_other_classes_are_refused(tmp_path, data):
 def test_the_directory_of_the_data_can_be_another(tmp_path, data, monkeypatch):
   """Weights travel: the directory of the machine they were trained on does not."""
   options = make_weights(tmp_path / "w", data, **{"data.dir": "/there"})
-  seen = []
+  seen, original = [], splits_lib.load_splits
 
   def load(**arguments):
     seen.append(arguments["dir"])
-    return splits_lib.load_splits(**arguments)
+    return original(**arguments)
 
   monkeypatch.setattr("flax_cifar.data.splits.load_splits", load)
   evaluate.evaluate_weights(options)

@@ -11,8 +11,8 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from flax_cifar import environment, errors, optim
-from flax_cifar.data import feeds
+from configs import variants
+from flax_cifar import environment, errors
 from flax_cifar.tools import compare as compare_lib
 from flax_cifar.tools import sweep
 from tests import tiny as tiny_lib
@@ -57,7 +57,7 @@ def create_runs():
 
 
 def write_run(workdir, run):
-  folder = workdir / sweep.format_settings(run.settings)
+  folder = workdir / variants.format_settings(run.settings)
   folder.mkdir(parents=True)
   (folder / "result.json").write_text(json.dumps(run.result))
   lines = "".join(json.dumps(record) + "\n" for record in run.records)
@@ -126,11 +126,6 @@ def test_a_mistake_is_named_before_anything_runs(arguments, message):
     sweep.parse(arguments)
 
 
-def test_the_ranges_are_those_of_the_runs():
-  assert sweep.RANGES["seed"] == (0, feeds.SEEDS - 1)
-  assert sweep.RANGES["lr"] == (0, optim.MAX_NUMBER)
-
-
 def test_what_is_not_swept_can_be_overridden():
   parsed = sweep.parse([CONFIG, "--over=norm=batch", "--config.seed=3", "--config.num_seeds=2"])
   assert parsed.overrides == ["--config.seed=3", "--config.num_seeds=2"]
@@ -141,7 +136,10 @@ def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
     write_run(tmp_path, run)
   over = {"norm": ["batch", "layer"], "seed": ["0", "1", "2"]}
   asked = sweep.Sweep("configs/quickstart.py", over, ["--config.total_epochs=2"], tmp_path)
-  runs = [compare_lib.read_run(asked, settings) for settings in sweep.get_combinations(over)]
+  runs = [
+    compare_lib.read_run(sweep.get_workdir(asked, settings), settings)
+    for settings in sweep.get_combinations(over)
+  ]
   assert runs == create_runs()
   rows = [
     compare_lib.summarize(name, group) for name, group in compare_lib.group_runs(runs).items()
@@ -159,7 +157,7 @@ def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
       assert row[name]["mean"] == pytest.approx(np.mean(numbers))
       assert row[name]["sd"] == pytest.approx(np.std(numbers, ddof=1))
       assert row[name]["n"] == 3
-  sweep.write_table(asked, rows)
+  sweep.write_table(asked, rows, compare_lib.format_table(rows))
   assert json.loads((tmp_path / "table.json").read_text())["rows"] == rows
   lines = (tmp_path / "table.md").read_text().splitlines()
   assert lines[0].endswith(
@@ -177,11 +175,11 @@ def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
 def test_records_that_are_gone_are_named_with_what_to_do(tmp_path, content):
   run = create_runs()[0]
   write_run(tmp_path, run)
-  path = tmp_path / sweep.format_settings(run.settings) / "metrics.jsonl"
+  path = tmp_path / variants.format_settings(run.settings) / "metrics.jsonl"
   path.unlink() if content is None else path.write_bytes(content)
   asked = sweep.Sweep("configs/quickstart.py", {}, [], tmp_path)
   with pytest.raises(errors.UserError, match=r"metrics.jsonl' cannot be read .*delete result.json"):
-    compare_lib.read_run(asked, run.settings)
+    compare_lib.read_run(sweep.get_workdir(asked, run.settings), run.settings)
 
 
 def test_one_run_has_no_deviation_and_no_validation_is_a_dash():
@@ -252,7 +250,7 @@ def test_curves_are_means_over_seeds_with_a_band(tmp_path, monkeypatch):
 def test_many_combinations_have_a_colour_each(tmp_path):
   runs = [create_run(f"epochs={number}", [0.5], [0.5], 0.5) for number in range(12)]
   compare_lib.save_curves(tmp_path / "curves.png", compare_lib.group_runs(runs))
-  assert len(set(sweep._get_colours(12))) == 12
+  assert len(set(compare_lib._get_colors(12))) == 12
 
 
 def test_a_run_that_fails_stops_the_sweep(tmp_path, monkeypatch, capsys):

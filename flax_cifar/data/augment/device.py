@@ -5,11 +5,12 @@ and `apply_*` changes pixels by given parameters. Pixels are packed, see `device
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int, Int32, Key, UInt8, UInt32
 
 from flax_cifar import errors
@@ -48,7 +49,7 @@ class DeviceAugment:
 
   def __call__(
     self,
-    images: UInt8[Array, "n h w 3"],
+    images: UInt8[Array | np.ndarray, "n h w 3"],
     key: Key[Array, ""],
     epoch: Int[Array, ""],
     example: Int[Array, " n"],
@@ -64,7 +65,7 @@ class DeviceAugment:
     redraw = [op.redraw for op in self._ops for _ in range(op.columns)]
     uniforms = device_random.draw_uniforms(key, epoch, example, redraw=redraw)
     _, height, width, _ = images.shape
-    pixels, start = device_pixels.pack(images), 0
+    pixels, start = device_pixels.pack(jnp.asarray(images)), 0
     for op in self._ops:
       applied, params = op.draw(uniforms[:, start : start + op.columns], epoch, (height, width))
       pixels = jnp.where(device_pixels.per_image(applied), op.apply(pixels, **params), pixels)
@@ -73,14 +74,14 @@ class DeviceAugment:
 
 
 def create_device_augment(
-  *, ops: Sequence[str], mean: Sequence[float], **arguments: Mapping[str, Any]
+  *, ops: Sequence[str], mean: Sequence[float], **arguments: Any
 ) -> DeviceAugment | None:
   """Creates the augmentation of `config.augment`.
 
   Args:
     ops: names in DEVICE_OPS, in the order in which they are applied; without any, returns None.
     mean: the color that the fill "mean" stands for, per channel in [0, 1].
-    **arguments: for each op its arguments.
+    **arguments: for each op a mapping or ConfigDict of its arguments.
 
   Raises:
     UserError: unknown op or a value out of range.

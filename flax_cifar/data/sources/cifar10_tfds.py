@@ -22,27 +22,28 @@ from flax_cifar import errors
 from flax_cifar.data import dataset
 from flax_cifar.data.sources import cifar10_archive
 
-# ---- A directory prepared by TensorFlow Datasets
+# ---- Reading a prepared directory
 
 
 def find_prepared(root: Path) -> Path | None:
-  """The newest `<root>/cifar10/3.x.y` that is complete."""
+  """Returns the newest complete `<root>/cifar10/3.x.y`, or None."""
   infos = root.glob("cifar10/3.*/dataset_info.json")
   folders = [info.parent for info in infos if re.fullmatch(r"3\.\d+\.\d+", info.parent.name)]
   return max(folders, key=lambda folder: [int(n) for n in folder.name.split(".")], default=None)
 
 
 def read_prepared(folder: Path) -> tuple[dataset.Split, dataset.Split]:
-  """Reads train and test from a TFDS directory in array_record or tfrecord format.
+  """Reads the training and test split from a TFDS directory, in array_record or tfrecord format.
 
   Raises:
-    UserError: a damaged file, or another format, number of examples or classes than CIFAR-10's.
+    UserError: a file is damaged, the format is another one, or the number of examples or the
+      classes are not those of CIFAR-10.
   """
   try:
     info = _read_info(folder)
-    file_format = info.as_proto.file_format or "tfrecord"  # what TFDS takes it for, too
+    file_format = info.as_proto.file_format or "tfrecord"  # the default of TFDS, too
     shards = [_list_shards(folder, info.splits[name]) for name in ("train", "test")]
-  except Exception as error:  # whatever TFDS makes of damaged JSON
+  except Exception as error:  # TFDS raises many types for damaged JSON
     raise _damaged_prepared(folder, folder / "dataset_info.json", error) from error
   if file_format not in _SHARD_READERS:
     raise errors.UserError(
@@ -56,6 +57,28 @@ def read_prepared(folder: Path) -> tuple[dataset.Split, dataset.Split]:
   return train, test
 
 
+def _read_info(folder: Path) -> tfds.core.DatasetInfo:
+  """Reads dataset_info.json.
+
+  It does not use `tfds.builder_from_directory`, which reads features.json, too, and imports, and so
+  runs, any module that is named there.
+  """
+  version = tfds.core.Version(folder.name)
+  identity = tfds.core.DatasetIdentity("cifar10", version, str(folder), module_name="")
+  features = tfds.features.FeaturesDict(
+    {"label": np.int64}
+  )  # without features it reads features.json
+  info = tfds.core.DatasetInfo(builder=identity, features=features)
+  info.read_from_directory(folder)
+  return info
+
+
+def _list_shards(folder: Path, info: tfds.core.SplitInfo) -> list[tuple[Path, int]]:
+  """Lists the files of a split, each with the number of records it should hold."""
+  files = [folder / path.name for path in info.filepaths]
+  return list(zip(files, info.shard_lengths, strict=True))
+
+
 def _check_names(folder: Path) -> None:
   file = folder / "label.labels.txt"
   try:
@@ -66,18 +89,16 @@ def _check_names(folder: Path) -> None:
     raise _damaged_prepared(folder, file, f"it lists {names}")
 
 
-def _read_info(folder: Path) -> tfds.core.DatasetInfo:
-  """What dataset_info.json holds.
-
-  Not through `tfds.builder_from_directory`: it reads features.json, too, and imports, so runs, any
-  module that is named there.
-  """
-  version = tfds.core.Version(folder.name)
-  identity = tfds.core.DatasetIdentity("cifar10", version, str(folder), module_name="")
-  features = tfds.features.FeaturesDict({"label": np.int64})  # without any it reads features.json
-  info = tfds.core.DatasetInfo(builder=identity, features=features)
-  info.read_from_directory(folder)
-  return info
+def _check_counts(source: Path, train: dataset.Split, test: dataset.Split) -> None:
+  expected = (
+    cifar10_archive.TRAIN_BATCHES * cifar10_archive.BATCH_SIZE,
+    cifar10_archive.BATCH_SIZE,
+  )
+  if (len(train), len(test)) != expected:
+    raise errors.UserError(
+      f"{source} holds {len(train)} training and {len(test)} test images, CIFAR-10 has "
+      f"{expected[0]} and {expected[1]}; delete it and run again."
+    )
 
 
 def _damaged_prepared(folder: Path, file: Path, reason: object) -> errors.UserError:
@@ -87,21 +108,15 @@ def _damaged_prepared(folder: Path, file: Path, reason: object) -> errors.UserEr
   )
 
 
-def _list_shards(folder: Path, info: tfds.core.SplitInfo) -> list[tuple[Path, int]]:
-  """Each file of a split, and how many records it should hold."""
-  files = [folder / path.name for path in info.filepaths]
-  return list(zip(files, info.shard_lengths, strict=True))
-
-
 def _read_split(
   folder: Path, shards: list[tuple[Path, int]], read_shard: Callable[[Path], Sequence[bytes]]
 ) -> dataset.Split:
   batches = []
-  # Not through as_data_source(): it refuses tfrecord, and decodes on one core, in twice the time.
+  # Not as_data_source(): it refuses tfrecord and decodes on one core, which takes twice as long.
   for file, length in shards:
     try:
       batches.append(_decode_records(read_shard(file), length))
-    except Exception as error:  # the readers raise whatever damaged bytes lead to
+    except Exception as error:  # the readers raise many types for damaged bytes
       raise _damaged_prepared(folder, file, error) from error
   return cifar10_archive.join_batches(batches)
 
@@ -158,12 +173,17 @@ def _read_tfrecord(path: Path) -> Sequence[bytes]:
 
 
 def _take_checked(blob: bytes, start: int, length: int) -> bytes:
-  """The `length` bytes from `start` on, which the masked CRC-32C behind them must match."""
+  """Returns the `length` bytes from `start` on, after checking the masked CRC-32C behind them.
+
+  Raises:
+    EOFError: the file ends before the checksum.
+    ValueError: the checksum is wrong.
+  """
   part, checksum = blob[start : start + length], blob[start + length : start + length + 4]
   if len(checksum) < 4:
     raise EOFError("the last record is cut off")
   crc = google_crc32c.value(part)
-  # TFRecord turns the sum by 15 bits and adds a constant, for data that contain sums themselves.
+  # TFRecord rotates the sum by 15 bits and adds a constant, in case the data contain such sums.
   masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
   if masked != int.from_bytes(checksum, "little"):
     raise ValueError(f"the checksum of the record at byte {start} is wrong")
@@ -173,22 +193,13 @@ def _take_checked(blob: bytes, start: int, length: int) -> bytes:
 _SHARD_READERS = {"array_record": _read_array_record, "tfrecord": _read_tfrecord}
 
 
-def _check_counts(source: Path, train: dataset.Split, test: dataset.Split) -> None:
-  expected = (
-    cifar10_archive.TRAIN_BATCHES * cifar10_archive.BATCH_SIZE,
-    cifar10_archive.BATCH_SIZE,
-  )
-  if (len(train), len(test)) != expected:
-    raise errors.UserError(
-      f"{source} holds {len(train)} training and {len(test)} test images, CIFAR-10 has "
-      f"{expected[0]} and {expected[1]}; delete it and run again."
-    )
+# ---- Writing a prepared directory
 
 
 def prepare_cifar10(
   *, train: dataset.Split, test: dataset.Split, data_dir: str | os.PathLike[str]
 ) -> Path:
-  """Writes `<data_dir>/cifar10/3.0.2` in array_record format; no network.
+  """Writes `<data_dir>/cifar10/3.0.2` in array_record format, without the network.
 
   The directory appears under its name only when it is complete. Any TFDS user can read it with
   `tfds.data_source("cifar10", data_dir=data_dir)`.
@@ -196,10 +207,10 @@ def prepare_cifar10(
   Args:
     train: uint8 (N, 32, 32, 3) images and (N,) labels; example i gets the id `train_{i:05d}`.
     test: the same, with ids `test_{i:05d}`.
-    data_dir: root of TFDS data sets; made when missing.
+    data_dir: root of TFDS data sets; created if it is missing.
 
   Returns:
-    The directory written.
+    The directory that was written.
 
   Raises:
     FileExistsError: the directory exists already.
@@ -207,14 +218,14 @@ def prepare_cifar10(
   """
   builder = Cifar10(data_dir=data_dir, file_format="array_record")
   folder = Path(builder.data_dir)
-  if folder.exists():  # TFDS would take it for a prepared one, whatever it holds
-    raise FileExistsError(f"{folder} exists already; delete it to prepare it anew")
+  if folder.exists():  # TFDS would treat it as prepared, whatever it holds
+    raise FileExistsError(f"{folder} exists already; delete it to prepare it again")
   builder.splits = {"train": train, "test": test}
   config = tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
   try:
     with _quiet():
       builder.download_and_prepare(download_config=config)
-  except RuntimeError as error:  # array_record's, where a write fails
+  except RuntimeError as error:  # raised by array_record if a write fails
     raise OSError(errors.shorten(error)) from error
   return folder
 
@@ -222,7 +233,7 @@ def prepare_cifar10(
 with tfds.core.registered.skip_registration():
 
   class Cifar10(cifar.Cifar10):
-    """TFDS' own CIFAR-10, fed from arrays instead of a download."""
+    """The CIFAR-10 of TFDS, whose examples come from arrays instead of a download."""
 
     splits: dict[str, dataset.Split]
 
@@ -233,21 +244,21 @@ with tfds.core.registered.skip_registration():
 
 
 def _examples(name: str, split: dataset.Split) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields (key, record); TFDS shuffles by the key, as in its own preparation."""
+  """Yields (key, record); TFDS shuffles by the key, as when it prepares a download."""
   for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
     yield i, {"id": f"{name}_{i:05d}", "image": _png(image), "label": int(label)}
 
 
 def _png(image: np.ndarray) -> bytes:
-  # Bytes, because TFDS encodes arrays with TensorFlow. Level 3 is the knee: 7 % smaller than
-  # OpenCV's default and as fast; 9 gains 0.5 % more.
+  # Bytes, because TFDS would encode arrays with TensorFlow. Level 3 is the best trade-off: 7 %
+  # smaller than OpenCV's default and as fast; level 9 gains only 0.5 % more.
   options = [cv2.IMWRITE_PNG_COMPRESSION, 3]
   return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences TFDS' bars, its bold print and its log."""
+  """Silences the progress bars of TFDS, its printed messages and its log."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.WARNING)
   tfds.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Data sets in folders of images, one folder per class."""
+"""Data sets that are folders of images, one folder per class."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,12 +12,18 @@ from flax_cifar.data import dataset
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 
-
-Files = dict[str, list[Path]]
+Files = dict[str, list[Path]]  # the files of each class
 
 
 def list_files(path: Path) -> tuple[Files, Files]:
-  """Lists train and test files by class."""
+  """Lists the training and test files by class.
+
+  Without folders train/ and test/, one sixth of each class is held out for testing.
+
+  Raises:
+    UserError: train/ or test/ is missing, or they differ in their classes; there are fewer than two
+      classes, a class without images, or one with too few to hold one out.
+  """
   present = [part for part in ("train", "test") if (path / part).is_dir()]
   if not present:
     return _hold_out_sixth(_class_files(path))
@@ -33,6 +39,21 @@ def list_files(path: Path) -> tuple[Files, Files]:
       "give both the same class directories."
     )
   return train, test
+
+
+def read_images(files: Files, class_names: tuple[str, ...], image_size: int) -> dataset.Split:
+  """Reads all files as uint8 (N, image_size, image_size, 3) and labels int32 (N,).
+
+  The labels number `class_names`.
+
+  Raises:
+    UserError: an image cannot be read; the message has its path.
+  """
+  paths = [path for name in class_names for path in files[name]]
+  labels = [label for label, name in enumerate(class_names) for _ in files[name]]
+  with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the GIL
+    images = list(pool.map(partial(_read_image, image_size=image_size), paths))
+  return dataset.Split(np.stack(images), np.array(labels, np.int32))
 
 
 def _class_files(path: Path) -> Files:
@@ -56,14 +77,15 @@ def _class_files(path: Path) -> Files:
 
 
 def _hold_out_sixth(files: Files) -> tuple[Files, Files]:
+  """Holds out one sixth of the files of each class, but at least one, for testing."""
   train: Files = {}
   test: Files = {}
   for name, members in files.items():
     if len(members) < 2:
       raise errors.UserError(
-        f"folder: class {name!r} has {len(members)} image; two are needed, one of them to test."
+        f"folder: class {name!r} has {len(members)} image; two are needed, one of them for testing."
       )
-    # A generator per class: adding images to one class leaves the others' split alone.
+    # One generator per class, so that adding images to one class does not change the others.
     order = np.random.default_rng(0).permutation(len(members))
     held = set(order[: max(1, round(len(members) / 6))].tolist())
     train[name] = [path for i, path in enumerate(members) if i not in held]
@@ -71,19 +93,11 @@ def _hold_out_sixth(files: Files) -> tuple[Files, Files]:
   return train, test
 
 
-def read_images(files: Files, class_names: tuple[str, ...], image_size: int) -> dataset.Split:
-  paths = [path for name in class_names for path in files[name]]
-  labels = [label for label, name in enumerate(class_names) for _ in files[name]]
-  with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the GIL
-    images = list(pool.map(partial(_read_image, image_size=image_size), paths))
-  return dataset.Split(np.stack(images), np.array(labels, np.int32))
-
-
 def _read_image(path: Path, *, image_size: int) -> np.ndarray:
   """Reads an image as uint8 (image_size, image_size, 3); the aspect ratio is not kept."""
   try:
     if not path.is_file():
-      raise ValueError("it is no file")  # to open a pipe would wait for ever
+      raise ValueError("it is not a file")  # opening a pipe would wait forever
     with Image.open(path) as file:
       image = _to_rgb(ImageOps.exif_transpose(file))
   except Exception as error:  # Pillow's decoders raise a dozen types for damaged bytes
@@ -91,15 +105,15 @@ def _read_image(path: Path, *, image_size: int) -> np.ndarray:
     raise errors.UserError(
       f"folder: the image {path} cannot be read ({reason}); replace or remove it."
     ) from error
-  # LANCZOS widens its kernel when it shrinks, so nothing aliases, and interpolates smoothly
-  # when it enlarges; BOX would repeat pixels there.
+  # LANCZOS widens its kernel when it shrinks, so nothing aliases, and it interpolates smoothly when
+  # it enlarges, where BOX would repeat pixels.
   return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  """Any mode as RGB; what is transparent shows white."""
+  """Converts an image of any mode to RGB; transparent pixels become white."""
   if image.mode.startswith("I"):
-    # Pillow clips 16-bit grey at 255; the high byte is the picture.
+    # Pillow would clip 16-bit gray at 255; the high byte holds the visible image.
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   if image.has_transparency_data:
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

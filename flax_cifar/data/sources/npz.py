@@ -1,4 +1,4 @@
-"""Data sets in a numpy .npz archive."""
+"""Data sets in a NumPy .npz archive."""
 
 import os
 import zipfile
@@ -11,7 +11,7 @@ import numpy as np
 from flax_cifar import errors
 from flax_cifar.data import dataset
 
-# Keys of npz archives in use: ours, Keras', and the plain swap of the two words.
+# The keys that npz archives use: ours, those of Keras, and those with the words swapped.
 NPZ_KEYS = (
   ("train_images", "train_labels", "test_images", "test_labels"),
   ("x_train", "y_train", "x_test", "y_test"),
@@ -20,12 +20,17 @@ NPZ_KEYS = (
 
 
 def read_npz(path: Path) -> tuple[list[np.ndarray], tuple[str, ...]]:
-  """The four arrays of one of NPZ_KEYS, and the class names, if any."""
+  """Returns the four arrays of one of NPZ_KEYS, and the class names, if any.
+
+  Raises:
+    UserError: the file is missing, damaged, larger than the memory, lacks the keys, or holds
+      anything but plain arrays.
+  """
   if not path.is_file():
     raise errors.UserError(f"npz:{path} does not exist; give the path of a numpy .npz archive.")
   try:
     _check_declared_size(path)
-    # Pickled objects could run code, so they stay refused.
+    # Pickled objects could run code, so they are refused.
     with np.load(path, allow_pickle=False) as archive:
       arrays = [_read_array(archive, key) for key in _choose_keys(path, archive.files)]
       if "class_names" not in archive.files:
@@ -40,8 +45,29 @@ def read_npz(path: Path) -> tuple[list[np.ndarray], tuple[str, ...]]:
     ) from error
 
 
+def flatten_labels(labels: np.ndarray) -> np.ndarray:
+  """Turns labels (N, 1), the form of Keras, into (N,)."""
+  return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+
+
+def number_classes(path: Path, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
+  """Names the classes "0", "1", ... up to the highest label.
+
+  Raises:
+    UserError: the highest label is negative or MAX_CLASSES or more.
+  """
+  # check_split refuses other dtypes later, with a message.
+  highest = max((int(y.max()) for y in labels if y.size and y.dtype.kind in "iu"), default=0)
+  if not 0 <= highest < dataset.MAX_CLASSES:
+    raise errors.UserError(
+      f"npz:{path}: the labels go up to {highest}; number the classes from 0. There may be at most "
+      f"{dataset.MAX_CLASSES:,}."
+    )
+  return tuple(str(index) for index in range(highest + 1))
+
+
 def _check_declared_size(path: Path) -> None:
-  """Compressed zeros take a thousandth of what they unpack to."""
+  """Refuses a file that would fill the memory; zeros unpack to a thousand times their size."""
   with zipfile.ZipFile(path) as archive:
     size = sum(member.file_size for member in archive.infolist())
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -65,22 +91,6 @@ def _choose_keys(path: Path, names: Sequence[str]) -> tuple[str, ...]:
 
 def _read_array(archive: Mapping[str, Any], key: str) -> np.ndarray:
   array = archive[key]
-  if not isinstance(array, np.ndarray):  # numpy gives the bytes of a member that is no array
+  if not isinstance(array, np.ndarray):  # NumPy returns the bytes of a member that is no array
     raise ValueError(f"{key} is not an array")
   return array
-
-
-def flatten_labels(labels: np.ndarray) -> np.ndarray:
-  """Turns the (N, 1) labels that Keras hands out into (N,)."""
-  return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-
-
-def number_classes(path: Path, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
-  # Other dtypes are refused by check_split, with a message.
-  highest = max((int(y.max()) for y in labels if y.size and y.dtype.kind in "iu"), default=0)
-  if not 0 <= highest < dataset.MAX_CLASSES:
-    raise errors.UserError(
-      f"npz:{path}: the labels go up to {highest}; number the classes from 0. There may be at most "
-      f"{dataset.MAX_CLASSES:,}."
-    )
-  return tuple(str(index) for index in range(highest + 1))

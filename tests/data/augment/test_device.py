@@ -8,6 +8,7 @@ import albumentations as A
 import cv2
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -335,6 +336,12 @@ def test_shape_and_type_are_kept():
     example = jax.ShapeDtypeStruct((6,), jnp.int32)
     out = jax.eval_shape(augment, images, jax.random.key(0), jnp.int32(0), example)
     assert (out.shape, out.dtype) == (images.shape, images.dtype), name
+
+
+def test_an_image_without_a_batch_axis_is_refused():
+  pytest.importorskip("beartype")
+  with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'images'"):
+    create_s9()(make_images()[0], jax.random.key(0), 0, np.arange(1))
 
 
 def test_probability_zero_leaves_every_bit():

@@ -127,8 +127,9 @@ def test_what_onednn_refuses_is_an_error_with_its_name():
   key = convolution.Convolution(
     convolution.FORWARD, no_type, *images.shape, 2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0
   )
+  like = jax.ShapeDtypeStruct(images.shape, images.dtype)
   with pytest.raises(jax.errors.JaxRuntimeError, match=f"{convolution.TARGET}: dnnl_.*status"):
-    jax.block_until_ready(ffi.call(convolution.TARGET, key, (images, kernel), images))
+    jax.block_until_ready(ffi.call(convolution.TARGET, key, (images, kernel), like))
 
 
 def test_the_variable_chooses_it(monkeypatch):

@@ -225,7 +225,7 @@ class Bench:
 
 
 def write_data(path: pathlib.Path) -> pathlib.Path:
-  """A slice of the embedded data, lest each of many starts draw all of it."""
+  """A slice of the embedded data, so that each of many starts need not draw all of it."""
   from flax_cifar.data.sources import shapes
 
   train, test = TRAIN + VALIDATION, TEST

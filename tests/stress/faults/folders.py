@@ -65,14 +65,14 @@ LEFTOVERS: dict[str, Sequence[Callable[[pathlib.Path], None]]] = {
 
 
 def inject_removal(bench: bench_lib.Bench) -> list[bench_lib.Row]:
-  """The folder vanishes while the run trains; it may end, or make its folder anew and go on."""
+  """The folder vanishes while the run trains; it may end, or create its folder again and go on."""
   workdir = bench.new_workdir()
   child = bench.launch(workdir)
   child.wait_until(lambda: bool(child.saved))
   away = workdir.rename(workdir.with_name(f"{workdir.name}-away"))
   shutil.rmtree(away)
   if child.wait_for_end() == 0:
-    problems, notes = bench.compare(workdir), "made anew"
+    problems, notes = bench.compare(workdir), "created again"
   else:
     problems, notes = bench_lib.expect_refusal(child), "refused to go on"
     shutil.rmtree(workdir, ignore_errors=True)

@@ -48,7 +48,7 @@ Phases = tuple[str, str, str | None]  # during a call, for a while after it, and
 
 
 def main() -> None:
-  environment.apply_settings()  # may start this process anew, so first
+  environment.apply_settings()  # may restart this process, so first
   limit = int(os.environ["FAULTS_LIMIT"])
   if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
