@@ -8,8 +8,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorboardX.record_writer import RecordWriter
 
-from tests.data.sources import test_cifar10
-
 PER_BATCH = 4
 FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
@@ -53,13 +51,18 @@ def write_archive(path, replace=None):
   return path
 
 
+def shard(folder, split="train"):
+  (path,) = folder.glob(f"cifar10-{split}.*")
+  return path
+
+
 def to_tfrecord(folder):
   """Rewrites a prepared directory in the other format, by the writer of another library."""
   source_ = tfds.builder_from_directory(folder).as_data_source(
     deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )
   for split, records in source_.items():
-    old = test_cifar10.shard(folder, split)
+    old = shard(folder, split)
     writer = RecordWriter(str(folder / old.name.replace("array_record", "tfrecord")))
     for record in records:
       writer.write(record)

@@ -13,15 +13,13 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import requests
 
 from flax_cifar import errors
-from flax_cifar.data import dataset, load
-from flax_cifar.data import splits as splits_lib
+from flax_cifar.data import dataset
 from flax_cifar.data.sources import cifar10, cifar10_archive, cifar10_download, cifar10_tfds
 from tests import cifar10_files
 
@@ -165,11 +163,6 @@ def prepared(tmp_path):
   return cifar10_tfds.prepare_cifar10(train=train, test=test, data_dir=tmp_path)
 
 
-def shard(folder, split="train"):
-  (path,) = folder.glob(f"cifar10-{split}.*")
-  return path
-
-
 @pytest.mark.parametrize("convert", [lambda folder: None, cifar10_files.to_tfrecord])
 def test_prepared_directory_in_either_format(tmp_path, prepared, convert):
   convert(prepared)
@@ -190,7 +183,7 @@ def test_newest_version_wins(tmp_path, prepared):
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "count"])
 def test_damaged_shard_is_named(tmp_path, prepared, convert, damage):
   convert(prepared)
-  path = shard(prepared)
+  path = cifar10_files.shard(prepared)
   if damage == "missing":
     path.unlink()
   elif damage == "count":
@@ -208,7 +201,7 @@ def test_damaged_shard_is_named(tmp_path, prepared, convert, damage):
 @pytest.mark.parametrize("place", ["length", "payload", "checksum"])
 def test_a_changed_bit_in_a_tfrecord_is_noticed(tmp_path, prepared, place):
   cifar10_files.to_tfrecord(prepared)
-  path = shard(prepared)
+  path = cifar10_files.shard(prepared)
   blob = bytearray(path.read_bytes())
   blob[{"length": 0, "payload": 100, "checksum": 9}[place]] ^= 1
   path.write_bytes(blob)
@@ -446,25 +439,3 @@ def test_order_does_not_depend_on_the_source():
   one, other = cifar10._sort_by_pixels(split), cifar10._sort_by_pixels(shuffled)
   np.testing.assert_array_equal(one.labels, other.labels)
   np.testing.assert_array_equal(one.images, images[one.labels])
-
-
-PREPARED = Path(os.environ.get("TFDS_DATA_DIR", "")) / "cifar10"
-
-
-@pytest.mark.skipif(
-  "TFDS_DATA_DIR" not in os.environ or not PREPARED.is_dir(),
-  reason="TFDS_DATA_DIR is not set or has no cifar10 directory",
-)
-def test_real_cifar10():
-  start = time.monotonic()
-  data = load.load_dataset(name="cifar10", dir="", image_size=32)
-  assert time.monotonic() - start < 30  # 5 s on two idle cores
-  assert (len(data.train), len(data.test)) == (50_000, 10_000)
-  np.testing.assert_array_equal(np.bincount(data.train.labels), [5_000] * 10)
-  np.testing.assert_array_equal(np.bincount(data.test.labels), [1_000] * 10)
-  mean, std = splits_lib.channel_stats(data.train.images)
-  np.testing.assert_allclose(mean, (0.49139968, 0.48215841, 0.44653091), atol=1e-7)
-  np.testing.assert_allclose(std, (0.24703223, 0.24348513, 0.26158784), atol=1e-7)
-  # The class that looks like its name: ships and planes are blue, frogs are not.
-  blue = [data.train.images[data.train.labels == c][..., 2].mean() for c in (0, 6, 8)]
-  assert blue[1] < min(blue[0], blue[2])
