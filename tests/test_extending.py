@@ -193,7 +193,7 @@ def test_the_augmentation_has_arguments_with_rules(execute):
     with pytest.raises(errors.UserError, match=r"augment\.solarize\.lowest=1\.5 .*a fraction"):
       create(**wrong)
   given = config_lib.get_feed_arguments(config)
-  assert given["op_arguments"]["solarize"].to_dict() == {"lowest": 0.5, "p": 0.5}
+  assert given["op_arguments"]["solarize"] == {"lowest": 0.5, "p": 0.5}
 
 
 def test_the_data_set_loads(execute, tmp_path):

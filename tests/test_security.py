@@ -1,6 +1,6 @@
 """Nothing that is read is executed, nothing is written elsewhere, no shell sees a user's string.
 
-Other tests cover parts of it: `test_cifar10.py` a malicious batch in an archive, `test_source.py`
+Other tests cover parts of it: `test_cifar10.py` a malicious batch in an archive, `test_load.py`
 arrays of objects, `test_weights.py` damaged and forged weights.
 """
 

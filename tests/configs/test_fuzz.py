@@ -79,7 +79,7 @@ def changes(draw):
   """One to three keys with hostile values, and what makes the run use them."""
   keys = draw(st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=3, unique=True))
   bad = {key: draw(hostile(key)) for key in keys}
-  used = {"augment.backend": draw(st.sampled_from(sorted(feeds.FEEDS)))}
+  used = {"augment.backend": draw(st.sampled_from(sorted(feeds.BACKENDS)))}
   for key in keys:
     used |= activate(key)
   return bad, used | bad

@@ -111,7 +111,7 @@ def test_there_may_be_no_folder_yet(tmp_path):
 
 @pytest.mark.parametrize("new", ["absent", "begun", "whole"])
 def test_one_of_two_stays_when_one_is_replaced(checkpoint, new):
-  """Whenever the process ends, `settle` finds a whole one."""
+  """Whenever the process ends, `finish_replacements` finds a whole one."""
   integrity.retire(checkpoint)
   assert not checkpoint.exists()
   if new != "absent":

@@ -74,7 +74,7 @@ class DeviceAugment:
 
 
 def create_device_augment(
-  *, ops: Sequence[str], mean: Sequence[float], **arguments: Any
+  *, ops: Sequence[Any], mean: Sequence[Any], **arguments: Any
 ) -> DeviceAugment | None:
   """Creates the augmentation of `config.augment`.
 

@@ -46,7 +46,7 @@ class HostAugment:
 
 
 def create_host_augment(
-  *, ops: Sequence[str], mean: Sequence[float], **arguments: Any
+  *, ops: Sequence[Any], mean: Sequence[Any], **arguments: Any
 ) -> HostAugment | None:
   """Creates the augmentation of `config.augment`.
 
