@@ -77,19 +77,24 @@ def run_sweep(sweep: Sweep) -> None:
   runs = [compare.read_run(get_workdir(sweep, settings), settings) for settings in combinations]
   groups = compare.group_runs(runs)
   rows = [compare.summarize(name, group) for name, group in groups.items()]
-  table = compare.format_table(rows)
-  write_table(sweep, rows, table)
+  text = write_table(sweep, rows, compare.format_table(rows))
   compare.save_curves(sweep.workdir / "curves.png", groups)
-  print(f"    {get_command_line(sweep)}\n\n{table}")
+  print(text)
   for name in ("table.md", "table.json", "curves.png"):
     print(f"written   {sweep.workdir / name}")
 
 
-def write_table(sweep: Sweep, rows: Sequence[Mapping[str, Any]], table: str) -> None:
-  """Writes table.md, and its rows as table.json, under the command that made them."""
+def write_table(sweep: Sweep, rows: Sequence[Mapping[str, Any]], table: str) -> str:
+  """Writes table.md, and its rows as table.json, under the command that made them.
+
+  Returns:
+    The text of table.md.
+  """
   command = get_command_line(sweep)
+  text = f"    {command}\n\n{table}"
   files.write_json(sweep.workdir / "table.json", {"command": command, "rows": rows})
-  files.write_text(sweep.workdir / "table.md", f"    {command}\n\n{table}")
+  files.write_text(sweep.workdir / "table.md", text)
+  return text
 
 
 #### Arguments

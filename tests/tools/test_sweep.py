@@ -11,8 +11,10 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from configs import variants
-from flax_cifar import environment, errors
+from configs import common, variants
+from flax_cifar import environment, errors, optim, parallel
+from flax_cifar.data import dataset, feeds
+from flax_cifar.run import config as config_lib
 from flax_cifar.tools import compare as compare_lib
 from flax_cifar.tools import sweep
 from tests import tiny as tiny_lib
@@ -124,6 +126,26 @@ def test_more_values_are_the_same_sweep_and_other_overrides_another():
 def test_a_mistake_is_named_before_anything_runs(arguments, message):
   with pytest.raises(errors.UserError, match=message):
     sweep.parse(arguments)
+
+
+def start_run(seed=0, epochs=1, lr=0.1):
+  """What a run checks of the swept keys."""
+  split = dataset.Split(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32))
+  config = common.get_config()
+  config.update_from_flattened_dict({"seed": seed, "batch_size": 4})
+  arguments = config_lib.get_feed_arguments(config)
+  feeds.create_feed(split, mean=(0.5,) * 3, mesh=parallel.create_mesh(1), **arguments)
+  schedule = optim.create_schedule(steps_per_epoch=1, total_epochs=epochs, **config.schedule)
+  optim.create_optimizer(schedule, **{**config.optimizer, "learning_rate": lr})
+
+
+@pytest.mark.parametrize("key", sweep.RANGES)
+def test_the_ranges_are_those_of_the_runs(key):
+  low, high = sweep.RANGES[key]
+  start_run(**{key: high})
+  for outside in (low - 1, 10 * high + 1):
+    with pytest.raises(errors.UserError):
+      start_run(**{key: outside})
 
 
 def test_what_is_not_swept_can_be_overridden():
