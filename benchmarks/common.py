@@ -19,7 +19,7 @@ from flax_cifar import environment
 from flax_cifar.run import tables
 
 Row = Mapping[str, Any]
-PATH_FLAGS = ("--json", "--output", "--torch-python")  # which tell where and not what
+PATH_FLAGS = ("--json", "--output", "--torch-python")  # they name places of this machine
 
 
 def positive(text: str) -> int:

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
       "num_devices": 0,  # local devices to use; 0 means all of them
       # Steps per call of compiled code. 0 means 1 on a CPU or with albumentations, else an epoch.
       "steps_per_call": 0,
-      # "honest": validation images come from train; the test split is read once, at the end.
+      # "honest": validation images are held out of training; test is read once, at the end.
       # "published": trains on all of train and validates on test, as the sources did.
       # "trial": like honest, but never reads the test split: for choosing among recipes.
       "protocol": "honest",

@@ -4,7 +4,7 @@ Source      EVA, session 6B, which gives no layer table: train accuracy 92.27 %,
             85.48 % in 50 epochs
 Parameters  436,480; the widths are ours
 Recipe      ours, 15 epochs; docs/results.md has the accuracy
-Protocol    honest: 5,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/five_convs.py
 Variants    published   our reading of the source: the recipe of configs/keras_fcn.py:published for
                         50 epochs

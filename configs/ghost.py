@@ -4,7 +4,7 @@ Source      hardayaleva5/EVA5_Phase1_Assignment, Session_7: test accuracy over 8
             (82.60 %), best 82.96 % in 25 epochs
 Parameters  657,146, of which 992 belong to the norms; their 496 scales stay at 1
 Recipe      ours, 25 epochs; docs/results.md has the accuracy, docs/recipes.md how it was chosen
-Protocol    honest: 5,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/ghost.py
 Variants    published   replays the source: trains on all 50,000 images and validates on the test
                         split, which drives nothing. It normalizes by a standard deviation that is

@@ -4,7 +4,7 @@ Source      EVA, session 6A, the network before its improvements; it gives neith
             recipe
 Parameters  1,172,410
 Recipe      ours, 15 epochs; docs/results.md has the accuracy, docs/recipes.md how it was chosen
-Protocol    honest: 5,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/keras_base.py
 Variants    published   our reading, after the Keras examples of that time: Adam at its default
                         rate, pixels in [0, 1], no augmentation, dropout 0.25 and 0.5, Keras'

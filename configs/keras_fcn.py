@@ -4,7 +4,7 @@ Source      EVA, session 6A, after its improvements, which gives no layer table:
             94 % in 100 epochs, with a small gap to validation
 Parameters  250,080; the widths are ours
 Recipe      ours, 15 epochs; docs/results.md has the accuracy
-Protocol    honest: 5,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/keras_fcn.py
 Variants    published   our reading of "augmentation, light dropout, one schedule with a high
                         start": shifts and flips, dropout 0.05, SGD from 0.1, halved every 10

@@ -4,7 +4,7 @@ Source      ERA V1, session 8: test accuracy within 21 epochs with batch norm 77
             (one group) 71.76 %, group norm (2 groups) 70.41 %
 Parameters  48,656; receptive field 44
 Recipe      ours, 21 epochs; docs/results.md has the accuracy, docs/recipes.md how it was chosen
-Protocol    honest: 5,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/pyramid.py
             To compare the norms, with a table and a plot of the curves:
             python -m flax_cifar.tools.sweep --config=configs/pyramid.py

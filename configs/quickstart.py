@@ -3,7 +3,7 @@
 Parameters  48,656
 Result      over 95 % validation accuracy; docs/running.md has measured accuracies and times
 Recipe      SGD with Nesterov momentum and a triangular schedule, 3 epochs
-Protocol    honest: 1,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 1,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/quickstart.py
 Variants    those of every config: see configs/variants.py
 """

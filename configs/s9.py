@@ -4,7 +4,7 @@ Source      niharikavadapalli/ERA-V1, session 9: test accuracy 87.31 % (best of 
             test set); 45.0, 56.7, 62.2, 70.2 % after epochs 1 to 4
 Parameters  192,672; receptive field 99
 Recipe      ours, 12 epochs; docs/results.md has the accuracy, docs/recipes.md how it was chosen
-Protocol    honest: 5,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/s9.py
 Variants    long        ours for the 51 epochs of the source, with cutout in half of the images
             published   replays the source (A): trains on all 50,000 images, the test loss drives

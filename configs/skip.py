@@ -4,7 +4,7 @@ Source      ERA V1, session 8: test accuracy after 20 epochs with batch norm (E1
             norm (E2, 4 groups) 77.84 %, layer norm (E3) 77.64 %
 Parameters  48,552; 48,072 with layer norm, which has no scale and bias
 Recipe      ours, 20 epochs; docs/results.md has the accuracy, docs/recipes.md how it was chosen
-Protocol    honest: 5,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/skip.py
 Variants    published   replays the source: trains on all 50,000 images, and the test loss drives
                         the learning rate. Known difference: each epoch drops its incomplete last

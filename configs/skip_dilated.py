@@ -3,7 +3,7 @@
 Source      ERA V1, session 9: test accuracy 85.75 % after 37 epochs
 Parameters  167,424; receptive field 47
 Recipe      ours, 25 epochs; docs/results.md has the accuracy
-Protocol    honest: 5,000 validation images come from train; the test split is read once, at the end
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/skip_dilated.py
 Variants    published   our reading of the source, which gives the epochs and "Albumentations":
                         optimizer and schedule of its session 8 (configs/skip.py), augmentation of

@@ -19,8 +19,8 @@ XLA_FLAGS = {
   # LLVM keeps to half the width of AVX-512 otherwise; without AVX-512 this changes nothing.
   "--xla_cpu_prefer_vector_width": "512",
 }
-# A step needs a gigabyte of memory. If the system got it back after each step, it would clear it,
-# page by page, for the next one.
+# A step needs a gigabyte of memory. If glibc returned it to the system after each step, the system
+# would clear every page again for the next step.
 MALLOC = {
   "hugetlb": 1,  # pages of 2 MiB
   "arena_max": 1,  # one heap for all threads: that of a thread may not grow beyond 64 MiB

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -69,6 +70,11 @@ def get_path(what: str, text: str) -> Path:
   return path
 
 
+def warn(message: str) -> None:
+  """Prints one line on standard error: something the user should know, while the run goes on."""
+  print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def require(condition: bool, what: str, value: object, expected: str) -> None:
   """Raises a UserError that quotes `value` unless `condition` holds."""
   if not condition:
@@ -76,5 +82,5 @@ def require(condition: bool, what: str, value: object, expected: str) -> None:
 
 
 def check_epsilon(key: str, epsilon: float) -> None:
-  """A UserError unless float32 can divide by `epsilon`, or by its root."""
+  """Raises a UserError unless float32 can divide by `epsilon` and by its square root."""
   require(1e-30 <= epsilon <= 1e30, key, epsilon, "from 1e-30 to 1e30")

@@ -222,7 +222,7 @@ def create_optimizer(
 def _sgd(
   rate: Schedule, weight_decay: float, mask: Mask, *, momentum: float, nesterov: bool
 ) -> optax.GradientTransformation:
-  _check_decay("optimizer.sgd.momentum", momentum)
+  check_decay("optimizer.sgd.momentum", momentum)
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask),
     optax.sgd(rate, momentum=momentum, nesterov=nesterov),
@@ -232,8 +232,8 @@ def _sgd(
 def _adamw(
   rate: Schedule, weight_decay: float, mask: Mask, *, b1: float, b2: float, epsilon: float
 ) -> optax.GradientTransformation:
-  _check_decay("optimizer.adamw.b1", b1)
-  _check_decay("optimizer.adamw.b2", b2)
+  check_decay("optimizer.adamw.b1", b1)
+  check_decay("optimizer.adamw.b2", b2)
   errors.check_epsilon("optimizer.adamw.epsilon", epsilon)
   return optax.adamw(rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask)
 
@@ -246,7 +246,7 @@ def _muon(
   Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Liu et al. 2025
   (arXiv:2502.16982) for updates whose root mean square is that of Adam's, `rms`.
   """
-  _check_decay("optimizer.muon.momentum", momentum)
+  check_decay("optimizer.muon.momentum", momentum)
   errors.require(0 < rms <= errors.MAX_NUMBER, "optimizer.muon.rms", rms, "positive and finite")
   decayed = optax.contrib.muon(
     rate,
@@ -260,7 +260,8 @@ def _muon(
   return optax.partition({True: decayed, False: optax.nadam(rate)}, mask) if mask else decayed
 
 
-def _check_decay(key: str, decay: float) -> None:
+def check_decay(key: str, decay: float) -> None:
+  """Raises a UserError unless `decay` is in [0, 1) in float32 too."""
   # Closer to 1, float32 rounds to 1, and an average that divides by 1 - decay would be NaN.
   errors.require(0 <= decay <= 1 - 1e-7, key, decay, "at least 0 and below 1")
 

@@ -16,7 +16,9 @@ from flax_cifar import errors
 Step = Callable[[Any, Any], tuple[Any, Any]]
 GetBatch = Callable[[jax.Array, jax.Array, Any], Any]
 
-MAX_BATCH_SIZE = 65_536  # an evaluation fills its last batch up to this, whatever the split holds
+MAX_BATCH_SIZE = (
+  65_536  # evaluation pads its last batch to the full size, so a huge one needs as much memory
+)
 
 
 def create_mesh(num_devices: int) -> Mesh:
@@ -43,7 +45,7 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-  """A UserError unless `batch_size` is in 1..MAX_BATCH_SIZE and divides evenly over the devices."""
+  """Raises a UserError unless `batch_size` is a multiple of the devices, up to MAX_BATCH_SIZE."""
   errors.require(
     0 < batch_size <= MAX_BATCH_SIZE and batch_size % mesh.size == 0,
     name,

@@ -37,7 +37,7 @@ FORMATS = {
 
 
 def write_archive(path, replace=None):
-  """Writes a tiny archive in the format its name says; `replace` overrides members."""
+  """Writes a tiny archive in the format of its name; `replace` overrides members."""
   folder, suffix, encode = FORMATS[path.name]
   blobs = {name + suffix: encode(*batch) for name, batch in zip(FILES, make_rows(), strict=True)}
   blobs |= {"readme.html": b"hello"} | (replace or {})
@@ -57,11 +57,11 @@ def shard(folder, split="train"):
 
 
 def to_tfrecord(folder):
-  """Rewrites a prepared directory in the other format, by the writer of another library."""
-  source_ = tfds.builder_from_directory(folder).as_data_source(
+  """Converts a prepared directory from array_record to tfrecord, by another library's writer."""
+  data_source = tfds.builder_from_directory(folder).as_data_source(
     deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )
-  for split, records in source_.items():
+  for split, records in data_source.items():
     old = shard(folder, split)
     writer = RecordWriter(str(folder / old.name.replace("array_record", "tfrecord")))
     for record in records:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# Four devices, to test sharding, on any machine.
+# Four devices on any machine, to test sharding.
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 )
@@ -21,8 +21,8 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-# Modules whose annotations, shapes included, the tests check at each call of a function. Others
-# take a ConfigDict for a Mapping, or check wrong types themselves.
+# The tests check the annotations of these modules, shapes included, at each call of a function.
+# Other modules accept a ConfigDict as a Mapping, or check wrong types themselves.
 CHECKED = (
   *("flax_cifar.kernels", "flax_cifar.metrics"),
   *("flax_cifar.data.augment.device", "flax_cifar.data.augment.device_color"),
@@ -36,7 +36,7 @@ CHECKED = (
 
 
 def check_types(function: Any) -> Any:
-  """Wraps `function` so that it checks the types of its arguments and of what it returns.
+  """Wraps `function` so that it checks the types of its arguments and its result.
 
   As in mypy, an int may stand for a float. Linen's attributes are left out: beartype cannot check
   the protocols among them.
@@ -56,7 +56,7 @@ if importlib.util.find_spec("beartype"):
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-  """Makes TinyNet a network that a config can name."""
+  """Registers TinyNet, so that a config can name it."""
   from flax_cifar import models
   from tests import tiny
 

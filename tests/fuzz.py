@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how many examples there are, and how bytes are damaged."""
+"""Helpers of the fuzz tests: the number of examples, and ways to damage bytes."""
 
 import os
 import random
@@ -6,12 +6,12 @@ import random
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-# Each test makes this many times its examples, and other ones than always: to hunt for holes.
+# Multiplies the examples of each test; above 1 they also differ in each run, to find more bugs.
 FACTOR = int(os.environ.get("FLAX_CIFAR_FUZZ", "1"))
 
 
 def fuzz(examples: int) -> settings:
-  """The settings of a test with so many examples, the same ones in every run."""
+  """Settings for a test with `examples` examples, the same ones in every run if FACTOR is 1."""
   return settings(
     max_examples=examples * FACTOR,
     derandomize=FACTOR == 1,
@@ -22,7 +22,7 @@ def fuzz(examples: int) -> settings:
 
 
 def damaged(blob: bytes) -> st.SearchStrategy[bytes]:
-  """`blob` with some bits turned, or a part cut out, made zero, doubled or replaced."""
+  """`blob` with some bits flipped, or a part cut out, made zero, doubled or replaced."""
   return st.randoms(use_true_random=False).map(lambda rng: damage(blob, rng))
 
 

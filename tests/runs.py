@@ -1,4 +1,4 @@
-"""Tiny runs, what interrupts them, and what they leave."""
+"""Tiny runs: how tests start, interrupt and compare them."""
 
 import json
 import signal
@@ -11,9 +11,9 @@ from flax_cifar import train
 from flax_cifar.data import device_feed, host_feed
 from tests import tiny
 
-STEPS_PER_EPOCH = 5  # 96 - 16 train images in batches of 16
+STEPS_PER_EPOCH = 5  # 96 - 16 training images in batches of 16
 LAST_STEP = 3 * STEPS_PER_EPOCH
-# Whatever a state can hold; no epoch improves by half, so the learning rate drops.
+# The state has every optional part; no epoch improves by half, so the learning rate drops.
 AVERAGE_AND_PLATEAU = {
   "ema.decay": 0.9,
   "schedule.name": "plateau",
@@ -27,7 +27,7 @@ def run(workdir, data, **changes):
 
 
 def lines(workdir):
-  """metrics.jsonl without its clocks."""
+  """The records of metrics.jsonl without times."""
   records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   return [
     {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records
@@ -35,7 +35,7 @@ def lines(workdir):
 
 
 def load_checkpoint(workdir, step):
-  """The train state as nested dictionaries, read by Orbax alone."""
+  """The training state as nested dictionaries, read by Orbax alone."""
   import orbax.checkpoint as ocp
 
   path = (workdir / "checkpoints" / str(step) / "state").absolute()
@@ -43,7 +43,7 @@ def load_checkpoint(workdir, step):
 
 
 def flat_checkpoint(workdir, step):
-  """{"params/unit/conv/kernel": array, ...}; the key as its data."""
+  """{"params/unit/conv/kernel": array, ...}; the random key as its data."""
   leaves = jax.tree_util.tree_leaves_with_path(load_checkpoint(workdir, step))
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
@@ -54,14 +54,14 @@ def flat_checkpoint(workdir, step):
 
 
 def result_of(workdir):
-  """result.json without its clocks, and without the config, which may differ in what is free."""
+  """result.json without times, and without the config, in which some keys may differ."""
   result = json.loads((workdir / "result.json").read_text())
   timed = ("train_seconds", "images_per_second", "date", "commit", "command", "config")
   return {name: value for name, value in result.items() if name not in timed}
 
 
 def assert_same_run(one, other):
-  """All that a finished run leaves is equal to the last bit, but for what the clock says."""
+  """All outputs of two finished runs are equal bit for bit, except times."""
   assert lines(one) == lines(other)
   assert result_of(one) == result_of(other)
   states = [flat_checkpoint(path, LAST_STEP) for path in (one, other)]
@@ -75,7 +75,7 @@ def checkpoint_steps(workdir):
 
 
 def interrupt_at(monkeypatch, step):
-  """Sends SIGINT before the call that makes `step`."""
+  """Sends SIGINT before the chunk that contains `step`."""
   for feed in (host_feed.HostFeed, device_feed.DeviceFeed):
     original = feed.chunks
 

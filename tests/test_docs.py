@@ -1,4 +1,4 @@
-"""README.md, docs/ and the headers of configs/ name only what exists."""
+"""Everything that README.md, docs/ and the headers of configs/ name exists."""
 
 import importlib
 import importlib.machinery
@@ -25,7 +25,7 @@ HEADERS = {
   for path in ROOT.glob("configs/*.py")
   if path.stem != "__init__"
 }
-SHARED = {"common", "recipes", "variants"}  # files of configs/ that are no config
+SHARED = {"common", "recipes", "variants"}  # files of configs/ that are not configs
 SYSTEMS = [pathlib.Path(name).stem for name in HEADERS if pathlib.Path(name).stem not in SHARED]
 ALL = [*PAGES, *HEADERS]
 
@@ -87,7 +87,7 @@ def exists(path: str) -> bool:
 def find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
   try:
     return importlib.util.find_spec(module)
-  except ModuleNotFoundError:  # its parent is no package
+  except ModuleNotFoundError:  # its parent is not a package
     return None
 
 
@@ -125,7 +125,7 @@ def test_named_paths_exist(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name):
+def test_links_have_targets(name):
   for link in re.findall(r"\]\(([^)\s]+)\)", read(name)):
     path, _, anchor = link.partition("#")
     target = PAGES[name].parent / path if path else PAGES[name]

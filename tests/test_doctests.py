@@ -13,7 +13,7 @@ MODULES = (
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_give_what_they_show(name):
+def test_examples_give_the_output_they_show(name):
   result = doctest.testmod(importlib.import_module(name))
   assert result.attempted
   assert not result.failed

@@ -38,7 +38,7 @@ def test_command_can_be_pasted_into_a_shell(monkeypatch):
   assert shlex.split(command) == ["python", "main.py", "--config=a.py", "--config.ops=('b',)"]
 
 
-def test_commit_is_gits(monkeypatch):
+def test_the_commit_is_that_of_git(monkeypatch):
   answers = {"rev-parse": "abc123", "status": ""}
   monkeypatch.setattr(environment_lib, "_git", lambda command, *_: answers[command])
   assert environment_lib.get_commit() == "abc123"
@@ -69,7 +69,7 @@ GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 def run(**given):
-  """What a process sees after apply_settings when the user has set `given`."""
+  """The state of a process after apply_settings when the user has set `given`."""
   environment = {
     name: value
     for name, value in os.environ.items()
@@ -82,17 +82,17 @@ def run(**given):
   return json.loads(done.stdout)
 
 
-def test_all_are_set_without_importing_jax_and_arguments_survive_the_restart():
-  seen = run()
+def test_all_variables_are_set_without_importing_jax_and_arguments_survive_the_restart():
+  state = run()
   expected = {k: v for k, v in environment_lib.VARIABLES.items() if GLIBC or k != "GLIBC_TUNABLES"}
-  assert expected.items() <= seen["environ"].items()
+  assert expected.items() <= state["environ"].items()
   assert all(
-    f"{flag}={value}" in seen["environ"]["XLA_FLAGS"]
+    f"{flag}={value}" in state["environ"]["XLA_FLAGS"]
     for flag, value in environment_lib.XLA_FLAGS.items()
   )
-  assert seen["argv"] == ["--flag=two words"]
-  assert not seen["jax"]
-  assert seen["starts"] == (2 if GLIBC else 1)
+  assert state["argv"] == ["--flag=two words"]
+  assert not state["jax"]
+  assert state["starts"] == (2 if GLIBC else 1)
 
 
 @pytest.mark.parametrize("name", environment_lib.VARIABLES)
@@ -113,7 +113,7 @@ def test_flags_of_the_user_stay_and_ours_are_added_once():
   assert run(XLA_FLAGS=theirs)["environ"]["XLA_FLAGS"].split() == [theirs, own, *others]
 
 
-def test_the_banner_names_what_holds():
+def test_the_banner_has_the_variables_that_are_set():
   text = environment_lib.describe_settings(
     {"GLIBC_TUNABLES": "x=1", "XLA_FLAGS": "", "HOME": "/root"}
   )

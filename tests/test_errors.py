@@ -1,4 +1,4 @@
-"""Errors that quote the value and say what to do."""
+"""Errors quote the value and name a remedy."""
 
 import pytest
 
@@ -6,17 +6,17 @@ from flax_cifar import errors
 
 
 def test_choose_returns_the_named_one():
-  assert errors.choose("colour", "red", {"red": 1, "blue": 2}) == 1
+  assert errors.choose("color", "red", {"red": 1, "blue": 2}) == 1
 
 
 def test_choose_lists_the_choices_and_guesses():
-  with pytest.raises(errors.UserError, match=r"colour='redd' .* red, blue\. Did you mean 'red'\?"):
-    errors.choose("colour", "redd", {"red": 1, "blue": 2})
+  with pytest.raises(errors.UserError, match=r"color='redd' .* red, blue\. Did you mean 'red'\?"):
+    errors.choose("color", "redd", {"red": 1, "blue": 2})
 
 
 def test_choose_does_not_guess_wildly():
   with pytest.raises(errors.UserError) as caught:
-    errors.choose("colour", "xyz", {"red": 1, "blue": 2})
+    errors.choose("color", "xyz", {"red": 1, "blue": 2})
   assert "Did you mean" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: every example once, whatever the batch size, and every seed by itself."""
+"""Evaluation counts every example once, for any batch size, and each seed by itself."""
 
 import functools
 

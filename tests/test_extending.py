@@ -1,4 +1,4 @@
-"""The snippets of docs/extending.md: each runs as it stands, and what it adds works."""
+"""Each snippet of docs/extending.md runs unchanged, and its addition works."""
 
 import pathlib
 import re
@@ -24,11 +24,11 @@ from tests import tiny
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs/extending.md"
 SECTION = re.compile(r"^## ([^\n]+)$|^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Where the snippets enter what they define.
+# The tables that the snippets extend.
 TABLES = (
   *((models, "MODELS"), (norms, "NORMS"), (layer_table, "LEAVES")),
   *((device, "DEVICE_OPS"), (host, "OPS"), (arguments, "RULES")),
-  *((load, "_LOADERS"), (load, "_WITH_PATH"), (optim, "OPTIMIZERS")),
+  *((load, "LOADERS"), (optim, "OPTIMIZERS")),
 )
 
 
@@ -45,7 +45,7 @@ def list_snippets():
 
 @pytest.fixture
 def execute(monkeypatch):
-  """Executes the snippet of a section and returns its names; the tables are put back afterwards."""
+  """Executes the snippet of a section and returns its names; the tables are restored afterwards."""
   for module, name in TABLES:
     table = getattr(module, name)
     monkeypatch.setattr(module, name, dict(table) if isinstance(table, dict) else table)
@@ -61,7 +61,7 @@ def execute(monkeypatch):
   return run
 
 
-def test_each_snippet_is_tested_here_and_the_tables_are_put_back():
+def test_each_snippet_is_tested_here_and_the_tables_are_restored():
   sections = [section for section, _, _ in list_snippets()]
   assert sections == ["A network", "A norm", "An augmentation", "A data set", "An optimizer"]
   added = ("stairs", "rms", "solarize", "npy:PATH", "lion", "npy")
@@ -69,7 +69,7 @@ def test_each_snippet_is_tested_here_and_the_tables_are_put_back():
 
 
 def train_steps(config, steps):
-  """The losses of `steps` on one batch of the tiny data set's size, and the states around them."""
+  """The losses of `steps` on one batch of tiny images, and the states before and after each."""
   model = config_lib.create_model(config, num_classes=tiny.CLASSES)
   optimizer = optax.sgd(0.1)
   state = state_lib.create_train_state(
@@ -121,15 +121,15 @@ def test_the_network_has_logits_and_a_layer_table(execute):
   assert sum(leaf.size for leaf in leaves) == expected
 
 
-def test_the_norm_is_its_formula(execute):
+def test_the_norm_follows_its_formula(execute):
   snippet = execute("A norm")
   x, scale = np.asarray(snippet.x, np.float64), np.array([1.0, -2.0, 0.5])
   expected = x / np.sqrt((x**2).mean((1, 2, 3), keepdims=True) + 1e-5) * scale
   variables = {"params": {"scale": jnp.asarray(scale, jnp.float32)}}
-  for relu, wanted in ((False, expected), (True, np.maximum(expected, 0))):
+  for relu, expected_output in ((False, expected), (True, np.maximum(expected, 0))):
     norm = models.get_norm("rms", snippet.config.norm)(relu=relu)
     y = norm.apply(variables, snippet.x, True)
-    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, expected_output, rtol=1e-5, atol=1e-6)
   assert norm.apply(variables, snippet.x.astype(jnp.bfloat16), False).dtype == jnp.bfloat16
 
 
@@ -153,7 +153,7 @@ def test_the_norm_is_in_the_layer_table(execute):
   assert layer_table.get_receptive_field(rows) == (44, 44)
 
 
-def test_the_augmentation_has_albumentations_pixels(execute):
+def test_the_augmentation_matches_albumentations(execute):
   snippet = execute("An augmentation")
   create, images = device.DEVICE_OPS["solarize"], snippet.images
   thresholds = np.random.default_rng(1).uniform(size=len(images)).astype(np.float32)
@@ -167,7 +167,7 @@ def test_the_augmentation_has_albumentations_pixels(execute):
 
 
 @pytest.mark.parametrize(("lowest", "p"), [(0.0, 1.0), (0.5, 0.5), (1.0, 1.0), (0.0, 0.0)])
-def test_both_backends_augment_what_is_bright_enough(execute, lowest, p):
+def test_both_backends_augment_only_bright_pixels(execute, lowest, p):
   snippet = execute("An augmentation")
   chosen = {"ops": ("solarize",), "mean": (0.5,) * 3, "solarize": {"lowest": lowest, "p": p}}
   images, count = snippet.images, len(snippet.images)
@@ -182,8 +182,8 @@ def test_both_backends_augment_what_is_bright_enough(execute, lowest, p):
     changed = output != images
     assert (output[changed] == 255 - images[changed]).all(), backend
     assert not changed[images < int(255 * lowest)].any(), backend
-    share = changed.any((1, 2, 3)).mean()
-    assert abs(share - p) < 0.2 if lowest < 1 else share <= 1, backend
+    fraction = changed.any((1, 2, 3)).mean()
+    assert abs(fraction - p) < 0.2 if lowest < 1 else fraction <= 1, backend
 
 
 def test_the_augmentation_has_arguments_with_rules(execute):

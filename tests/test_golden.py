@@ -1,8 +1,8 @@
-"""Ten training steps of two networks on fixed data, against figures measured once.
+"""Ten training steps of two networks on fixed data, against recorded figures.
 
-They hold everything that a step computes: loss, gradients, norms, optimizer, schedule, moving
-average. Where a change is meant to change one of them, run `python -m tests.test_golden`, look at
-the differences, and replace GOLDEN with what it prints, in a commit of its own that says why.
+The figures cover everything that a step computes: loss, gradients, norms, optimizer, schedule,
+moving average. If a change is meant to alter a figure, run `python -m tests.test_golden`, check the
+differences, and replace GOLDEN with the output, in a separate commit that explains why.
 """
 
 import importlib
@@ -61,7 +61,7 @@ GOLDEN = {
     },
   },
 }
-# Muon makes rounding errors of small singular values larger, before they are added to the weights.
+# Muon amplifies the rounding errors of small singular values.
 TOLERANCES = {"update norm": 1e-3}
 
 
@@ -72,7 +72,7 @@ def draw_batch():
 
 
 def draw_params(shapes):
-  """Of the scale of an initialization, by numpy: JAX's numbers may differ with its version."""
+  """Random parameters from NumPy, because random numbers of JAX may change with its version."""
   rng = np.random.default_rng(1)
 
   def draw(leaf):
@@ -84,11 +84,11 @@ def draw_params(shapes):
   return jax.tree.map(draw, shapes)
 
 
-def create_parts(name):
-  """A state with drawn parameters, and a jitted step, of the config `name`."""
+def create_state_and_step(name):
+  """A state with random parameters, and a jitted step, of the config `name`."""
   config = importlib.import_module(f"configs.{name}").get_config()
   config.schedule.one_cycle.initial = 0.5  # so that the first step moves the parameters
-  # Small steps: at full rate a ReLU that switches by rounding shows within ten of them.
+  # Small steps: at the full rate a ReLU flipped by rounding would change the tenth step.
   config.optimizer.learning_rate /= 100
   model = config_lib.create_model(config, num_classes=10)
   schedule = optim.create_schedule(steps_per_epoch=5, total_epochs=2, **config.schedule)
@@ -126,7 +126,7 @@ def create_parts(name):
 
 def measure(name):
   """The figures after one step and after STEPS."""
-  state, step = create_parts(name)
+  state, step = create_state_and_step(name)
   batch, figures = draw_batch(), {}
   for number in range(1, STEPS + 1):
     before = state.params
@@ -146,7 +146,7 @@ def measure(name):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_steps_compute_what_they_always_have(name):
+def test_steps_give_the_recorded_figures(name):
   figures = measure(name)
   for number, expected in GOLDEN[name].items():
     for figure, value in expected.items():
@@ -154,7 +154,7 @@ def test_steps_compute_what_they_always_have(name):
         figures[number][figure],
         value,
         rtol=TOLERANCES.get(figure, 1e-5),
-        err_msg=f"{figure} after {number} steps; if that is meant: python -m tests.test_golden",
+        err_msg=f"{figure} after {number} steps; if intended: python -m tests.test_golden",
       )
 
 

@@ -1,4 +1,4 @@
-"""Every example counts once, whatever the batches and the padding."""
+"""Cross-entropy and metrics against NumPy; each example counts once for any batches."""
 
 import itertools
 
@@ -10,8 +10,26 @@ import pytest
 from flax_cifar import metrics
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_matches_numpy(smoothing):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(0, 5, (2, 7, 4))  # the first axis is that of seeds
+  labels = rng.integers(4, size=7)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  targets = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+  actual = metrics.create_targets(labels, 4, label_smoothing=smoothing)
+  np.testing.assert_allclose(actual, targets, rtol=1e-6)
+  losses = metrics.cross_entropy(jnp.asarray(logits, jnp.float32), actual)
+  np.testing.assert_allclose(losses, -(targets * log_p).sum(-1), rtol=1e-5)
+
+
+def test_large_logits_stay_finite():
+  loss = metrics.cross_entropy(jnp.float32([[1e4, -1e4]]), jnp.float32([[0, 1]]))
+  np.testing.assert_allclose(loss, [2e4])
+
+
 def compute_totals(losses, logits, labels, mask):
-  """Of arrays of NumPy."""
+  """`metrics.compute_totals` of NumPy arrays."""
   losses, logits, mask = (jnp.asarray(array, jnp.float32) for array in (losses, logits, mask))
   return metrics.compute_totals(losses, logits, labels, mask)
 
@@ -47,7 +65,7 @@ def test_labels_with_an_axis_for_the_classes_are_refused():
     compute_totals(np.ones(3), np.ones((3, 2)), np.ones((3, 2), int), np.ones(3))
 
 
-def test_adding_leaves_the_start_alone():
+def test_adding_totals_does_not_change_the_first_argument():
   start = metrics.create_totals(1)
   assert metrics.add_totals(start, {"count": np.float32(3)})["count"] == 3
   assert [float(value) for value in start.values()] == [0] * 4
@@ -55,7 +73,7 @@ def test_adding_leaves_the_start_alone():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_totals_keep_their_shape_and_precision(seeds):
-  """Orbax restores what it is shown: float64 arrays, also of shape ()."""
+  """Orbax restores arrays of the given shape and type: float64, also of shape ()."""
   start = metrics.create_totals(seeds)
   shape = () if seeds == 1 else (seeds,)
   step = {"loss_sum": np.full(shape, np.float32(1e-9)), "count": np.full(shape, np.float32(1))}
@@ -66,7 +84,7 @@ def test_totals_keep_their_shape_and_precision(seeds):
   assert (totals["loss_sum"] > 1).all()
 
 
-def test_seeds_have_totals_of_their_own():
+def test_each_seed_has_its_own_totals():
   rng = np.random.default_rng(0)
   logits, losses = rng.normal(size=(2, 6, 3)).astype(np.float32), rng.uniform(size=(2, 6))
   labels, mask = rng.integers(3, size=6), np.float32([1, 1, 1, 1, 0, 0])
@@ -78,10 +96,10 @@ def test_seeds_have_totals_of_their_own():
 
 
 def test_steps_come_in_order():
-  calls = [
+  chunks = [
     {"count": jnp.arange(3), "loss_sum": jnp.arange(6).reshape(3, 2)},
     {"count": jnp.array([3])},
   ]
-  steps = list(metrics.iterate_steps(calls))
+  steps = list(metrics.iterate_steps(chunks))
   assert [int(step["count"]) for step in steps] == [0, 1, 2, 3]
   assert steps[2]["loss_sum"].tolist() == [4, 5]

@@ -29,7 +29,7 @@ def run(steps=5, **changes):
 
 
 def torch_sgd(steps, *, decay, momentum, nesterov):
-  """torch.optim.SGD: the decay joins the gradient before the momentum buffer."""
+  """torch.optim.SGD: the decay is added to the gradient before the momentum buffer."""
   p, buffer = 3.0, 0.0
   for step in range(steps):
     g = step + 1.0 + decay * p
@@ -39,7 +39,7 @@ def torch_sgd(steps, *, decay, momentum, nesterov):
 
 
 def adamw(steps, *, decay, b1=0.9, b2=0.999, epsilon=1e-8):
-  """Loshchilov and Hutter 2019: the decay acts on the parameter alone."""
+  """Loshchilov and Hutter 2019: the decay acts only on the parameter."""
   p, m, v = 3.0, 0.0, 0.0
   for step in range(1, steps + 1):
     g = float(step)
@@ -51,20 +51,20 @@ def adamw(steps, *, decay, b1=0.9, b2=0.999, epsilon=1e-8):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_is_torchs(nesterov, momentum):
+def test_sgd_matches_torch(nesterov, momentum):
   params = run(sgd={"momentum": momentum, "nesterov": nesterov})
   expected = torch_sgd(5, decay=DECAY, momentum=momentum, nesterov=nesterov)
   np.testing.assert_allclose(params["kernel"], expected, rtol=1e-6)
   np.testing.assert_allclose(params["bias"], expected, rtol=1e-6)
 
 
-def test_adamw_is_the_papers():
+def test_adamw_matches_the_paper():
   params = run(name="adamw")
   np.testing.assert_allclose(params["kernel"], adamw(5, decay=DECAY), rtol=1e-5)
 
 
 def step_muon(params, gradients, **changes):
-  """The first update of muon, with a learning rate of RATE and no decay unless `changes` say."""
+  """The first update of muon, by default with a learning rate of RATE and no decay."""
   config = common.get_config().optimizer.to_dict() | {"name": "muon", "learning_rate": RATE}
   optimizer = optim.create_optimizer(lambda step: 1.0, **(config | changes))
   updates, _ = optimizer.update(gradients, optimizer.init(params), params)
@@ -76,7 +76,7 @@ def draw(*shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 8), (1, 1, 16, 6), (12, 20)])
-def test_muon_steps_along_the_singular_vectors_of_the_gradient_by_like_amounts(shape):
+def test_muon_steps_by_similar_amounts_along_the_singular_vectors_of_the_gradient(shape):
   gradient = draw(*shape)
   update = np.asarray(step_muon({"kernel": draw(*shape)}, {"kernel": gradient})["kernel"])
   assert update.shape == shape
@@ -90,7 +90,7 @@ def test_muon_steps_along_the_singular_vectors_of_the_gradient_by_like_amounts(s
   np.testing.assert_allclose(sizes, np.diag(diagonal), atol=2e-2)
 
 
-def test_muon_leaves_depthwise_kernels_and_vectors_to_nadam():
+def test_muon_uses_nadam_for_depthwise_kernels_and_vectors():
   params = {"depthwise": draw(3, 3, 1, 5), "bias": draw(5)}
   updates = step_muon(params, params)
   # With Nesterov momentum (Dozat 2016), whose first step is longer than Adam's.
@@ -100,17 +100,17 @@ def test_muon_leaves_depthwise_kernels_and_vectors_to_nadam():
 
 
 @pytest.mark.parametrize("decay_all", [True, False])
-def test_muon_decouples_the_decay_and_spares_vectors_if_asked(decay_all):
+def test_muon_decouples_the_decay_and_exempts_vectors_if_configured(decay_all):
   params = {"kernel": draw(3, 3, 4, 8), "depthwise": draw(3, 3, 1, 8), "bias": draw(8)}
   plain = step_muon(params, params)
   decayed = step_muon(params, params, weight_decay=DECAY, decay_all=decay_all)
-  for name, spared in (("kernel", False), ("depthwise", False), ("bias", not decay_all)):
-    expected = plain[name] - (0 if spared else RATE * DECAY * params[name])
+  for name, exempt in (("kernel", False), ("depthwise", False), ("bias", not decay_all)):
+    expected = plain[name] - (0 if exempt else RATE * DECAY * params[name])
     np.testing.assert_allclose(decayed[name], expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_mask_spares_biases_and_norms(name):
+def test_the_mask_exempts_biases_and_norms_from_decay(name):
   masked, plain = run(name=name, decay_all=False), run(name=name, weight_decay=0.0)
   np.testing.assert_allclose(masked["bias"], plain["bias"], rtol=1e-6)
   assert (masked["kernel"] < plain["kernel"]).all()
@@ -169,7 +169,7 @@ def test_bad_values_are_named(changes, message):
 STEPS, EPOCHS = 10, 20  # steps per epoch, epochs
 
 
-def values(name, **arguments):
+def compute_schedule(name, **arguments):
   config = common.get_config().schedule.to_dict()
   config[name] = config[name] | arguments
   config["name"] = name
@@ -178,16 +178,16 @@ def values(name, **arguments):
 
 
 def test_constant_is_one():
-  np.testing.assert_array_equal(values("constant"), 1.0)
+  np.testing.assert_array_equal(compute_schedule("constant"), 1.0)
 
 
-def test_plateau_leaves_the_schedule_to_its_scale():
-  np.testing.assert_array_equal(values("plateau"), 1.0)
+def test_the_plateau_schedule_is_one_apart_from_its_scale():
+  np.testing.assert_array_equal(compute_schedule("plateau"), 1.0)
 
 
 def test_step_multiplies_after_every_period():
   expected = [0.5 ** (step // (3 * STEPS)) for step in range(STEPS * EPOCHS + 1)]
-  np.testing.assert_allclose(values("step", factor=0.5, every=3.0), expected, rtol=1e-6)
+  np.testing.assert_allclose(compute_schedule("step", factor=0.5, every=3.0), expected, rtol=1e-6)
 
 
 def test_cosine_with_warmup():
@@ -199,12 +199,14 @@ def test_cosine_with_warmup():
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
 
   np.testing.assert_allclose(
-    values("cosine", warmup=2.0, final=0.1), [expected(s) for s in range(total + 1)], atol=1e-6
+    compute_schedule("cosine", warmup=2.0, final=0.1),
+    [expected(s) for s in range(total + 1)],
+    atol=1e-6,
   )
 
 
 def test_cosine_without_warmup_starts_at_the_peak_and_ends_at_zero():
-  curve = values("cosine")
+  curve = compute_schedule("cosine")
   assert curve[0] == 1.0
   assert curve[-1] == pytest.approx(0, abs=1e-7)
   assert (np.diff(curve) < 0).all()
@@ -219,24 +221,24 @@ def test_one_cycle_is_a_triangle():
     return 1 - 0.9 * (step - peak) / (total - peak)
 
   np.testing.assert_allclose(
-    values("one_cycle", initial=0.2, peak_at=0.25, final=0.1),
+    compute_schedule("one_cycle", initial=0.2, peak_at=0.25, final=0.1),
     [expected(s) for s in range(total + 1)],
     atol=1e-6,
   )
 
 
 def torch_scales(losses, *, factor, patience, threshold, cooldown, final):
-  """What torch.optim.lr_scheduler.ReduceLROnPlateau(mode="min") is documented to do."""
-  best, bad, resting, scale, scales = math.inf, 0, 0, 1.0, []
+  """The scales of torch.optim.lr_scheduler.ReduceLROnPlateau(mode="min") by its documentation."""
+  best, bad, cooldown_left, scale, scales = math.inf, 0, 0, 1.0, []
   for loss in losses:
     if loss < best * (1 - threshold):
       best, bad = loss, 0
     else:
       bad += 1
-    if resting:
-      resting, bad = resting - 1, 0
+    if cooldown_left:
+      cooldown_left, bad = cooldown_left - 1, 0
     if bad > patience:
-      scale, resting, bad = max(scale * factor, final), cooldown, 0
+      scale, cooldown_left, bad = max(scale * factor, final), cooldown, 0
     scales.append(scale)
   return scales
 
@@ -289,7 +291,7 @@ def test_patience_zero_cuts_at_the_first_bad_epoch_only():
 )
 def test_arguments_out_of_range_are_quoted(name, arguments, quoted):
   with pytest.raises(errors.UserError, match=quoted):
-    values(name, **arguments)
+    compute_schedule(name, **arguments)
 
 
 @pytest.mark.parametrize("argument", ["factor", "patience", "threshold", "cooldown", "final"])

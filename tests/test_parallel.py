@@ -59,5 +59,5 @@ def test_several_seeds_are_stacked_and_mapped():
     (np.array([0.5, 1.0]), {"loss": 0.75, "loss_per_seed": [0.5, 1.0]}),
   ],
 )
-def test_records_hold_the_mean_and_the_list(values, fields):
+def test_records_have_the_mean_and_the_values_of_the_seeds(values, fields):
   assert metrics.describe_seeds("loss", values) == fields

@@ -38,7 +38,7 @@ NASTY = "$(touch x);`touch y`|touch z && 'a' \"b\"\n\t*?[!]~ -rf"
 
 # ---- What the sources may not use
 
-# Neither called nor passed on, whatever name they were imported under.
+# Must be neither called nor passed on, under any imported name.
 FORBIDDEN = {
   *("eval", "exec", "builtins.eval", "builtins.exec"),
   *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
@@ -48,16 +48,16 @@ FORBIDDEN = {
   "shutil.unpack_archive",
   "cv2.VideoCapture",  # OpenCV's wheels carry an FFmpeg and an OpenSSL that lag behind their fixes
 }
-# Called with this argument only.
+# Must be called with this argument.
 REQUIRED = {"numpy.load": ("allow_pickle", False), "torch.load": ("weights_only", True)}
-# Methods of archives, whatever the object is called.
+# Forbidden methods of archives, for any object.
 METHODS = ("extract", "extractall")
-# Arguments that have this value wherever they are given.
+# Arguments that must have this value wherever they are given.
 ARGUMENTS = {"shell": False, "allow_pickle": False}
 
 
 class Finder(ast.NodeVisitor):
-  """Collects in `found` what a module uses of the above."""
+  """Collects the forbidden uses of a module in `found`."""
 
   def __init__(self):
     self.found = []
@@ -114,7 +114,7 @@ def find_forbidden(source):
   return finder.found
 
 
-def test_the_sources_use_nothing_that_executes_what_it_reads():
+def test_the_sources_use_nothing_that_executes_its_input():
   assert len(SOURCES) > 40
   found = {str(path): find_forbidden(path.read_text()) for path in SOURCES}
   assert {path: names for path, names in found.items() if names} == {}
@@ -168,7 +168,7 @@ def test_each_forbidden_use_is_found(source, name):
     "tar.extractfile(member).read(); model.eval(); self.load(x)",
   ],
 )
-def test_what_is_allowed_is_not_found(source):
+def test_allowed_uses_are_not_found(source):
   assert find_forbidden(source) == []
 
 
@@ -185,7 +185,7 @@ class Gadget:
     return self._call
 
 
-GADGETS = {  # each makes the folder or file it is given
+GADGETS = {  # each creates the given folder or file
   "os.mkdir": lambda path: Gadget(os.mkdir, path),
   "os.system": lambda path: Gadget(os.system, f"touch {shlex.quote(path)}"),
   "subprocess.call": lambda path: Gadget(subprocess.call, ["touch", path]),
@@ -196,34 +196,34 @@ GADGETS = {  # each makes the folder or file it is given
 
 @pytest.fixture(params=GADGETS)
 def gadget(request, tmp_path):
-  """A gadget that was seen to work, and the path at which it shows."""
+  """A gadget that has been checked to work, and the path that it creates."""
   sentinel = tmp_path / "executed"
-  made = GADGETS[request.param](str(sentinel))
-  pickle.loads(pickle.dumps([made]))
+  created = GADGETS[request.param](str(sentinel))
+  pickle.loads(pickle.dumps([created]))
   assert sentinel.exists()
   if sentinel.is_dir():
     sentinel.rmdir()
   else:
     sentinel.unlink()
-  return made, sentinel
+  return created, sentinel
 
 
-def test_a_pickle_as_weights(tmp_path, gadget):
-  made, sentinel = gadget
+def test_a_pickle_as_weights_is_not_executed(tmp_path, gadget):
+  created, sentinel = gadget
   path = tmp_path / "weights.safetensors"
-  path.write_bytes(pickle.dumps({"params": made}))
+  path.write_bytes(pickle.dumps({"params": created}))
   with pytest.raises(errors.UserError, match="is damaged or no weights file"):
     weights.load_weights(path)
   assert not sentinel.exists()
 
 
-def test_a_pickle_as_npz_or_in_one(tmp_path, gadget):
-  made, sentinel = gadget
+def test_a_pickle_as_npz_or_in_npz_is_not_executed(tmp_path, gadget):
+  created, sentinel = gadget
   path = tmp_path / "data.npz"
   names = ("train_images", "train_labels", "test_images", "test_labels")
-  np.savez(path, **{name: np.array([made], dtype=object) for name in names})
+  np.savez(path, **{name: np.array([created], dtype=object) for name in names})
   inside = path.read_bytes()
-  for blob in (inside, pickle.dumps(made), pickle.dumps(dict.fromkeys(names, made))):
+  for blob in (inside, pickle.dumps(created), pickle.dumps(dict.fromkeys(names, created))):
     path.write_bytes(blob)
     with pytest.raises(errors.UserError, match="cannot be read"):
       load.load_dataset(name=f"npz:{path}", dir="", image_size=tiny.IMAGE_SIZE)
@@ -231,11 +231,11 @@ def test_a_pickle_as_npz_or_in_one(tmp_path, gadget):
 
 
 @pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
-def test_a_pickle_as_a_batch_of_cifar(tmp_path, gadget, protocol):
-  made, sentinel = gadget
+def test_a_pickle_as_a_batch_of_cifar_is_not_executed(tmp_path, gadget, protocol):
+  created, sentinel = gadget
   folder = tmp_path / "cifar-10-batches-py"
   folder.mkdir()
-  for content in (made, {b"data": made, b"labels": []}, {made: 1}):
+  for content in (created, {b"data": created, b"labels": []}, {created: 1}):
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
       (folder / name).write_bytes(pickle.dumps(content, protocol))
     with pytest.raises(errors.UserError, match="has no place in a CIFAR batch"):
@@ -246,8 +246,8 @@ def test_a_pickle_as_a_batch_of_cifar(tmp_path, gadget, protocol):
 @pytest.mark.parametrize(
   "name", ["_reconstruct.__globals__", "ndarray.__class__", "fromfile", "memmap", "load"]
 )
-def test_the_unpickler_finds_nothing_but_arrays(name):
-  """Protocol 4 can ask for attributes of what is allowed."""
+def test_the_unpickler_accepts_only_arrays(name):
+  """Protocol 4 can request attributes of allowed objects."""
   for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
     parts = (f"\x8c{chr(len(part))}{part}" for part in (module, name))
     blob = f"\x80\x04{''.join(parts)}\x93.".encode("latin-1")
@@ -270,7 +270,7 @@ FEATURES = {  # each makes TFDS import the module
 
 @pytest.mark.parametrize("form", FEATURES)
 def test_a_prepared_directory_imports_nothing(tmp_path, monkeypatch, form):
-  """TFDS looks up classes by name, and imports what it does not know."""
+  """TFDS finds classes by name, and imports modules that it does not know."""
   monkeypatch.setattr(cifar10_archive, "BATCH_SIZE", 2)
   monkeypatch.setattr(cifar10_archive, "TRAIN_BATCHES", 1)
   split = dataset.Split(np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 1], np.int32))
@@ -300,7 +300,7 @@ def list_all(folder):
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "hard link", "device"])
 def test_an_archive_writes_nothing_and_follows_no_link(tmp_path, kind):
-  """Members outside of the folder are passed over; one that is no plain file is missing."""
+  """Members outside the folder are skipped; one that is not a regular file counts as missing."""
   (tmp_path / "inner").mkdir()
   path = tmp_path / "inner" / cifar10_archive.ARCHIVE
   secret = tmp_path / "secret"
@@ -325,7 +325,7 @@ def test_an_archive_writes_nothing_and_follows_no_link(tmp_path, kind):
 
 # ---- Strings of a user
 
-_events = []  # what Python itself reports of new processes
+_events = []  # new processes, as Python itself reports them
 
 
 def _record(event, arguments):
@@ -335,7 +335,7 @@ def _record(event, arguments):
 
 @pytest.fixture(scope="module")
 def audit_hook():
-  """Hooks cannot be removed, so there is one."""
+  """Adds one hook for all tests, because hooks cannot be removed."""
   sys.addaudithook(_record)
 
 
@@ -359,12 +359,12 @@ def uses_shell(event, arguments):
     (lambda: os.system("true"), True),
   ],
 )
-def test_a_shell_would_be_seen(processes, start, shell):
+def test_a_shell_would_be_detected(processes, start, shell):
   start()
   assert {uses_shell(*process) for process in processes} == {shell}
 
 
-def test_a_run_in_a_folder_with_any_name(tmp_path, monkeypatch, processes):
+def test_a_run_in_a_folder_with_any_name_starts_no_shell(tmp_path, monkeypatch, processes):
   monkeypatch.setitem(models.MODELS, "tiny", tiny.TinyNet)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "argv", ["main.py", f"--workdir={NASTY}"])
@@ -387,9 +387,9 @@ def test_the_recorded_command_is_safe_to_paste(monkeypatch):
   assert shlex.split(environment.get_command()) == ["python", *arguments]
 
 
-def test_a_sweep_passes_strings_on_as_they_are(tmp_path, processes):
-  asked = sweep.Sweep(f"configs/{NASTY}.py", {}, [f"--config.name={NASTY}"], tmp_path / NASTY)
-  arguments = sweep.get_command(asked, {"norm": NASTY})[2:]
+def test_a_sweep_passes_strings_on_unchanged(tmp_path, processes):
+  spec = sweep.Sweep(f"configs/{NASTY}.py", {}, [f"--config.name={NASTY}"], tmp_path / NASTY)
+  arguments = sweep.get_command(spec, {"norm": NASTY})[2:]
   program = "import json, sys; json.dump(sys.argv[2:], open(sys.argv[1], 'w'))"
   seen = tmp_path / "seen"
   jobs.run_jobs(
@@ -421,7 +421,7 @@ def test_a_sweep_passes_strings_on_as_they_are(tmp_path, processes):
     "ü" * 9,
   ],
 )
-def test_a_default_folder_is_in_runs_whatever_the_name(name):
+def test_a_default_folder_is_in_runs_for_any_name(name):
   workdir = workdir_lib.default_workdir(tiny.get_config("shapes", name=name).to_dict())
   assert workdir.parts == ("runs", workdir.name)
   assert workdir.name not in ("", ".", "..")

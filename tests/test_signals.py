@@ -1,4 +1,4 @@
-"""The first signal is remembered, the second ends the process."""
+"""The first signal is recorded, the second ends the process."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from flax_cifar import signals
 
 
 @pytest.mark.parametrize("signum", signals.SIGNALS)
-def test_the_first_signal_is_remembered_and_announced(signum, capfd):
+def test_the_first_signal_is_recorded_and_announced(signum, capfd):
   before = [signal.getsignal(each) for each in signals.SIGNALS]
   with signals.InterruptGuard() as guard:
     assert guard.signum is None
@@ -24,7 +24,7 @@ def test_the_first_signal_is_remembered_and_announced(signum, capfd):
 
 
 def test_a_screen_that_nobody_reads_changes_nothing(monkeypatch):
-  """As with `2>&1 | tee log`, which the same Ctrl-C ends."""
+  """The reader may end first: in `2>&1 | tee log` the same Ctrl-C ends `tee`."""
   reading, writing = os.pipe()
   os.close(reading)
   with open(writing, "w") as broken, signals.InterruptGuard() as guard:
@@ -35,7 +35,7 @@ def test_a_screen_that_nobody_reads_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("second", signals.SIGNALS)
 def test_the_second_signal_ends_the_process_at_once(second):
-  """Whatever it is doing: here it is within a `finally`."""
+  """Not even a `finally` clause runs."""
   code = f"""
 import signal, time
 from flax_cifar.signals import InterruptGuard
@@ -48,5 +48,5 @@ with InterruptGuard():
     print("too late", flush=True)
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-  assert done.returncode == -second  # a shell makes 128 + N of it
+  assert done.returncode == -second  # a shell reports 128 + N
   assert done.stdout == "alive\n"

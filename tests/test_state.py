@@ -1,4 +1,4 @@
-"""The train state and its moving average."""
+"""The training state and its moving average."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_state_is_a_function_of_the_seed():
   assert not np.allclose(*kernels)
 
 
-def test_average_is_what_gets_evaluated():
+def test_the_moving_average_is_evaluated():
   assert create().ema == {}
   assert create().eval_variables["params"] is not None
   state = create(ema_decay=0.9)

@@ -1,4 +1,4 @@
-"""The whole run on a tiny network: it learns, repeats, resumes, shards, stops on bad numbers."""
+"""A run of a tiny network learns, repeats, resumes, shards, and stops at non-finite numbers."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from tests import runs, tiny
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
-def test_a_run_learns_and_leaves_everything(tmp_path, data):
+def test_a_run_learns_and_writes_all_files(tmp_path, data):
   result = runs.run(tmp_path / "run", data, **{"total_epochs": 12, "log.pictures": True})
   assert result["test_accuracy"] > 0.9
   assert result["epochs"] == 12
@@ -65,14 +65,14 @@ def saved_params(workdir):
 
 
 def assert_nearly_equal(one, other):
-  """Records or results: floats up to rounding."""
+  """Compares records or results, floats up to rounding."""
   assert one.keys() == other.keys()
   for name, value in one.items():
     assert value == (pytest.approx(other[name], rel=1e-4) if name != "config" else other[name])
 
 
-def test_a_loop_in_one_call_gives_what_single_steps_give(tmp_path, data):
-  """Five steps in calls of three and two."""
+def test_several_steps_per_call_give_the_same_run(tmp_path, data):
+  """The five steps of an epoch in chunks of three and two."""
   for steps_per_call in (1, 3):
     changes = {"steps_per_call": steps_per_call, **runs.AVERAGE_AND_PLATEAU}
     runs.run(tmp_path / str(steps_per_call), data, **changes)
@@ -83,8 +83,8 @@ def test_a_loop_in_one_call_gives_what_single_steps_give(tmp_path, data):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_when_metrics_are_fetched_changes_nothing(tmp_path, data, monkeypatch):
-  """Once an epoch, or as soon as another step has begun."""
+def test_the_time_of_fetching_metrics_changes_nothing(tmp_path, data, monkeypatch):
+  """They are fetched once an epoch, or as soon as another step has begun."""
   fetched = []
   original = metrics.iterate_steps
 
@@ -125,8 +125,8 @@ def test_an_epoch_waits_for_all_steps_but_the_last(monkeypatch):
   assert progress.totals["count"] == sum(reports) == 10
 
 
-def test_the_data_is_no_constant_of_the_compiled_steps(data):
-  """What is captured instead of passed would be copied into every program, and the cache."""
+def test_the_data_is_not_a_constant_of_the_compiled_steps(data):
+  """An array captured by the step would be copied into every program and into the cache."""
   config = tiny.get_config(
     tiny.write_data(data.removeprefix("npz:"), train=2000, size=tiny.IMAGE_SIZE)
   )
@@ -157,7 +157,7 @@ def test_the_step_is_traced_once(tmp_path, data, monkeypatch):
   assert traced == [(16, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)]
 
 
-def test_seeds_trained_at_once_are_the_runs_of_each_seed(tmp_path, data, capsys):
+def test_seeds_trained_together_equal_the_runs_of_each_seed(tmp_path, data, capsys):
   changes = {"seed": 3, **runs.AVERAGE_AND_PLATEAU}
   both = runs.run(tmp_path / "both", data, **changes, num_seeds=2, **{"log.pictures": True})
   shown = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_several_seeds_resume_and_use_several_devices(tmp_path, data, monkeypatc
 
 
 @pytest.mark.parametrize("backend", ["device", "albumentations"])
-def test_four_devices_give_one_devices_curve(tmp_path, data, backend):
+def test_four_devices_give_the_curve_of_one_device(tmp_path, data, backend):
   for devices in (1, 4):
     runs.run(tmp_path / str(devices), data, num_devices=devices, **{"augment.backend": backend})
   for one, four in zip(runs.lines(tmp_path / "1"), runs.lines(tmp_path / "4"), strict=True):
@@ -212,7 +212,7 @@ def test_a_finished_run_is_left_alone(tmp_path, data, capsys):
   assert "is finished" in capsys.readouterr().out
 
 
-def test_more_epochs_go_on_where_a_finished_run_ended(tmp_path, data):
+def test_more_epochs_continue_a_finished_run(tmp_path, data):
   runs.run(tmp_path / "run", data)
   first = runs.lines(tmp_path / "run")
   result = runs.run(tmp_path / "run", data, total_epochs=5)
@@ -238,8 +238,8 @@ def test_fewer_epochs_than_the_run_has_begun_are_refused(tmp_path, data, monkeyp
 BAD_STEP = 7
 
 
-def spoil_step(monkeypatch, what):
-  """Makes the loss or the gradient of BAD_STEP not finite, for every seed."""
+def spoil_step(monkeypatch, quantity):
+  """Makes the loss or the gradient of BAD_STEP non-finite, for every seed."""
   real = metrics.cross_entropy
 
   @jax.custom_vjp
@@ -255,11 +255,11 @@ def spoil_step(monkeypatch, what):
     bad = state.step == BAD_STEP
 
     def cross_entropy(logits, targets):
-      if what == "gradient":
+      if quantity == "gradient":
         return real(spoil_gradient(logits, bad), targets)
       return jnp.where(bad, jnp.nan, real(logits, targets))
 
-    with pytest.MonkeyPatch.context() as patch:  # evaluation uses it too
+    with pytest.MonkeyPatch.context() as patch:  # evaluation uses `cross_entropy` too
       patch.setattr(metrics, "cross_entropy", cross_entropy)
       return real_step(state, batch, **kwargs)
 
@@ -267,7 +267,7 @@ def spoil_step(monkeypatch, what):
 
 
 @pytest.mark.parametrize(
-  ("what", "changes"),
+  ("quantity", "changes"),
   [
     ("loss", {}),
     ("loss", {"steps_per_call": 5}),
@@ -276,16 +276,16 @@ def spoil_step(monkeypatch, what):
   ],
 )
 def test_a_step_that_is_not_finite_stops_the_run_and_can_be_looked_at(
-  tmp_path, data, monkeypatch, what, changes
+  tmp_path, data, monkeypatch, quantity, changes
 ):
-  """What is dumped is the state before that step, as an undisturbed run stopped there has it."""
+  """The dump has the state before that step, which equals that of a run stopped there."""
   changes = {"ema.decay": 0.9, **changes}
   with monkeypatch.context() as patch:
     runs.interrupt_at(patch, BAD_STEP - 1)
     with pytest.raises(signals.Interrupted):
       runs.run(tmp_path / "good", data, **(changes | {"steps_per_call": 1}))
   with monkeypatch.context() as patch:
-    spoil_step(patch, what)
+    spoil_step(patch, quantity)
     with pytest.raises(errors.UserError, match=r"not finite at step 8\..*nonfinite-step-8.npz"):
       runs.run(tmp_path / "run", data, **changes)
   assert runs.checkpoint_steps(tmp_path / "run") == [runs.STEPS_PER_EPOCH]
@@ -296,9 +296,9 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_looked_at(
   assert int(dump["state/step"]) == BAD_STEP
   assert not dump["state/finite"]
   for name in good.keys() - {"finite"}:
-    wanted = good[name][0] if "num_seeds" in changes else good[name]
-    # Not bit for bit: the spoiled step is another program.
-    np.testing.assert_allclose(dump[f"state/{name}"], wanted, rtol=1e-5, atol=1e-7, err_msg=name)
+    expected = good[name][0] if "num_seeds" in changes else good[name]
+    # Not bit for bit, because the spoiled step is another program.
+    np.testing.assert_allclose(dump[f"state/{name}"], expected, rtol=1e-5, atol=1e-7, err_msg=name)
   split = splits.load_splits(protocol="honest", **tiny.get_config(data).data).train
   np.testing.assert_array_equal(dump["label"], split.labels[dump["example"]])
   flipped = np.stack([dump["image"], dump["image"][:, :, ::-1]])
@@ -311,11 +311,11 @@ def test_a_learning_rate_far_too_high_is_reported(tmp_path, data):
     runs.run(tmp_path / "run", data, **changes)
 
 
-def test_published_protocol_says_so(tmp_path, data):
+def test_the_result_has_the_published_protocol(tmp_path, data):
   result = runs.run(tmp_path / "run", data, protocol="published")
   assert result["protocol"] == "published"
   assert result["test_accuracy"] == runs.lines(tmp_path / "run")[-1]["validation_accuracy"]
-  assert runs.lines(tmp_path / "run")[0]["step"] == 6  # all 96 train images, not 80
+  assert runs.lines(tmp_path / "run")[0]["step"] == 6  # all 96 training images, not 80
 
 
 def test_a_trial_does_not_depend_on_the_test_split(tmp_path, data):
@@ -331,7 +331,7 @@ def test_a_trial_does_not_depend_on_the_test_split(tmp_path, data):
     assert not {"test_accuracy", "test_loss"} & set(trial)
   assert trials[0]["best_validation"] == trials[1]["best_validation"]
   honest = [runs.run(tmp_path / f"{n}-honest", d)["test_loss"] for n, d in names.items()]
-  assert honest[0] != honest[1]  # where it is looked at, it shows
+  assert honest[0] != honest[1]  # an honest run does depend on it
 
 
 def test_without_validation_the_run_ends_with_the_test(tmp_path, data):
@@ -341,7 +341,7 @@ def test_without_validation_the_run_ends_with_the_test(tmp_path, data):
 
 
 def test_plateau_cuts_the_learning_rate(tmp_path, data):
-  """No epoch improves by 99 %: with patience 0 every one after the first is bad."""
+  """No epoch improves by 99 %, so with patience 0 each epoch after the first is bad."""
   changes = {
     "schedule.name": "plateau",
     "schedule.plateau.factor": 0.5,
@@ -392,7 +392,7 @@ def test_bad_choices_are_named_before_anything_is_written(tmp_path, data, change
 
 
 def create_step(mixing=None, **changes):
-  """A state and a train step with plain SGD."""
+  """A state and a training step with plain SGD."""
   model, optimizer = tiny.TinyNet(), optax.sgd(0.5)
   plateau = optim.create_plateau(
     enabled=True, factor=0.5, patience=1, threshold=0.1, cooldown=0, final=0.0
@@ -421,7 +421,7 @@ def draw_batch():
 
 
 def log_probabilities(variables, images):
-  """Float64 (N, classes) of the tiny network in training."""
+  """Float64 log-probabilities (N, classes) of the tiny network in training."""
   logits, _ = tiny.TinyNet().apply(
     jax.tree.map(jnp.asarray, variables), jnp.asarray(images), train=True, mutable=["batch_stats"]
   )
@@ -447,12 +447,12 @@ def test_train_step_follows_the_gradient():
     ].mean()
 
   kernel = np.asarray(state.params["head"]["conv"]["kernel"])
-  moved = np.asarray(new.params["head"]["conv"]["kernel"]) - kernel
+  update = np.asarray(new.params["head"]["conv"]["kernel"]) - kernel
   for index in ((0, 0, 0, 0), (0, 0, 3, 2)):
     change = np.zeros_like(kernel)
     change[index] = 1e-2
     slope = (loss(kernel + change) - loss(kernel - change)) / 2e-2
-    assert moved[index] == pytest.approx(-0.5 * 0.25 * slope, rel=1e-3, abs=1e-6)
+    assert update[index] == pytest.approx(-0.5 * 0.25 * slope, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -477,7 +477,7 @@ def test_loss_under_mixing_is_that_of_the_mixed_targets(smoothing):
   assert float(totals["correct"]) == (log_p.argmax(-1) == batch["label"]).sum()
   step(state.replace(step=state.step + 1), batch)
   data = {jax.random.key_data(key).tobytes() for key in (*keys, state.key)}
-  step_key = jax.random.fold_in(state.key, state.step)  # dropout's
+  step_key = jax.random.fold_in(state.key, state.step)  # the key of dropout
   assert len(data | {jax.random.key_data(step_key).tobytes()}) == 4
 
 
@@ -513,7 +513,7 @@ def test_a_network_that_does_not_fit_is_one_line_with_the_keys(tmp_path, data, c
   assert not (tmp_path / "run").exists()
 
 
-def test_a_hidden_copy_to_the_device_is_an_error():
+def test_an_implicit_copy_to_the_device_is_an_error():
   progress = state_lib.Progress(0, np.ones(3, np.float32), metrics.create_totals(1), [])
   steps_fn = jax.jit(lambda state, inputs, length: (state, {}), static_argnums=2)
   with pytest.raises(Exception, match="Disallowed host-to-device transfer"):

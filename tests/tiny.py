@@ -14,7 +14,7 @@ IMAGE_SIZE, CLASSES = 8, 3
 
 
 class TinyNet(nn.Module):
-  """One unit and the head; takes what every network takes."""
+  """One unit and the head; it has the attributes of every network."""
 
   num_classes: int = CLASSES
   norm: Any = partial(norms.BatchNorm, momentum=0.9, epsilon=1e-5)

@@ -20,7 +20,7 @@ class Row:
   replay: str | None  # name of the config that replays it
   ours: str  # name of the config with our recipe
   target: float | None  # test accuracy in percent that ours shall reach; None: to beat the source
-  target_epochs: int | None = None  # in how many epochs at most
+  target_epochs: int | None = None  # in at most so many epochs
 
 
 _A = Row(

@@ -50,7 +50,7 @@ no deviation.
   as the source did, beside the last epoch. Where the source's learning rate follows the test loss
   (A and E1 to E4), that of the replay does too. No claim of ours rests on it. C0 to C2 and E4 state
   only parts of their recipe: there the replay is our reading of it, as their configs say.
-- **Ours** is our recipe. Validation images come from train. The test split is read once, after the
+- **Ours** is our recipe. Validation images are held out of training. Test is read once, after the
   last epoch, with the moving average of the weights and without test-time augmentation. **Full**
   is the same recipe on all of train, as the sources trained, with nothing held out to choose by.
   That of E1 to E3 was tuned once more, on validation, after a test score fell short:

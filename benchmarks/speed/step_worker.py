@@ -56,7 +56,7 @@ def get_library(mode: str) -> str:
 
 def get_peak_memory() -> float:
   """The most resident memory of this process, in MiB."""
-  units = 2**20 if sys.platform == "darwin" else 2**10  # that a MiB has
+  units = 2**20 if sys.platform == "darwin" else 2**10
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
@@ -82,7 +82,7 @@ def create_ours(
 
 
 def create_xla(network: str, batch_size: int) -> Step:
-  """As ours where oneDNN is not installed."""
+  """Our step without oneDNN."""
   return create_ours(network, batch_size, kernels="xla")
 
 

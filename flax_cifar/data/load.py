@@ -11,8 +11,7 @@ from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.data.augment import arguments
 from flax_cifar.data.sources import folder, npz, shapes
 
-_WITH_PATH = ("npz", "folder")
-_Loaded = tuple[dataset_lib.Split, dataset_lib.Split, tuple[str, ...]]  # train, test, class names
+Loaded = tuple[dataset_lib.Split, dataset_lib.Split, tuple[str, ...]]  # train, test, class names
 
 
 def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset:
@@ -36,7 +35,7 @@ def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset
   errors.require(1 <= image_size <= arguments.MAX_PIXELS, "data.image_size", image_size, expected)
   kind, _, path = name.partition(":")
   loader = errors.choose(
-    "data.name", f"{kind}:PATH" if path and kind in _WITH_PATH else name, _LOADERS
+    "data.name", f"{kind}:PATH" if path and f"{kind}:PATH" in LOADERS else name, LOADERS
   )
   found = errors.get_path("data.name", path)
   try:
@@ -88,7 +87,7 @@ def _check_size(split: dataset_lib.Split, image_size: int, *, where: str) -> Non
   )
 
 
-def _load_cifar10(*, path: Path, dir: str, image_size: int) -> _Loaded:
+def _load_cifar10(*, path: Path, dir: str, image_size: int) -> Loaded:
   del path
   # Imported here, because tensorflow_datasets takes most of a second to import.
   from flax_cifar.data.sources import cifar10, cifar10_archive
@@ -102,7 +101,7 @@ def _load_cifar10(*, path: Path, dir: str, image_size: int) -> _Loaded:
   return cifar10.load_cifar10(dir=dir)
 
 
-def _load_shapes(*, path: Path, dir: str, image_size: int) -> _Loaded:
+def _load_shapes(*, path: Path, dir: str, image_size: int) -> Loaded:
   del path, dir
   expected = f"at most {shapes.MAX_SIZE} for shapes"
   errors.require(image_size <= shapes.MAX_SIZE, "data.image_size", image_size, expected)
@@ -116,7 +115,7 @@ def _load_shapes(*, path: Path, dir: str, image_size: int) -> _Loaded:
   )
 
 
-def _load_npz(*, path: Path, dir: str, image_size: int) -> _Loaded:
+def _load_npz(*, path: Path, dir: str, image_size: int) -> Loaded:
   del dir, image_size
   (train_x, train_y, test_x, test_y), names = npz.read_npz(path)
   train, test = (
@@ -126,7 +125,7 @@ def _load_npz(*, path: Path, dir: str, image_size: int) -> _Loaded:
   return train, test, names or npz.number_classes(path, (train.labels, test.labels))
 
 
-def _load_folder(*, path: Path, dir: str, image_size: int) -> _Loaded:
+def _load_folder(*, path: Path, dir: str, image_size: int) -> Loaded:
   del dir
   if not path.is_dir():
     raise errors.UserError(f"folder:{path} is not a directory.")
@@ -136,7 +135,7 @@ def _load_folder(*, path: Path, dir: str, image_size: int) -> _Loaded:
   return train, folder.read_images(test_files, class_names, image_size), class_names
 
 
-_LOADERS: dict[str, Callable[..., _Loaded]] = {
+LOADERS: dict[str, Callable[..., Loaded]] = {
   "cifar10": _load_cifar10,
   "shapes": _load_shapes,
   "npz:PATH": _load_npz,

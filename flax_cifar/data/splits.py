@@ -10,9 +10,9 @@ from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.data import load
 
 PROTOCOLS = {
-  "honest": "validation images come from train; the test split is read once, at the end",
-  "published": "trains on all of train and validates on the test split, as the source did",
-  "trial": "validation images come from train; the test split is not looked at",
+  "honest": "validation images are held out of training; test is read once, at the end",
+  "published": "trains on all training images and validates on the test split, as the source did",
+  "trial": "validation images are held out of training; the test split is never read",
 }
 
 

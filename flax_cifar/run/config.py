@@ -41,7 +41,7 @@ def without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def check_values(config: ConfigDict) -> None:
-  """A UserError for a value that no key may have; the modules that use a key check its range."""
+  """Raises a UserError for a value that no key may have; each module checks its keys' ranges."""
   for key, value in flatten(config.to_dict()).items():
     errors.require(value is not None, key, value, "set; configs/common.py has its default")
     errors.require(not isinstance(value, float) or math.isfinite(value), key, value, "finite")
@@ -50,7 +50,7 @@ def check_values(config: ConfigDict) -> None:
 
 
 def check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
-  """A UserError for a number out of range that no other module checks."""
+  """Raises a UserError for a number out of range that no other module checks."""
   smoothing = config.loss.label_smoothing
   errors.require(config.total_epochs > 0, "total_epochs", config.total_epochs, "1 or more")
   errors.require(config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "1 or more")
@@ -65,9 +65,9 @@ def check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
 
 
 def check_epochs(total_epochs: int, step: int, steps_per_epoch: int) -> None:
-  """A UserError unless `total_epochs` contain the `step` that the run has come to."""
+  """Raises a UserError unless `total_epochs` include `step`, which the run has reached."""
   least = math.ceil(step / steps_per_epoch)
-  expected = f"{least} or more, as the run has come to step {step:,}"
+  expected = f"{least} or more, as the run has reached step {step:,}"
   errors.require(total_epochs >= least, "total_epochs", total_epochs, expected)
 
 

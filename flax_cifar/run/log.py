@@ -23,12 +23,12 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from flax_cifar import files, metrics
 
-LINE_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
+LINE_SECONDS = 60  # between two progress lines where no terminal shows a bar
 Report = Callable[[metrics.Totals, int], None]  # the epoch's totals, and how many steps are new
 
 
 class Screen(Console):
-  """Goes on in silence when nobody reads any more (`| head`), where rich would end the process."""
+  """A console that falls silent once its output is closed (`| head`); rich would exit."""
 
   def on_broken_pipe(self) -> None:
     with open(os.devnull, "w") as nowhere:
@@ -39,7 +39,7 @@ class RunLog:
   """Appends one record per epoch to metrics.jsonl and shows it.
 
   Opening it rewrites the file with `records`, those of the checkpoint that the run goes on from.
-  Later records will be made again, and a file that was damaged meanwhile does no harm.
+  So records after that checkpoint are dropped, and damage to the file does no harm.
   """
 
   def __init__(
@@ -68,7 +68,7 @@ class RunLog:
       self.print(f"{name.ljust(width)}  {value}")
 
   def print_resumed(self, step: int, steps_per_epoch: int) -> None:
-    """Says where a run goes on; nothing at its beginning."""
+    """Prints where a run resumes; nothing for a new run."""
     if step:
       self.print(f"resumed at step {step:,}, epoch {step / steps_per_epoch:.2f}")
 

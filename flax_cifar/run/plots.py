@@ -1,7 +1,7 @@
-"""The pictures a run leaves in its workdir, as the published systems show them.
+"""Plots of a run: images with titles, loss and accuracy curves, the learning rate.
 
-matplotlib is imported when the first one is drawn: it takes half a second, for which the first
-step would wait.
+matplotlib is imported when the first one is drawn: it takes half a second, which would delay the
+first step.
 """
 
 import pathlib
@@ -97,13 +97,13 @@ def create_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: pathlib.Path) -> None:
-  """Writes a PNG whole or leaves what was there."""
+  """Writes a PNG, whole or not at all."""
   with files.replace(path) as part:
     figure.savefig(part, dpi=DPI, format="png")
 
 
 def finish_axis(axis: "Axes", label: str) -> None:
-  """Labels an axis over epochs, with a legend if it has something to name."""
+  """Labels an axis over epochs, with a legend if any curve has a label."""
   from matplotlib.ticker import MaxNLocator
 
   axis.set_xlabel("epoch")

@@ -1,4 +1,4 @@
-"""The start-up banner, the end of a run, result.json and the closing summary."""
+"""The start-up banner, result.json and the closing summary."""
 
 import datetime
 import json
@@ -180,6 +180,6 @@ def format_score(result: Mapping[str, Any], metric: str, spec: str) -> str:
 
 
 def format_finished(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
-  """The line that says that there is nothing to do."""
+  """The line for a run that is finished already."""
   accuracy = format_score(result, "accuracy", ".2%")
   return f"{workdir} is finished: {get_final_split_name(result)} accuracy {accuracy}"

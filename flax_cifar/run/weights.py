@@ -102,7 +102,7 @@ def load_weights(path: pathlib.Path) -> Weights:
     tensors = safetensors.numpy.load(blob)
     length = int.from_bytes(blob[:8], "little")  # of the header, which is JSON
     metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
-  except Exception as error:  # whatever damaged bytes lead to
+  except Exception as error:  # damaged bytes may raise anything
     raise _damaged(path, error) from error
   if KEY not in metadata:
     raise errors.UserError(

@@ -18,8 +18,8 @@ from flax_cifar.run import config as config_lib
 from flax_cifar.run import tables
 
 LOCK = "lock"
-FIRST_FILES = (LOCK, "config.part")  # all there is where a run was killed as it began
-MIN_FREE_BYTES = 100 * 2**20  # checkpoints of the largest network stay under a tenth of this
+FIRST_FILES = (LOCK, "config.part")  # the only files of a run that was killed right after its start
+MIN_FREE_BYTES = 100 * 2**20  # over ten times the checkpoints of the largest network
 
 
 def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:

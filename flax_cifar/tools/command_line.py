@@ -80,15 +80,15 @@ def parse_flags(config: flags.FlagHolder, argv: list[str]) -> list[str]:
       raise ValueError(f"{rest[1]!r} is not a flag; write --config=FILE and --config.KEY=VALUE.")
     if config.value is None:
       raise ValueError("--config is missing; try --config=configs/quickstart.py")
-    config.value.lock()  # a file that could not be loaded says so only when it is used
+    config.value.lock()  # ml_collections reports a file that fails to load when it is read
     check_overrides(config_flags.get_override_values(flags.FLAGS[config.name]))
-  except Exception as error:  # whatever a config file or an override leads to
+  except Exception as error:  # a config file or an override may raise anything
     leave(f"error: {explain(error)}", 2)
   return rest
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-  """Refuses a whole section, whose other keys it would take away."""
+  """Refuses an override of a whole section, which would delete its other keys."""
   for key, value in overrides.items():
     if isinstance(value, ConfigDict):
       raise ValueError(f"config.{key} is a section; set its keys, --config.{key}.KEY=VALUE.")

@@ -4,7 +4,7 @@
 
 The file names its data set, protocol and normalisation, so the images are those of the run. The
 test split is to be read once, when all has been chosen: the run itself has done so, and this
-program reads it only when --split=test asks for it, or where the run held no images out.
+program reads it only for --split=test, or where the run held no images out.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def _load_splits(weights: "weights_lib.Weights", options: Options) -> "splits_li
   data |= {"name": options.data or data["name"], "dir": options.data_dir or data["dir"]}
   protocol = weights.config["protocol"]
   if options.split == "test":
-    # A small data set need not spare as many as the run's; a trial would have to spare some.
+    # The run's validation size may exceed a small data set.
     protocol, data["validation_size"] = "honest", 0
   splits = splits_lib.load_splits(protocol=protocol, **data)
   differences = errors.list_differences(
@@ -147,7 +147,7 @@ def _load_splits(weights: "weights_lib.Weights", options: Options) -> "splits_li
 
 
 def _create_mesh(config: Mapping[str, Any]) -> "Mesh":
-  """The devices of the run where there are as many here, so that it computes the same; else one."""
+  """The run's number of devices if this machine has as many, for equal results; otherwise one."""
   import jax
 
   from flax_cifar import parallel

@@ -71,7 +71,7 @@ class _Pool:
 
   Each process has a group of its own. A signal of a terminal or a scheduler to this process's group
   thus reaches it once, from here, and the pool waits for it: a second signal would end it unsaved.
-  A signal that comes too late for a job becomes its status, so that the next job does not start.
+  A job that ends before a signal reaches it gets the signal as its status, so no other job starts.
   """
 
   def __init__(self, shares: Sequence[Cores]):

@@ -152,7 +152,7 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _check_value(key: str, value: str) -> None:
-  """Now rather than hours later, when its turn has come."""
+  """Raises a UserError for a value that its run, perhaps hours later, would refuse."""
   if not value:
     raise errors.UserError(f"--over={key} lacks a value; write --over={key}=VALUE,VALUE.")
   defaults = common.get_config()
@@ -171,7 +171,7 @@ def _check_value(key: str, value: str) -> None:
 
 
 def _to_number(text: str) -> float:
-  """nan where it is none."""
+  """The number that `text` holds; nan if it holds none."""
   try:
     return float(text)
   except ValueError:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their arguments, and the command in their records."""
+"""The arguments that the benchmarks share, and the command in their records."""
 
 import argparse
 
@@ -26,6 +26,6 @@ def test_a_config_file_may_have_a_variant():
   ("text", "message"),
   [("configs/nope.py", "configs/nope.py"), ("configs/s9.py:foo", "'foo' is unknown")],
 )
-def test_a_config_that_is_not_there_is_named(text, message):
+def test_a_missing_config_is_named(text, message):
   with pytest.raises(argparse.ArgumentTypeError, match=message):
     common.config_file(text)

@@ -1,4 +1,4 @@
-"""Every config file: it loads, names what exists, and takes its variants."""
+"""Every config file loads, names existing components and accepts its variants."""
 
 import importlib
 import pathlib
@@ -12,7 +12,7 @@ from flax_cifar.models import norms
 from flax_cifar.run import config as config_lib
 
 FOLDER = pathlib.Path(common.__file__).parent
-SHARED = ("__init__", "common", "recipes", "variants")  # modules that are no config
+SHARED = ("__init__", "common", "recipes", "variants")  # modules that are not configs
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 
 
@@ -37,7 +37,7 @@ def test_header_gives_its_command(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_misspelt_keys_are_named(name):
+def test_misspelled_keys_are_named(name):
   config = load(name)
   with pytest.raises(AttributeError, match="batchsize"):
     config.batchsize = 3
@@ -62,7 +62,7 @@ def test_variants_combine_and_show_in_the_name():
   assert config.name == "s9-published-norm-group-seed-3-epochs-7"
 
 
-def test_the_recipe_sees_the_norm_and_what_follows_the_colon_wins_over_it():
+def test_the_recipe_sees_the_norm_and_other_variants_override_the_recipe():
   def recipe(config):
     config.optimizer.learning_rate = 0.5 if config.model.norm == "group" else 0.25
     config.total_epochs = 9
@@ -73,7 +73,7 @@ def test_the_recipe_sees_the_norm_and_what_follows_the_colon_wins_over_it():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_replays_peek_and_ours_is_within_the_epochs_of_the_source(name):
+def test_only_replays_are_published_protocol_and_ours_takes_no_more_epochs(name):
   ours = load(name)
   assert ours.protocol == "honest"
   assert ours.data.validation_size > 0
@@ -87,7 +87,7 @@ def test_only_replays_peek_and_ours_is_within_the_epochs_of_the_source(name):
   assert ours.norm == replay.norm
 
 
-# What the sources state, or imply by calling torchvision: `config file:variant` -> keys, values.
+# The values that the sources state, or imply by calling torchvision, for each `file:variant`.
 RECIPES = {
   "s9:published": {
     "batch_size": 128,
@@ -205,13 +205,13 @@ def test_unknown_variants_list_the_choices(arg):
     load("s9", arg)
 
 
-def test_full_holds_nothing_out():
+def test_full_holds_out_no_validation_images():
   config = load("skip", "full,norm=group")
   assert (config.protocol, config.data.validation_size) == ("honest", 0)
   assert config.name == "skip-full-norm-group"
 
 
-def test_a_trial_may_be_of_any_recipe():
+def test_any_recipe_may_be_a_trial():
   assert load("skip", "trial").protocol == "trial"
   config = load("skip", "published,trial,lr=0.5")
   assert (config.protocol, config.schedule.name) == ("trial", "plateau")

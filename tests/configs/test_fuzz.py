@@ -1,4 +1,4 @@
-"""Hostile configs and command lines: one error that quotes what was wrong, or a run that starts."""
+"""A hostile config or command line gives an error that quotes the mistake, or a run that starts."""
 
 import io
 import math
@@ -62,7 +62,7 @@ SMALL_HOLE = {"augment.coarse_dropout.height": 4, "augment.coarse_dropout.width"
 
 
 def activate(key):
-  """What makes the run use `key`, an argument of something that is chosen by name."""
+  """Changes that make the run use `key`, if it belongs to an option that is chosen by name."""
   section, _, rest = key.partition(".")
   name = rest.partition(".")[0]
   if section == "norm":
@@ -76,7 +76,7 @@ def activate(key):
 
 @st.composite
 def changes(draw):
-  """One to three keys with hostile values, and what makes the run use them."""
+  """One to three keys with hostile values, and all changes needed for the run to use them."""
   keys = draw(st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=3, unique=True))
   bad = {key: draw(hostile(key)) for key in keys}
   used = {"augment.backend": draw(st.sampled_from(sorted(feeds.BACKENDS)))}
@@ -86,12 +86,12 @@ def changes(draw):
 
 
 class Reached(Exception):
-  """The run would start."""
+  """Raised where the run would start."""
 
 
 @pytest.fixture(scope="module")
 def prepared_run(tmp_path_factory):
-  """A folder with data, where runs stop before they write; no network."""
+  """A tiny data set and a run folder; runs stop before they write, and do not use the network."""
   folder = tmp_path_factory.mktemp("fuzz")
 
   def stop():
@@ -121,7 +121,7 @@ def test_a_hostile_config_is_refused_or_starts(prepared_run, changed):
     assert any(key in text or repr(value).strip("'") in text for key, value in bad.items()), text
 
 
-NEVER = {
+INVALID = {
   "optimizer.learning_rate": (math.nan, math.inf, 0.0, -1.0, 1e300),
   "optimizer.weight_decay": (math.nan, math.inf, -1.0),
   "optimizer.sgd.momentum": (math.nan, -0.1, 1.0, 1 - 1e-16),
@@ -170,17 +170,17 @@ NEVER = {
 }
 
 
-@pytest.mark.parametrize("key", NEVER)
-def test_what_no_run_could_use_is_refused(prepared_run, key):
-  """Also what would fail later in training only, or start a run that learns nothing."""
+@pytest.mark.parametrize("key", INVALID)
+def test_invalid_values_are_refused(prepared_run, key):
+  """Some would fail only later in training, or start a run that learns nothing."""
   data, workdir = prepared_run
-  for value in NEVER[key]:
+  for value in INVALID[key]:
     with pytest.raises(errors.UserError) as caught:
       train.train_and_evaluate(tiny.get_config(data, **(activate(key) | {key: value})), workdir)
     assert key in str(caught.value)
 
 
-def test_workers_have_a_bound(prepared_run):
+def test_the_number_of_workers_is_bounded(prepared_run):
   data, workdir = prepared_run
   changed = {"augment.backend": "albumentations", "augment.workers": 10**5}
   with pytest.raises(errors.UserError, match=r"augment\.workers=100000"):
@@ -189,7 +189,7 @@ def test_workers_have_a_bound(prepared_run):
 
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("size", [1, 2, 6, 21])
-def test_images_that_a_network_uses_up_are_refused(name, size):
+def test_images_too_small_for_a_network_are_refused(name, size):
   config = common.get_config()
   config.model.name = name
   model = config_lib.create_model(config, num_classes=3)
@@ -207,7 +207,7 @@ def test_images_that_a_network_uses_up_are_refused(name, size):
 
 
 def parse(monkeypatch, *arguments):
-  """The config, or None where one line stands for it."""
+  """The config, or None if a one-line error was printed."""
   argv, values = ["main.py", *arguments], flags.FlagValues()
   holder = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
   screen = io.TextIOWrapper(io.BytesIO(), errors="backslashreplace")  # as Python opens stderr
@@ -284,7 +284,7 @@ anything = st.text(st.characters(), max_size=20)
 @example(variant="seed=" + "9" * 5000, overrides=[])
 @example(variant="", overrides=[("optimizer", "{'name': 'sgd'}")])
 @example(variant="", overrides=[("optimizer", "{}"), ("optimizer.name", "sgd")])
-def test_a_hostile_command_line_is_one_line_or_a_whole_config(monkeypatch, variant, overrides):
+def test_a_hostile_command_line_gives_one_line_or_a_whole_config(monkeypatch, variant, overrides):
   arguments = [f"--config.{key}={value}" for key, value in overrides]
   config = parse(monkeypatch, f"--config=configs/quickstart.py:{variant}", *arguments)
   if config is not None:
@@ -303,5 +303,5 @@ def test_a_hostile_command_line_is_one_line_or_a_whole_config(monkeypatch, varia
 @example(arguments=["--config=\0"])
 @example(arguments=["--config=tests/tiny.py"])
 @example(arguments=["--config=configs/quickstart.py", "--config.model.name.x=3"])
-def test_hostile_arguments_are_one_line(monkeypatch, arguments):
+def test_hostile_arguments_give_a_one_line_error(monkeypatch, arguments):
   assert parse(monkeypatch, *arguments) is None

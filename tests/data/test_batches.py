@@ -9,14 +9,14 @@ from flax_cifar.data import dataset
 
 
 def split(count=10):
-  """Image i holds the value i everywhere, and so does its label."""
+  """Every pixel of image i, and its label, are i."""
   values = np.arange(count)
   images = np.broadcast_to(values[:, None, None, None], (count, 4, 4, 3)).astype(np.uint8)
   return dataset.Split(images, values.astype(np.int32))
 
 
 class AddNoise:
-  """An augmentation that shows its stream."""
+  """An augmentation whose noise depends on its stream only."""
 
   def __call__(self, image, stream):
     return image + np.random.default_rng(stream).integers(100, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What the train steps are fed with: order, batches and calls, on the host and on the device."""
+"""The feeds of the training steps: order, batches and chunks, on the host and on the device."""
 
 import itertools
 import subprocess
@@ -22,7 +22,7 @@ FLIP = device.create_device_augment(
 
 
 def make_split():
-  """Noise, but the label is the example's number."""
+  """The images are noise; the label is the number of the example."""
   images = np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4, 3), np.uint8)
   return dataset.Split(images, np.arange(COUNT, dtype=np.int32))
 
@@ -39,7 +39,7 @@ def create(*, seed=0, num_seeds=1, augment=None, steps_per_call=1, devices=1):
 
 
 def create_feed_of(steps, *, steps_per_call):
-  """Steps of one example."""
+  """A feed of `steps` batches of one example."""
   return device_feed.DeviceFeed(
     dataset.Split(np.zeros((steps, 1, 1, 3), np.uint8), np.zeros(steps, np.int32)),
     batch_size=1,
@@ -65,7 +65,7 @@ def test_an_epoch_shows_no_example_twice():
     assert order.max() < COUNT
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_only_on_seed_and_epoch():
   orders = [order.tobytes() for seed in (0, 1) for order in get_orders(create(seed=seed))]
   assert len(set(orders)) == 6
   assert orders[3:] == [order.tobytes() for order in get_orders(create(seed=1, devices=4))]
@@ -75,7 +75,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_every_position_gets_every_example():
-  """Uniform: 400 epochs of 22 examples; chi-square (21) stays below 60 at 1e-5."""
+  """The order is uniform: for 400 epochs of 22 examples chi-square(21) is below 60 at 1e-5."""
   draw = jax.jit(
     jax.vmap(
       lambda epoch: device_feed.draw_order(
@@ -108,7 +108,7 @@ def test_chunks_cover_the_steps(steps_per_call, steps, lengths):
 
 
 def test_saves_within_epochs_need_few_programs():
-  """Each length of a call is one: here of 390 steps, saved every 100, or stopped anywhere."""
+  """Each chunk length needs a program: here 390 steps, saved every 100, or stopped anywhere."""
   steps = 390
   feed = create_feed_of(steps, steps_per_call=sys.maxsize)
   cuts = sorted({*range(0, 10 * steps, 100), *range(0, 10 * steps, steps), 123, 1711})
@@ -125,13 +125,13 @@ def test_saves_within_epochs_need_few_programs():
 
 @pytest.mark.parametrize(("platform", "whole"), [("cpu", False), ("gpu", True), ("tpu", True)])
 def test_an_epoch_is_one_call_except_on_a_cpu(platform, whole):
-  asked = device_feed.choose_steps_per_call(platform)
-  assert create(steps_per_call=asked).steps_per_call == (5 if whole else 1)
+  steps = device_feed.choose_steps_per_call(platform)
+  assert create(steps_per_call=steps).steps_per_call == (5 if whole else 1)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_batches_follow_the_order_and_keep_their_labels(devices):
-  """The augmentation is that of the example's number, whatever the batch."""
+  """The augmentation depends on the number of the example, not on the batch."""
   feed, split, key = create(augment=FLIP, devices=devices), make_split(), jax.random.key(9)
   get_batch = jax.jit(feed.get_batch)
   for step in (0, 3, 9):
@@ -139,12 +139,12 @@ def test_batches_follow_the_order_and_keep_their_labels(devices):
     _, inputs = next(feed.chunks(range(step, step + 1)))
     batch = get_batch(key, step, inputs)
     index = get_orders(feed)[epoch][position]
-    everything = np.asarray(FLIP(split.images, key, jnp.int32(epoch), jnp.arange(COUNT)))
+    all_augmented = np.asarray(FLIP(split.images, key, jnp.int32(epoch), jnp.arange(COUNT)))
     np.testing.assert_array_equal(batch["label"], index)
-    np.testing.assert_array_equal(batch["image"], everything[index])
+    np.testing.assert_array_equal(batch["image"], all_augmented[index])
     shards = {shard.data.shape[0] for shard in batch["image"].addressable_shards}
     assert shards == {BATCH // devices}
-  assert (everything != split.images).any()
+  assert (all_augmented != split.images).any()
 
 
 def test_each_seed_has_its_own_order():
@@ -155,8 +155,8 @@ def test_each_seed_has_its_own_order():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_any_batch_can_be_looked_up(number):
-  """Also that of one among several seeds."""
+def test_batch_at_returns_any_batch(number):
+  """It does so for one of several seeds, too."""
   split = make_split()
   one, both = create(seed=number, augment=FLIP), create(augment=FLIP, num_seeds=2)
   for step in range(2 * one.steps_per_epoch):
@@ -168,7 +168,7 @@ def test_any_batch_can_be_looked_up(number):
     np.testing.assert_array_equal(found["label"], split.labels[found["example"]])
 
 
-def test_the_host_feed_goes_on_where_it_was():
+def test_the_host_feed_continues_at_any_step():
   batches = batches_lib.TrainBatches(
     make_split(), batch_size=BATCH, total_epochs=2, seed=0, augment=None
   )
@@ -185,7 +185,7 @@ def test_the_host_feed_goes_on_where_it_was():
 
 
 class AddNoise:
-  """Draws from a state that each call sets anew, as Albumentations does, but takes its time."""
+  """Seeds its state in each call, as Albumentations does, but is slow."""
 
   def __call__(self, image, stream):
     self.generator = np.random.default_rng(stream)
@@ -193,7 +193,7 @@ class AddNoise:
     return image ^ self.generator.integers(256, size=image.shape, dtype=np.uint8)
 
 
-def test_the_host_feed_looks_up_while_grain_works(monkeypatch):
+def test_batch_at_of_the_host_feed_works_while_grain_loads(monkeypatch):
   monkeypatch.setattr(host, "create_host_augment", lambda **arguments: AddNoise())
   order = {"batch_size": BATCH, "total_epochs": 3, "seed": 0}
   feed = feeds.create_feed(
@@ -215,7 +215,7 @@ def test_the_host_feed_looks_up_while_grain_works(monkeypatch):
   feed.close()
 
 
-def test_more_than_there_is_in_a_batch_is_an_error():
+def test_a_batch_larger_than_the_data_is_an_error():
   with pytest.raises(errors.UserError, match=r"batch_size=23 .* at most the 22 training images"):
     device_feed.DeviceFeed(
       make_split(),
@@ -227,7 +227,7 @@ def test_more_than_there_is_in_a_batch_is_an_error():
     )
 
 
-def test_a_run_on_the_device_starts_without_the_hosts_libraries():
+def test_training_does_not_import_the_libraries_of_the_host_feed():
   """Their import takes most of a second."""
   code = "import sys, flax_cifar.train; print([m for m in sys.argv[1:] if m in sys.modules])"
   command = [sys.executable, "-c", code, "albumentations", "cv2", "grain"]

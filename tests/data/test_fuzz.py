@@ -1,4 +1,4 @@
-"""Damaged and hostile data: every loader gives a valid data set or one error that says why."""
+"""Every loader turns damaged or hostile data into a valid data set or one clear error."""
 
 import builtins
 import gzip
@@ -31,7 +31,7 @@ def one_line(error, culprit=""):
 
 
 def load_or_refuse(name, size=SIZE):
-  """Loads; what is loaded is valid, what is refused is one line that quotes the data set."""
+  """Checks that the data set is valid and returns None, or returns the one-line error."""
   try:
     data = load.load_dataset(name=name, dir="", image_size=size)
   except errors.UserError as error:
@@ -82,7 +82,7 @@ def test_damaged_npz(tmp_path_factory, blob):
 
 
 def damage_member(rng):
-  """A sound zip with a damaged array, or with something else than an array."""
+  """A valid zip file in which one array is damaged or is not an array."""
   file, wanted = io.BytesIO(), rng.choice([f"{key}.npy" for key in ARRAYS])
   with zipfile.ZipFile(io.BytesIO(PLAIN)) as old, zipfile.ZipFile(file, "w") as new:
     for name in old.namelist():
@@ -150,13 +150,13 @@ def test_npz_of_odd_arrays(tmp_path_factory, odd):
 
 
 @pytest.mark.parametrize("name", ["\udcff", "a\n", "\x1b[0m"])
-def test_class_names_that_no_picture_could_show(tmp_path, name):
+def test_unprintable_class_names_are_refused(tmp_path, name):
   path = tmp_path / "a.npz"
   path.write_bytes(save(ARRAYS | {"class_names": np.array(["a", "b", name])}))
   assert repr(name) in load_or_refuse(f"npz:{path}")
 
 
-def test_npz_that_would_not_fit_is_refused_unread(tmp_path, monkeypatch):
+def test_npz_that_exceeds_the_memory_is_refused_unread(tmp_path, monkeypatch):
   path = tmp_path / "a.npz"
   path.write_bytes(PLAIN)
   monkeypatch.setattr(os, "sysconf", lambda name: 10)
@@ -186,7 +186,7 @@ def encode(format, **options):
   return file.getvalue()
 
 
-PICTURES = {
+IMAGES = {
   suffix: encode(*format)
   for suffix, format in {
     "png": ("PNG",),
@@ -202,17 +202,17 @@ def write_folder(path):
   for name in ("a", "b"):
     (path / name).mkdir(parents=True, exist_ok=True)
     for number in range(2):
-      (path / name / f"{number}.png").write_bytes(PICTURES["png"])
+      (path / name / f"{number}.png").write_bytes(IMAGES["png"])
   return path
 
 
 @fuzz.fuzz(120)
-@given(suffix=st.sampled_from(sorted(PICTURES)), other=st.sampled_from(sorted(PICTURES)), rng=seeds)
-def test_damaged_pictures(tmp_path_factory, suffix, other, rng):
-  """Also those of another format than their name says."""
-  folder = write_folder(tmp_path_factory.getbasetemp() / "pictures")
+@given(suffix=st.sampled_from(sorted(IMAGES)), other=st.sampled_from(sorted(IMAGES)), rng=seeds)
+def test_damaged_images(tmp_path_factory, suffix, other, rng):
+  """Includes images whose format differs from their suffix."""
+  folder = write_folder(tmp_path_factory.getbasetemp() / "images")
   path = folder / "a" / f"x.{suffix}"
-  path.write_bytes(fuzz.damage(PICTURES[other], rng))
+  path.write_bytes(fuzz.damage(IMAGES[other], rng))
   message = load_or_refuse(f"folder:{folder}")
   path.unlink()
   assert message is None or path.name in message
@@ -235,7 +235,7 @@ ODD_FILES = {
 
 
 def write_bomb():
-  """A picture of four gigapixels in a hundred bytes."""
+  """An image of four gigapixels in a hundred bytes."""
   head = b"BM" + (100).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
   info = (
     (40).to_bytes(4, "little") + (1 << 16).to_bytes(4, "little") * 2 + b"\1\0\x18\0" + bytes(24)
@@ -244,21 +244,21 @@ def write_bomb():
 
 
 @pytest.mark.parametrize("kind", ODD_FILES)
-def test_what_is_no_picture_is_named(tmp_path, kind):
+def test_a_file_that_is_not_an_image_is_named(tmp_path, kind):
   write_folder(tmp_path)
   ODD_FILES[kind](tmp_path / "a" / "x.png")
   assert "a/x.png cannot be read" in load_or_refuse(f"folder:{tmp_path}")
 
 
 @pytest.mark.parametrize("kind", ["loop", "dangling", "pipe", "text"])
-def test_what_is_no_class_is_no_class(tmp_path, kind):
+def test_an_entry_that_is_not_a_folder_is_no_class(tmp_path, kind):
   write_folder(tmp_path)
   ODD_FILES[kind](tmp_path / "c")
   assert load_or_refuse(f"folder:{tmp_path}") is None
 
 
-def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
-  """By a stand-in, because root may read everything."""
+def test_missing_permissions_are_reported(tmp_path, monkeypatch):
+  """Replaces `open`, because root may read everything."""
   write_folder(tmp_path)
   (tmp_path / "a.npz").write_bytes(PLAIN)
   real, scan = builtins.open, os.scandir
@@ -279,7 +279,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 # ---- CIFAR-10: archives
 
-BLOBS = {
+BATCH_FILES = {
   name: write(*cifar10_files.make_rows()[0])
   for name, (_, _, write) in cifar10_files.FORMATS.items()
 }
@@ -287,7 +287,7 @@ BLOBS = {
 
 @pytest.fixture(autouse=True)
 def tiny_cifar10(monkeypatch):
-  """Four images in each file, and no way to the network."""
+  """CIFAR-10 with four images in each file, and without mirrors."""
   monkeypatch.setattr(cifar10_archive, "BATCH_SIZE", cifar10_files.PER_BATCH)
   monkeypatch.setattr(cifar10_download, "MIRRORS", ())
   monkeypatch.delenv("FLAX_CIFAR_MIRROR", raising=False)
@@ -295,14 +295,14 @@ def tiny_cifar10(monkeypatch):
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
-  """Each format as its bytes, and what lies under the compression."""
+  """The bytes of an archive in each format."""
   folder = tmp_path_factory.mktemp("archives")
   paths = [cifar10_files.write_archive(folder / name) for name in cifar10_files.FORMATS]
   return {path.name: path.read_bytes() for path in paths}
 
 
 def read_or_refuse(path):
-  """`read_archive`: what is read is valid."""
+  """Checks the splits of `read_archive` and returns None, or returns the one-line error."""
   try:
     splits = cifar10_archive.read_archive(path)
   except errors.UserError as error:
@@ -318,13 +318,13 @@ def read_or_refuse(path):
 @fuzz.fuzz(60)
 @given(name=st.sampled_from(sorted(cifar10_files.FORMATS)), rng=seeds, inside=st.booleans())
 def test_damaged_archive(tmp_path_factory, archives, name, rng, inside):
-  """Damaged as it is, or under a sound compression."""
+  """Damages the compressed file, or the tar file and compresses it again."""
   path = tmp_path_factory.getbasetemp() / name
   blob = archives[name]
   if inside:
     tar = gzip.decompress(blob)
     start = 512 * rng.randrange(len(tar) // 512) if rng.random() < 0.5 else 0
-    head = tar[start : start + 512]  # often that of a member
+    head = tar[start : start + 512]  # often the header of a member
     path.write_bytes(gzip.compress(tar[:start] + fuzz.damage(head, rng) + tar[start + 512 :], 1))
   else:
     path.write_bytes(fuzz.damage(blob, rng))
@@ -334,14 +334,14 @@ def test_damaged_archive(tmp_path_factory, archives, name, rng, inside):
 @fuzz.fuzz(150)
 @given(name=st.sampled_from(sorted(cifar10_files.FORMATS)), rng=seeds)
 def test_damaged_batch_file(tmp_path_factory, name, rng):
-  """In an unpacked folder, where nothing else guards its bytes."""
+  """Damages a file of an unpacked folder, which has no checksums."""
   inside, suffix, _ = cifar10_files.FORMATS[name]
   folder = tmp_path_factory.getbasetemp() / inside.rstrip("/")
   folder.mkdir(exist_ok=True)
-  blob = BLOBS[name]
+  blob = BATCH_FILES[name]
   for file in cifar10_files.FILES:
     (folder / f"{file}{suffix}").write_bytes(blob)
-  cut = rng.choice((len(blob), 200))  # the beginning of a pickle says more than its pixels
+  cut = rng.choice((len(blob), 200))  # the head of a pickle matters more than its pixels
   ends = (blob[:cut], blob[-cut:])
   damaged_blob = rng.choice(
     (fuzz.damage(ends[0], rng) + blob[cut:], blob[:-cut] + fuzz.damage(ends[1], rng))
@@ -383,7 +383,7 @@ def test_a_pickle_calls_nothing(tmp_path, monkeypatch, thing):
 
 @pytest.mark.parametrize("name", sorted(cifar10_files.FORMATS))
 def test_an_archive_writes_nothing_beside_it(tmp_path, monkeypatch, name):
-  """Members that lead out of it, as names and as links, some in place of a batch."""
+  """Its members lead elsewhere, by their names or as links; some replace a batch."""
   monkeypatch.chdir(tmp_path)
   path = cifar10_files.write_archive(tmp_path / "in" / name)
   plain = tmp_path / "in" / "plain.tar"
@@ -405,7 +405,7 @@ def test_an_archive_writes_nothing_beside_it(tmp_path, monkeypatch, name):
   assert [entry.name for entry in path.parent.iterdir()] == [name]
 
 
-def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
   path = cifar10_files.write_archive(tmp_path / cifar10_archive.ARCHIVE)
   monkeypatch.setattr(cifar10_archive, "MAX_UNPACKED_BYTES", 50_000)
   assert "claims" in read_or_refuse(path)
@@ -438,7 +438,7 @@ def prepared(tmp_path_factory):
 @fuzz.fuzz(60)
 @given(rng=seeds)
 def test_damaged_prepared_directory(tmp_path_factory, prepared, rng):
-  """Any of its files, in either format; the reader of array_record is native code."""
+  """Damages any of its files, in either format; the reader of array_record is native code."""
   files = dict(rng.choice(prepared))
   name = rng.choice(sorted(files))
   blob = files[name]
@@ -460,7 +460,7 @@ def test_damaged_prepared_directory(tmp_path_factory, prepared, rng):
 
 
 @pytest.mark.parametrize("dir", ["~nobody-here", "x" * 5000, "\0", "/dev/null", "/dev/null/x"])
-def test_a_directory_that_cannot_be(dir):
+def test_an_impossible_directory_is_quoted(dir):
   with pytest.raises(errors.UserError) as caught:
     cifar10.load_cifar10(dir=dir)
   assert dir in str(caught.value) or repr(dir) in str(caught.value)

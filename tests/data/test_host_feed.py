@@ -44,7 +44,7 @@ if __name__ == "__main__":
 
 
 def test_workers_end_with_a_killed_run(tmp_path):
-  """They share its output, which is read to its end here."""
+  """The workers share its output, so `subprocess.run` returns only after they have ended."""
   (tmp_path / "killed.py").write_text(KILLED)
   command = [sys.executable, str(tmp_path / "killed.py")]
   done = subprocess.run(command, capture_output=True, text=True, timeout=100)

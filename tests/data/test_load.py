@@ -1,4 +1,4 @@
-"""Names to arrays: npz, folder, shapes, the validation split and the channel statistics."""
+"""Data sets by name: unknown names, image sizes, and the real CIFAR-10."""
 
 import os
 import time
@@ -57,6 +57,6 @@ def test_real_cifar10():
   mean, std = splits_lib.channel_stats(data.train.images)
   np.testing.assert_allclose(mean, (0.49139968, 0.48215841, 0.44653091), atol=1e-7)
   np.testing.assert_allclose(std, (0.24703223, 0.24348513, 0.26158784), atol=1e-7)
-  # The class that looks like its name: ships and planes are blue, frogs are not.
+  # The labels fit the images: ships and planes are blue, frogs are not.
   blue = [data.train.images[data.train.labels == c][..., 2].mean() for c in (0, 6, 8)]
   assert blue[1] < min(blue[0], blue[2])

@@ -1,4 +1,4 @@
-"""The protocols: what trains, what chooses, what tests."""
+"""The training, validation and test splits of each protocol."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ from tests.data.sources import test_npz
 def test_split_validation_is_fixed_and_loses_nothing():
   images = np.arange(50, dtype=np.uint8).repeat(3).reshape(50, 1, 1, 3)
   split = dataset.Split(images, np.arange(50, dtype=np.int32))
-  train, held = splits_lib.split_validation(split, validation_size=10)
-  assert (len(train), len(held)) == (40, 10)
-  assert sorted([*train.labels, *held.labels]) == list(range(50))
-  np.testing.assert_array_equal(held.images[:, 0, 0, 0], held.labels)
-  assert list(held.labels) == list(np.random.default_rng(0).permutation(50)[-10:])
+  train, held_out = splits_lib.split_validation(split, validation_size=10)
+  assert (len(train), len(held_out)) == (40, 10)
+  assert sorted([*train.labels, *held_out.labels]) == list(range(50))
+  np.testing.assert_array_equal(held_out.images[:, 0, 0, 0], held_out.labels)
+  assert list(held_out.labels) == list(np.random.default_rng(0).permutation(50)[-10:])
   _, smaller = splits_lib.split_validation(split, validation_size=4)
-  np.testing.assert_array_equal(smaller.labels, held.labels[-4:])
+  np.testing.assert_array_equal(smaller.labels, held_out.labels[-4:])
   everything, none = splits_lib.split_validation(split, validation_size=0)
   assert (len(everything), len(none)) == (50, 0)
   assert none.images.shape == (0, 1, 1, 3)
@@ -41,7 +41,7 @@ def test_channel_stats_match_floats_and_are_exact():
 
 @pytest.fixture
 def archive(tmp_path):
-  """100 train and 30 test images; pixel value = index, test starting at 128."""
+  """100 training and 30 test images; pixel value = index, test starting at 128."""
   path = tmp_path / "tiny.npz"
   train, test = np.arange(100, dtype=np.uint8), np.arange(128, 158, dtype=np.uint8)
   np.savez(
@@ -76,14 +76,14 @@ def test_published_trains_on_all_and_validates_on_test(archive):
   assert indices(splits.validation) == indices(splits.test)
 
 
-def test_a_trial_is_split_as_honest_and_judged_by_validation(archive):
+def test_a_trial_has_the_honest_splits_but_its_final_split_is_validation(archive):
   trial, honest = load(archive, protocol="trial"), load(archive)
   assert indices(trial.train) == indices(honest.train)
   assert indices(trial.final_split) == indices(trial.validation) == indices(honest.validation)
   assert indices(honest.final_split) == indices(honest.test)
 
 
-def test_normalisation_is_of_the_whole_train_split(archive):
+def test_normalization_uses_the_whole_training_split(archive):
   expected = np.arange(100).mean() / 255, np.arange(100).std() / 255
   for splits in (load(archive), load(archive, limit=10)):
     np.testing.assert_allclose(splits.mean, [expected[0]] * 3, rtol=1e-12)
@@ -98,7 +98,7 @@ def test_limit_shortens_every_split(archive):
 
 @pytest.mark.parametrize("protocol", ["honest", "published"])
 def test_limit_keeps_all_classes(tmp_path, protocol):
-  """Of images that lie class by class, as those of a folder do."""
+  """The images are sorted by class, as those of a folder are."""
   images = np.tile(np.arange(200, dtype=np.uint8)[:, None, None, None], (1, 8, 8, 3))
   arrays = {"images": images, "labels": np.arange(200) // 50}
   parts = {f"{part}_{key}": value for part in ("train", "test") for key, value in arrays.items()}

@@ -1,4 +1,4 @@
-"""Kernel gradients, a product per tap, against a float64 sum over positions."""
+"""Kernel gradients, as one matrix product per tap, against a float64 sum over positions."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ NO_PADDING = ((0, 0), (0, 0))
 
 
 def sum_over_positions(x, gradient, shape, dilation):
-  """Definition: each weight multiplies what lies under its tap, at every place of the kernel."""
+  """The definition: each weight multiplies the pixel under its tap at every kernel position."""
   height, width = gradient.shape[1:3]
   total = np.zeros(shape)
   for i in range(shape[0]):
@@ -29,7 +29,7 @@ def sum_over_positions(x, gradient, shape, dilation):
   [
     (16, (3, 3, 4, 5), ((1, 1), (1, 1)), (1, 1)),
     (8, (3, 3, 4, 5), ((1, 0), (3, 2)), (2, 3)),
-    (6, (1, 3, 2, 3), NO_PADDING, (1, 2)),  # no multiple of IMAGES_AT_A_TIME
+    (6, (1, 3, 2, 3), NO_PADDING, (1, 2)),  # not a multiple of IMAGES_AT_A_TIME
     (8, (3, 1, 65, 64), ((0, 0), (1, 1)), (2, 1)),  # beyond SMALL_KERNEL
   ],
 )
@@ -60,7 +60,7 @@ def test_bfloat16_is_added_in_float32():
   ("images", "results", "cores", "parts"),
   [(8, 32 * 32, 2, 2), (8, 32 * 32, 3, 2), (8, 32 * 32, 64, 8), (5, 1, 4, 1), (8, 128 * 64, 4, 1)],
 )
-def test_each_core_gets_a_product_where_one_has_few_results(
+def test_a_product_with_few_results_is_split_over_the_cores(
   images, results, cores, parts, monkeypatch
 ):
   monkeypatch.setattr(environment, "count_cores", lambda: cores)

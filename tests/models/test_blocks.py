@@ -9,43 +9,14 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors, models
-from flax_cifar.kernels import padding as padding_lib
 from flax_cifar.models import blocks, norms
+from tests import reference
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 12, 11, 3)).astype(np.float32)
-EPSILON = 1e-5
 KEY = jax.random.key(0, impl="rbg")  # compiles much faster than threefry
-NORM = partial(norms.BatchNorm, momentum=0.9, epsilon=EPSILON)
+NORM = partial(norms.BatchNorm, momentum=0.9, epsilon=1e-5)
 F32 = jnp.float32
-
-
-def convolve(x, kernel, *, padding=0, dilation=1, stride=1, mode="constant"):
-  """Cross-correlation of NHWC and HWIO in float64; there are C / I groups of channels."""
-  rows, columns = (padding, padding) if isinstance(padding, int) else padding
-  x = np.pad(x.astype(np.float64), ((0, 0), (rows, rows), (columns, columns), (0, 0)), mode)
-  height = x.shape[1] - (kernel.shape[0] - 1) * dilation
-  width = x.shape[2] - (kernel.shape[1] - 1) * dilation
-  groups = x.shape[3] // kernel.shape[2]
-  outputs = []
-  for part, weights in zip(
-    np.split(x, groups, -1), np.split(kernel.astype(np.float64), groups, -1), strict=True
-  ):
-    y = 0.0
-    for i, j in np.ndindex(kernel.shape[:2]):
-      tap = part[:, i * dilation : i * dilation + height, j * dilation : j * dilation + width]
-      y = y + (tap * weights[i, j, 0] if len(weights[i, j]) == 1 else tap @ weights[i, j])
-    outputs.append(y)
-  return np.concatenate(outputs, -1)[:, ::stride, ::stride]
-
-
-def normalise(x, params, stats):
-  x = (x - stats["mean"]) / np.sqrt(stats["var"].astype(np.float64) + EPSILON)
-  return x * params["scale"] + params["bias"]
-
-
-def norm_and_relu(x, params, stats):
-  return np.maximum(normalise(x, params, stats), 0)
 
 
 # The images have three channels.
@@ -116,16 +87,18 @@ def test_conv_unit_is_conv_then_norm_then_relu(
   conv = random_kernel(*sides, 3 // groups, 6)
   variables = {"params": {"conv": conv, "norm": params}, "batch_stats": {"norm": stats}}
   mode = {"zeros": "constant", "reflect": "reflect"}[pad_mode]
-  expected = convolve(
+  expected = reference.convolve(
     X, conv["kernel"], padding=padding, dilation=dilation, stride=stride, mode=mode
   )
   actual = evaluate(unit, variables)
-  np.testing.assert_allclose(actual, norm_and_relu(expected, params, stats), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    actual, reference.norm_and_relu(expected, params, stats), rtol=1e-4, atol=1e-4
+  )
   assert (np.asarray(actual) == 0).any()
 
 
 @pytest.mark.parametrize(("stride", "shape"), [(1, (12, 11)), (2, (6, 6)), (3, (4, 4))])
-def test_a_strided_depthwise_unit_keeps_every_channel_to_itself(stride, shape):
+def test_a_strided_depthwise_unit_does_not_mix_channels(stride, shape):
   """As many filters as channels; sizes are floor((size - 1) / stride) + 1."""
   unit = blocks.ConvUnit(
     3, norms.NoNorm, models.get_init("torch"), 0.0, F32, stride=stride, groups=3
@@ -135,20 +108,20 @@ def test_a_strided_depthwise_unit_keeps_every_channel_to_itself(stride, shape):
   assert actual.shape == (2, *shape, 3)
   for channel in range(3):
     own = slice(channel, channel + 1)
-    expected = convolve(X[..., own], conv["kernel"][..., own], padding=1, stride=stride)
+    expected = reference.convolve(X[..., own], conv["kernel"][..., own], padding=1, stride=stride)
     np.testing.assert_allclose(actual[..., own], np.maximum(expected, 0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sides", [1, (3, 1), (1, 3), (1, 1)])
-def test_padding_is_on_all_four_sides_whatever_the_kernel(sides):
-  """As in torch: where a side of the kernel is 1, the map grows by 2, with the bias in the rim."""
+def test_padding_is_on_all_four_sides_for_every_kernel(sides):
+  """As in torch: where a side of the kernel is 1, the map grows by 2; the rim equals the bias."""
   unit = blocks.ConvUnit(
     5, norms.NoNorm, models.get_init("torch"), 0.0, F32, kernel_size=sides, use_bias=True
   )
   height, width = (sides, sides) if isinstance(sides, int) else sides
   conv = random_kernel(height, width, 3, 5)
   conv["bias"] = RNG.normal(size=5).astype(np.float32)
-  expected = convolve(X, conv["kernel"], padding=1) + conv["bias"]
+  expected = reference.convolve(X, conv["kernel"], padding=1) + conv["bias"]
   actual = evaluate(unit, {"params": {"conv": conv}})
   assert actual.shape == (2, 12 + 3 - height, 11 + 3 - width, 5)
   np.testing.assert_allclose(actual, np.maximum(expected, 0), rtol=1e-4, atol=1e-4)
@@ -159,14 +132,16 @@ def test_the_other_order_is_conv_then_relu_then_norm():
   params, stats = random_norm(5)
   conv = random_kernel(3, 3, 3, 5)
   variables = {"params": {"conv": conv, "norm": params}, "batch_stats": {"norm": stats}}
-  expected = normalise(np.maximum(convolve(X, conv["kernel"], padding=1), 0), params, stats)
+  expected = reference.normalize(
+    np.maximum(reference.convolve(X, conv["kernel"], padding=1), 0), params, stats
+  )
   actual = evaluate(unit, variables)
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
   assert (np.asarray(actual) < 0).any()
 
 
 def add_conv(x, conv, **options):
-  return convolve(x, conv["kernel"], **options) + conv.get("bias", 0)
+  return reference.convolve(x, conv["kernel"], **options) + conv.get("bias", 0)
 
 
 def run_depthwise(x, convs):
@@ -180,7 +155,7 @@ def run_spatial(x, convs):
 
 
 def run_groups(x, convs, kernel_sizes=(3, 3), dilations=(1, 1)):
-  """Output channel g of a map is that of group g modulo the number of groups."""
+  """Output channel c belongs to group c modulo the number of groups."""
   parts = np.split(x, len(kernel_sizes), -1)
   y = np.empty((*x.shape[:3], 6))
   for g, (part, size, dilation) in enumerate(zip(parts, kernel_sizes, dilations, strict=True)):
@@ -209,7 +184,7 @@ SEPARABLE_AND_GROUPED = {
 
 
 def draw_variables(module, x):
-  """Random values in the shapes that the module, which has a batch norm, gives its variables."""
+  """Random variables in the shapes of a module that has a batch norm."""
   shapes = jax.eval_shape(partial(module.init, train=False), KEY, x)["params"]
   convs = {name: shapes[name] for name in shapes if name != "norm"}
   convs = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), convs)
@@ -228,9 +203,9 @@ def test_separable_and_grouped_units_equal_numpy(name, order, use_bias):
   norm = variables["params"]["norm"], variables["batch_stats"]["norm"]
   expected = run(X6.astype(np.float64), convs)
   if order == "conv_norm_relu":
-    expected = norm_and_relu(expected, *norm)
+    expected = reference.norm_and_relu(expected, *norm)
   else:
-    expected = normalise(np.maximum(expected, 0), *norm)
+    expected = reference.normalize(np.maximum(expected, 0), *norm)
   actual = evaluate(module, variables, X6)
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
@@ -303,7 +278,7 @@ def test_transition_is_a_bare_convolution_then_a_pool(side, pool):
   x = RNG.normal(size=(2, *side, 3)).astype(np.float32)
   module = blocks.Transition(5, models.get_init("torch"), F32, pool=pool)
   conv = random_kernel(1, 1, 3, 5)
-  expected = convolve(x, conv["kernel"])
+  expected = reference.convolve(x, conv["kernel"])
   if pool:
     height, width = side[0] // 2, side[1] // 2
     corners = [
@@ -347,14 +322,6 @@ def test_parallel_sum_adds_its_branches():
   np.testing.assert_allclose(total, parts[0] + parts[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2, 8])
-def test_pad_reflect_equals_numpy(padding):
-  widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-  np.testing.assert_array_equal(
-    padding_lib.pad_reflect(jnp.asarray(X), padding), np.pad(X, widths, mode="reflect")
-  )
-
-
 @pytest.mark.parametrize("window", [2, 3])
 def test_max_pool_takes_the_maximum_of_each_whole_window(window):
   actual = np.asarray(blocks.MaxPool(window).apply({}, jnp.asarray(X)))
@@ -390,7 +357,7 @@ def test_a_head_with_bias_adds_it():
   np.testing.assert_array_equal(logits, [bias] * 2)
 
 
-def test_the_convolutions_of_units_have_no_bias_unless_told():
+def test_the_convolutions_of_units_have_no_bias_by_default():
   for unit in UNITS:
     module = unit(6, norms.NoNorm, models.get_init("torch"), 0.0, F32)
     variables = jax.eval_shape(partial(module.init, train=False), KEY, X)
@@ -398,7 +365,7 @@ def test_the_convolutions_of_units_have_no_bias_unless_told():
 
 
 def assert_uniform(values, fan_in):
-  """Within one over the root of `fan_in`, with the moments of a uniform distribution."""
+  """Within 1 / sqrt(fan_in), with the moments of a uniform distribution."""
   values, bound = np.asarray(values), 1 / np.sqrt(fan_in)
   assert 0.98 * bound < np.abs(values).max() <= bound * (1 + 1e-6)
   # A uniform's fourth moment is 9/5 of its squared variance: sd of the mean square is 0.9 / sqrt N.
@@ -413,7 +380,7 @@ def test_torchs_init_is_uniform_within_one_over_the_root_of_the_fan_in(shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 32, 64), (3, 3, 1, 1024), (768, 512)])
-def test_keras_init_is_glorots(shape):
+def test_keras_init_is_that_of_glorot(shape):
   """Uniform within sqrt(6 / (fan_in + fan_out)): Glorot and Bengio 2010, equation 16."""
   *window, fan_in, fan_out = shape
   kernel = jax.jit(partial(models.get_init("keras"), shape=shape))(KEY)
@@ -438,7 +405,7 @@ def test_flaxs_init_has_the_variance_one_over_fan_in():
     (partial(blocks.GroupedUnit, dilations=(1, 2)), {"group1": 9 * 32, "group2": 9 * 32}),
   ],
 )
-def test_torchs_kernels_and_biases_are_bounded_by_what_an_output_reads(unit, fan_ins):
+def test_torchs_kernels_and_biases_are_bounded_by_the_fan_in(unit, fan_ins):
   module = unit(1024, norms.NoNorm, models.get_init("torch"), 0.0, F32, use_bias=True)
   convs = jax.jit(partial(module.init, train=False))(KEY, jnp.zeros((1, 4, 4, 64)))["params"]
   assert set(convs) == set(fan_ins)
@@ -448,7 +415,7 @@ def test_torchs_kernels_and_biases_are_bounded_by_what_an_output_reads(unit, fan
       assert_uniform(values, fan_ins[name])
 
 
-def test_torchs_bias_of_a_head_is_bounded_by_its_channels():
+def test_torchs_bias_of_a_head_is_bounded_by_its_input_channels():
   head = blocks.ConvHead(4096, models.get_init("torch"), use_bias=True)
   assert_uniform(head.init(KEY, jnp.zeros((1, 4, 4, 5)))["params"]["conv"]["bias"], 5)
 
@@ -460,7 +427,7 @@ def test_the_other_biases_start_at_zero(name):
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(
-  "norm", [NORM, partial(norms.GroupNorm, num_groups=1, epsilon=EPSILON), norms.NoNorm]
+  "norm", [NORM, partial(norms.GroupNorm, num_groups=1, epsilon=1e-5), norms.NoNorm]
 )
 def test_a_unit_returns_the_type_it_computes_in(unit, norm):
   module = unit(6, norm, models.get_init("torch"), 0.5, jnp.bfloat16)
@@ -475,7 +442,7 @@ def test_a_unit_returns_the_type_it_computes_in(unit, norm):
 
 
 @pytest.mark.parametrize("unit", [*UNITS, blocks.Transition, blocks.ConvHead])
-def test_every_convolution_uses_the_initialiser_it_is_given(unit):
+def test_every_convolution_uses_the_given_initializer(unit):
   seven = nn.initializers.constant(7)
   if unit is blocks.ConvHead:
     variables = jax.jit(blocks.ConvHead(4, seven).init)(KEY, X)
@@ -511,7 +478,7 @@ def test_dropout_of_a_unit_acts_in_training_only(unit):
 
 
 def test_he_init_keeps_the_variance_through_conv_and_relu():
-  """Variance 2 / fan_in: ReLU halves the second moment, the kernel doubles it back."""
+  """Variance 2 / fan_in: ReLU halves the second moment, and the kernel doubles it."""
   kernel = np.asarray(jax.jit(partial(models.get_init("he"), shape=(3, 3, 32, 64)))(KEY))
   assert kernel.var() == pytest.approx(2 / (9 * 32), rel=0.05)
 

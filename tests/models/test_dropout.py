@@ -28,7 +28,7 @@ def bits():
 
 
 def correlation_in_sigmas(a, b):
-  """The correlation of two arrays in units of what independent ones would show."""
+  """The correlation of two arrays in standard deviations of that of independent arrays."""
   return np.corrcoef(a.ravel(), b.ravel())[0, 1] * np.sqrt(a.size)
 
 
@@ -83,7 +83,7 @@ def test_every_byte_is_uniform(bits, byte):
 @pytest.mark.parametrize("lag", [1, 2, 8])
 @pytest.mark.parametrize("axis", range(4))
 @pytest.mark.parametrize("rate", [0.05, 0.5])
-def test_neighbours_are_independent_along_every_axis(bits, axis, lag, rate):
+def test_neighbors_are_independent_along_every_axis(bits, axis, lag, rate):
   keep = np.moveaxis(bits >= rate * 2**32, axis, 0)
   assert abs(correlation_in_sigmas(keep[lag:], keep[:-lag])) < 5
 
@@ -124,7 +124,7 @@ def test_keys_that_differ_in_one_seed_bit_have_independent_masks():
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.25, 0.5, 0.9])
-def test_share_of_zeros_is_the_rate_and_the_mean_is_kept(rate):
+def test_the_fraction_of_zeros_is_the_rate_and_the_mean_is_kept(rate):
   y = np.asarray(drop(rate, jax.random.key(7), np.ones(SHAPE, np.float32)), np.float64)
   assert abs((y == 0).mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / SIZE)
   assert abs(y.mean() - 1) < 5 * np.sqrt(rate / (1 - rate) / SIZE)
@@ -132,7 +132,7 @@ def test_share_of_zeros_is_the_rate_and_the_mean_is_kept(rate):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_the_share_of_zeros_is_binomial_over_examples(rate):
+def test_the_number_of_zeros_is_binomial_over_examples(rate):
   y = np.asarray(drop(rate, jax.random.key(8), np.ones((512, 16, 64), np.float32)))
   zeros = (y == 0).sum((1, 2))
   variance = 1024 * rate * (1 - rate)

@@ -14,7 +14,7 @@ from flax_cifar import models
 from flax_cifar.models import blocks, layer_table, norms
 from flax_cifar.run import tables
 
-FIELDS = {"dilated": 99, "pyramid": 44, "skip_dilated": 47, "keras_base": 36}
+RECEPTIVE_FIELDS = {"dilated": 99, "pyramid": 44, "skip_dilated": 47, "keras_base": 36}
 TOTALS = {"dilated": 192_672, "pyramid": 48_656, "skip_dilated": 167_424, "keras_base": 1_172_410}
 
 # Multiply-adds of a bias-free convolution: its parameters at every position of its output.
@@ -44,7 +44,7 @@ MULTIPLY_ADDS = {
 
 
 def create(name, norm=None):
-  """With the norm that it was published with, if none is given."""
+  """The network called `name`; `norm` is by default the published one."""
   return models.create_model(
     name=name,
     num_classes=10,
@@ -61,10 +61,10 @@ def get_rows(model, image_shape=(32, 32, 3)):
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", RECEPTIVE_FIELDS)
 def test_published_receptive_fields_come_from_the_table(name, norm):
   rows = layer_table.get_layer_table(create(name, norm), (32, 32, 3))
-  assert layer_table.get_receptive_field(rows) == (FIELDS[name], FIELDS[name])
+  assert layer_table.get_receptive_field(rows) == (RECEPTIVE_FIELDS[name], RECEPTIVE_FIELDS[name])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_published_receptive_fields_come_from_the_table(name, norm):
 )
 def test_the_gradient_of_one_position_reaches_as_far_as_the_receptive_field(name, last, size):
   rng = np.random.default_rng(0)
-  count = 4 if name == "pyramid" else 1  # its max-pools choose at random
+  count = 4 if name == "pyramid" else 1  # its max-pools select random pixels
   images = rng.uniform(0.5, 1, (count, size, size, 3)).astype(np.float32)
   model = create(name, norm="none")
   shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
@@ -105,7 +105,7 @@ def test_the_gradient_of_one_position_reaches_as_far_as_the_receptive_field(name
     positions = np.flatnonzero(seen.any(axis))
     assert positions[0] > 0
     assert positions[-1] < size - 1
-    assert positions[-1] - positions[0] + 1 == FIELDS[name]
+    assert positions[-1] - positions[0] + 1 == RECEPTIVE_FIELDS[name]
 
 
 @pytest.mark.parametrize("name", MULTIPLY_ADDS)
@@ -134,7 +134,7 @@ class Skips(nn.Module):
     return nn.Conv(2, (1, 1), name="head")(x)
 
 
-def test_fields_and_jumps_of_a_made_up_network():
+def test_receptive_fields_of_a_made_up_network():
   fields = {name: row.receptive_field for name, row in get_rows(Skips(), (32, 24, 3)).items()}
   assert fields == {
     "a": layer_table.ReceptiveField((3, 3), (1, 1)),
@@ -197,25 +197,25 @@ class Chain(nn.Module):
     ((5, 1, 3), (3, 2, 2), (3, 4, 1), (1, 1, 2), (5, 3, 1)),
   ],
 )
-def test_fields_after_strides_are_those_of_the_closed_form(layers):
-  """One, and for each layer (size - 1) x dilation x the product of the strides before it."""
+def test_receptive_fields_after_strides_match_the_closed_form(layers):
+  """1 plus, for each layer, (size - 1) x dilation x the product of the strides before it."""
   table = layer_table.get_layer_table(Chain(layers), (64, 48, 3))
   assert len(table) == len(layers)
   for number, (row, (size, dilation, stride)) in enumerate(zip(table, layers, strict=True)):
     strides = [layer[2] for layer in layers[:number]]
     before = [(k - 1) * d * np.prod(strides[:i]) for i, (k, d, _) in enumerate(layers[:number])]
-    field = 1 + sum(before) + (size - 1) * dilation * np.prod(strides)
+    receptive_field = 1 + sum(before) + (size - 1) * dilation * np.prod(strides)
     jump = np.prod(strides) * stride
-    assert row.receptive_field == layer_table.ReceptiveField((field,) * 2, (jump,) * 2)
+    assert row.receptive_field == layer_table.ReceptiveField((receptive_field,) * 2, (jump,) * 2)
     words = [f"conv {size}x{size}"]
     words += [f"dilation {dilation}"] * (dilation > 1) + [f"stride {stride}"] * (stride > 1)
     assert row.kind == " ".join(words)
     assert row.output_shape == (*(int(np.ceil(side / jump)) for side in (64, 48)), 2)
-  assert layer_table.get_receptive_field(table) == (field, field)
+  assert layer_table.get_receptive_field(table) == (receptive_field, receptive_field)
 
 
 class OneConv(nn.Module):
-  """With everything that a description names."""
+  """A convolution with every property that a description names."""
 
   @nn.compact
   def __call__(self, x, train):
@@ -267,7 +267,7 @@ def test_dense_layers_are_printed_as_seeing_the_whole_image():
 
 
 class Branches(nn.Module):
-  """Branches that read one array, or half its channels, which no module has made."""
+  """Branches that read the same array, or half of its channels; the array is not a module's."""
 
   @nn.compact
   def __call__(self, x, train):
@@ -278,12 +278,12 @@ class Branches(nn.Module):
     return nn.Conv(4, (1, 1), name="after")(jnp.concatenate([narrow + wide, half], -1))
 
 
-def test_branches_that_read_the_same_array_see_the_same_field():
+def test_branches_that_read_the_same_array_start_from_the_same_receptive_field():
   sizes = {name: row.receptive_field.size[0] for name, row in get_rows(Branches()).items()}
   assert sizes == {"stem": 3, "narrow": 5, "wide": 7, "half": 9, "after": 9}
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", RECEPTIVE_FIELDS)
 def test_the_printed_table_has_a_line_per_row_and_the_totals(name):
   rows = layer_table.get_layer_table(create(name), (32, 32, 3))
   head, _, *lines, _, total = tables.format_layer_table(rows).splitlines()
@@ -295,25 +295,25 @@ def test_the_printed_table_has_a_line_per_row_and_the_totals(name):
     assert "x".join(map(str, row.output_shape)) in line
     assert f" {row.parameters:,} " in line
     assert f" {row.multiply_adds:,} " in line
-  totals = [f"{TOTALS[name]:,}", f"{MULTIPLY_ADDS[name]:,}", str(FIELDS[name])]
+  totals = [f"{TOTALS[name]:,}", f"{MULTIPLY_ADDS[name]:,}", str(RECEPTIVE_FIELDS[name])]
   assert total.split() == ["total", *totals]
 
 
-def test_fields_that_are_not_square_are_printed_as_height_x_width():
+def test_receptive_fields_that_are_not_square_are_printed_as_height_x_width():
   text = tables.format_layer_table(layer_table.get_layer_table(Skips(), (32, 24, 3)))
   (line,) = [line for line in text.splitlines() if line.startswith("e ")]
   assert line.split()[-2:] == ["33x25", "4"]
   assert text.splitlines()[-1].split()[-1] == "33x25"
 
 
-def test_the_table_is_made_without_computing_anything():
+def test_the_table_is_created_without_computing_activations():
   row = get_rows(create("pyramid"), (4096, 4096, 3))["c1_1/conv"]
   assert row.output_shape == (4096, 4096, 16)
   assert row.multiply_adds == 4096**2 * 432
 
 
 class Between(nn.Module):
-  """An operation that is no layer, between two convolutions."""
+  """An operation that is not a layer, between two convolutions."""
 
   operation: Callable[[jax.Array], jax.Array]
 

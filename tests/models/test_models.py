@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from flax_cifar import errors, models
 from flax_cifar.models import dropout, ghost, layer_table
 from flax_cifar.run import config as config_lib
+from tests import reference
 from tests.configs import test_configs
-from tests.models import test_blocks
 
 F32 = jnp.dtype(jnp.float32)
 NORMS_WITH_PARAMETERS = ("batch", "layer", "group", "ghost")
@@ -47,7 +46,7 @@ def spatial(side, channels, features):
 
 
 def two_groups(second, taps, side, channels, features):
-  """A 3x3 group of convolutions and a second one that has `taps` weights a channel."""
+  """A 3x3 group, and a second group that has `taps` weights per channel."""
   half = (side, side, features // 2)
   return [
     ("conv 3x3", half, 9 * (channels // 2) * (features // 2)),
@@ -193,19 +192,7 @@ PUBLISHED = {
     ("conv 1x1", (1, 1, 10), 128 * 10),
   ],
 }
-# The norm of the source; the totals are with it, the rows above with a norm in every network.
-NORMS = dict.fromkeys(PUBLISHED, "batch") | {"ghost": "ghost", "keras_base": "none"}
-CASES = [*NORMS.items(), ("keras_base", "batch")]
-TOTALS = {
-  "dilated": 192_672,
-  "pyramid": 48_656,
-  "keras_base": 1_172_410,
-  "keras_fcn": 250_080,
-  "five_convs": 436_480,
-  "ghost": 657_146,
-  "skip": 48_552,
-  "skip_dilated": 167_424,
-}
+CASES = [*reference.NORMS.items(), ("keras_base", "batch")]
 NORM_PARAMETERS = {
   "dilated": 21 * 64 + 2 * 128,
   "pyramid": 480,
@@ -230,8 +217,8 @@ RATE = 0.125
 DROPOUT = {name: [RATE] * units for name, units in UNITS.items()}
 DROPOUT["ghost"] = [0, *[RATE] * 7, 0, 0]  # the first unit and those without norm have none
 DROPOUT["keras_base"] = [0, 0, RATE] * 3 + [2 * RATE] * 2  # after the pools and the dense layers
-# One, and for each layer what its kernel adds, times the distance of the pixels that it sees.
-FIELDS = {
+# 1 plus, for each layer, (kernel size - 1) x dilation x the product of the strides before it.
+RECEPTIVE_FIELDS = {
   "dilated": 99,
   "pyramid": 44,
   "keras_base": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 1) + 4 * (2 + 2 + 1),
@@ -245,43 +232,20 @@ FIELDS = {
 
 
 def get_rows(name, norm):
-  """The published rows as they are with `norm`."""
+  """The published rows, without those of norms if `norm` is "none"."""
   return [row for row in PUBLISHED[name] if norm != "none" or row[0] != "norm"]
 
 
 def get_total(name, norm):
-  """The published total, changed by the parameters of the norms if they come or go."""
-  change = (norm != "none") - (NORMS[name] != "none")
-  return TOTALS[name] + change * NORM_PARAMETERS[name]
-
-
-def create(
-  name, *, norm="batch", num_classes=10, dropout_rate=0.05, dtype="float32", **norm_changes
-):
-  return models.create_model(
-    name=name,
-    num_classes=num_classes,
-    norm=norm,
-    norm_arguments={norm: common.get_config().norm[norm].to_dict() | norm_changes},
-    dropout_rate=dropout_rate,
-    init="torch",
-    dtype=dtype,
-  )
-
-
-def get_variable_shapes(model):
-  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-  return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
-
-
-def count_parameters(model):
-  return sum(leaf.size for leaf in jax.tree.leaves(get_variable_shapes(model)["params"]))
+  """The published total, plus or minus the parameters of the norms that `norm` adds or removes."""
+  change = (norm != "none") - (reference.NORMS[name] != "none")
+  return reference.TOTALS[name] + change * NORM_PARAMETERS[name]
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rows_are_the_published_ones_in_execution_order(name, norm):
-  rows = layer_table.get_layer_table(create(name, norm=norm), (32, 32, 3))
+  rows = layer_table.get_layer_table(reference.create_model(name, norm=norm), (32, 32, 3))
   actual = [
     ("norm" if row.kind.endswith("Norm") else row.kind, row.output_shape, row.parameters)
     for row in rows
@@ -291,7 +255,10 @@ def test_rows_are_the_published_ones_in_execution_order(name, norm):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_rows_add_up_to_the_published_total(name):
-  assert sum(parameters for _, _, parameters in get_rows(name, NORMS[name])) == TOTALS[name]
+  assert (
+    sum(parameters for _, _, parameters in get_rows(name, reference.NORMS[name]))
+    == reference.TOTALS[name]
+  )
   norms = [parameters for kind, _, parameters in PUBLISHED[name] if kind == "norm"]
   assert (len(norms), sum(norms)) == (UNITS[name], NORM_PARAMETERS[name])
 
@@ -299,52 +266,58 @@ def test_the_published_rows_add_up_to_the_published_total(name):
 @pytest.mark.parametrize("norm", [*NORMS_WITH_PARAMETERS, "none"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_parameters_add_up_to_the_published_total_with_every_norm(name, norm):
-  assert count_parameters(create(name, norm=norm)) == get_total(name, norm)
+  assert reference.count_parameters(reference.create_model(name, norm=norm)) == get_total(
+    name, norm
+  )
 
 
-def test_ghosts_scales_are_fixed_and_counted():
-  model = create("ghost", norm="ghost", train_scale=False)
-  leaves = jax.tree_util.tree_leaves_with_path(get_variable_shapes(model)["params"])
+def test_ghosts_scales_are_fixed_but_counted():
+  model = reference.create_model("ghost", norm="ghost", train_scale=False)
+  leaves = jax.tree_util.tree_leaves_with_path(reference.get_variable_shapes(model)["params"])
   fixed = [leaf.size for path, leaf in leaves if path[-1].key == "fixed_scale"]
   assert (len(fixed), sum(fixed)) == (8, 496)
-  assert sum(leaf.size for _, leaf in leaves) == TOTALS["ghost"]
+  assert sum(leaf.size for _, leaf in leaves) == reference.TOTALS["ghost"]
   rows = layer_table.get_layer_table(model, (32, 32, 3))
   assert [row.parameters for row in rows] == [count for _, _, count in PUBLISHED["ghost"]]
 
 
 def test_skip_has_its_other_published_totals():
-  assert count_parameters(create("skip", norm="group", num_groups=4)) == 48_552
-  assert count_parameters(create("skip", norm="layer", affine=False)) == 48_072
+  assert (
+    reference.count_parameters(reference.create_model("skip", norm="group", num_groups=4)) == 48_552
+  )
+  assert (
+    reference.count_parameters(reference.create_model("skip", norm="layer", affine=False)) == 48_072
+  )
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", RECEPTIVE_FIELDS)
 def test_the_receptive_field_is_that_of_the_formula(name):
-  rows = layer_table.get_layer_table(create(name), (32, 32, 3))
-  assert layer_table.get_receptive_field(rows) == (FIELDS[name], FIELDS[name])
+  rows = layer_table.get_layer_table(reference.create_model(name), (32, 32, 3))
+  assert layer_table.get_receptive_field(rows) == (RECEPTIVE_FIELDS[name], RECEPTIVE_FIELDS[name])
 
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_logits_are_float32_and_one_per_class(name, norm, train):
-  model = create(name, norm=norm, num_classes=7)
+  model = reference.create_model(name, norm=norm, num_classes=7)
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   apply = partial(
     model.apply, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
   )
-  logits, _ = jax.eval_shape(apply, get_variable_shapes(model), images)
+  logits, _ = jax.eval_shape(apply, reference.get_variable_shapes(model), images)
   assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_dropout_is_where_published_and_norms_update_their_statistics_in_training(name, norm):
-  model, calls = create(name, norm=norm, dropout_rate=RATE), []
+  model, calls = reference.create_model(name, norm=norm, dropout_rate=RATE), []
 
   def record(next_fun, args, kwargs, context):
     if isinstance(context.module, dropout.Dropout) and context.method_name == "__call__":
       calls.append((context.module.rate, args[1]))
     return next_fun(*args, **kwargs)
 
-  variables = get_variable_shapes(model)
+  variables = reference.get_variable_shapes(model)
   apply = partial(
     model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
   )
@@ -356,25 +329,8 @@ def test_dropout_is_where_published_and_norms_update_their_statistics_in_trainin
   assert len(jax.tree.leaves(changed)) == (0 if norm == "none" else 2 * UNITS[name])
 
 
-def draw_variables(model):
-  """Random values of the size that keeps activations near one, as NumPy arrays."""
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    name, shape = path[-1].key, leaf.shape
-    if name == "kernel":
-      value = rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape)
-    elif name in ("scale", "var"):
-      value = rng.uniform(0.5, 1.5, shape)
-    else:
-      value = rng.normal(0, 0.3, shape)
-    return value.astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(draw, get_variable_shapes(model))
-
-
-class Reference:
-  """Units of a network in evaluation, in float64, from its variables by the path of the module."""
+class NumpyNetwork:
+  """Evaluates a network in float64; the path of a module selects its variables."""
 
   def __init__(self, variables):
     self.variables = variables
@@ -387,24 +343,24 @@ class Reference:
 
   def conv(self, x, path, **options):
     conv = self.get("params", path)
-    return test_blocks.convolve(x, conv["kernel"], **options) + conv.get("bias", 0)
+    return reference.convolve(x, conv["kernel"], **options) + conv.get("bias", 0)
 
-  def normalise(self, x, path):
+  def normalize(self, x, path):
     """The norm of the unit at `path`, if it has one."""
     if "norm" not in self.get("params", path):
       return x
     norm = f"{path}/norm"
-    return test_blocks.normalise(x, self.get("params", norm), self.get("batch_stats", norm))
+    return reference.normalize(x, self.get("params", norm), self.get("batch_stats", norm))
 
   def finish(self, x, path):
-    return np.maximum(self.normalise(x, path), 0)
+    return np.maximum(self.normalize(x, path), 0)
 
   def unit(self, x, path, **options):
     return self.finish(self.conv(x, f"{path}/conv", **options), path)
 
   def relu_first(self, x, path, *, padding=1, **options):
     x = np.maximum(self.conv(x, f"{path}/conv", padding=padding, **options), 0)
-    return self.normalise(x, path)
+    return self.normalize(x, path)
 
   def separable(self, x, path):
     x = self.conv(x, f"{path}/depthwise", padding=1)
@@ -415,7 +371,7 @@ class Reference:
     return self.finish(self.conv(x, f"{path}/horizontal", padding=(0, 1)), path)
 
   def two_groups(self, x, path, **options):
-    """A 3x3 group and one with `options`; their outputs take turns."""
+    """A 3x3 group and one with `options`; their output channels alternate."""
     first, second = np.split(x, 2, axis=-1)
     outputs = np.empty((*x.shape[:3], 128))
     outputs[..., 0::2] = self.conv(first, f"{path}/group1", padding=1)
@@ -430,7 +386,7 @@ class Reference:
 
 
 def run_dilated(variables, x):
-  net = Reference(variables)
+  net = NumpyNetwork(variables)
   x = net.unit(x, "c1_1", padding=1)
   x = net.separable(x, "c1_2/plain") + net.reflected(x, "c1_2/dilated", 2, 2)
   x = net.unit(x, "c1_3/plain", padding=1) + net.reflected(x, "c1_3/dilated", 4, 4)
@@ -447,7 +403,7 @@ def halve(x):
 
 
 def run_pyramid(variables, x):
-  net = Reference(variables)
+  net = NumpyNetwork(variables)
   x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
   x = halve(net.conv(x, "transition1/conv"))
   x = net.unit(net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1), "c2_3")
@@ -457,7 +413,7 @@ def run_pyramid(variables, x):
 
 
 def run_ghost(variables, x):
-  net = Reference(variables)
+  net = NumpyNetwork(variables)
   x = halve(net.relu_first(net.relu_first(x, "c1"), "c2"))
   x = halve(net.relu_first(net.relu_first(net.relu_first(x, "c3"), "c4"), "c5"))
   x = net.relu_first(net.relu_first(x, "c6"), "c7", dilation=2, padding=2)
@@ -468,7 +424,7 @@ def run_ghost(variables, x):
 
 
 def run_skip(variables, x):
-  net = Reference(variables)
+  net = NumpyNetwork(variables)
   x = net.relu_first(x, "c1")
   x = x + net.relu_first(x, "c2")
   x = net.relu_first(halve(net.conv(x, "transition1/conv")), "c4")
@@ -479,7 +435,7 @@ def run_skip(variables, x):
 
 
 def run_skip_dilated(variables, x):
-  net = Reference(variables)
+  net = NumpyNetwork(variables)
   x = net.relu_first(x, "c1")
   x = x + net.relu_first(x, "c2")
   x = net.conv(net.relu_first(x, "c3", stride=2), "transition1/conv")
@@ -492,7 +448,7 @@ def run_skip_dilated(variables, x):
 
 
 def run_keras_base(variables, x):
-  net = Reference(variables)
+  net = NumpyNetwork(variables)
   x = halve(net.unit(net.unit(x, "c1_1", padding=1), "c1_2"))
   x = halve(net.unit(net.unit(x, "c2_1", padding=1), "c2_2"))
   x = halve(net.unit(net.unit(x, "c3_1", padding=1), "c3_2"))
@@ -505,7 +461,7 @@ def run_keras_base(variables, x):
 
 
 def run_keras_fcn(variables, x):
-  net = Reference(variables)
+  net = NumpyNetwork(variables)
   x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
   x = halve(net.conv(x, "transition1/conv"))
   x = net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1)
@@ -514,7 +470,7 @@ def run_keras_fcn(variables, x):
 
 
 def run_five_convs(variables, x):
-  net = Reference(variables)
+  net = NumpyNetwork(variables)
   x = net.unit(net.unit(x, "normal_1", padding=1), "normal_2", padding=1)
   x = halve(net.conv(x, "normal_transition/conv"))
   x = net.spatial(net.spatial(x, "spatial_1"), "spatial_2")
@@ -525,7 +481,7 @@ def run_five_convs(variables, x):
   return net.head(net.two_groups(x, "dilation_groups_2", dilation=2))
 
 
-REFERENCES = {
+NUMPY_NETWORKS = {
   "dilated": run_dilated,
   "pyramid": run_pyramid,
   "keras_base": run_keras_base,
@@ -539,17 +495,17 @@ REFERENCES = {
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_logits_equal_the_published_network_written_in_numpy(name, norm):
-  model = create(name, norm=norm)
-  variables = draw_variables(model)
+  model = reference.create_model(name, norm=norm)
+  variables = reference.draw_variables(model)
   images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
   logits = jax.jit(partial(model.apply, train=False))(variables, images)
-  expected = REFERENCES[name](variables, images)
+  expected = NUMPY_NETWORKS[name](variables, images)
   assert expected.std() > 0.1
   np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("side", [4, 5, 7, 8, 11])
-def test_ghosts_average_pool_sees_the_whole_windows_of_four(side):
+def test_ghosts_average_pool_uses_only_whole_windows_of_four(side):
   x = np.random.default_rng(0).normal(size=(2, side, side, 3)).astype(np.float32)
   windows = [
     np.float64(x)[:, i : i + 4, j : j + 4].mean((1, 2))
@@ -563,17 +519,19 @@ def test_ghosts_average_pool_sees_the_whole_windows_of_four(side):
 def test_ghost_names_images_too_small_for_its_average_pool():
   images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
   with pytest.raises(ValueError, match=r"too small .*last map has 3x3 pixels and needs 4"):
-    jax.eval_shape(partial(create("ghost").init, train=False), jax.random.key(0), images)
+    jax.eval_shape(
+      partial(reference.create_model("ghost").init, train=False), jax.random.key(0), images
+    )
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
-def test_in_bfloat16_parameters_statistics_and_logits_are_float32_and_the_logits_close(name, norm):
-  variables = draw_variables(create(name, norm=norm))
+def test_in_bfloat16_variables_and_logits_are_float32_and_logits_are_close(name, norm):
+  variables = reference.draw_variables(reference.create_model(name, norm=norm))
   images = np.random.default_rng(1).normal(size=(4, 32, 32, 3)).astype(np.float32)
   logits, stats = {}, {}
   for dtype in ("float32", "bfloat16"):
-    model = create(name, norm=norm, dtype=dtype, dropout_rate=0.0)
-    assert {leaf.dtype for leaf in jax.tree.leaves(get_variable_shapes(model))} == {F32}
+    model = reference.create_model(name, norm=norm, dtype=dtype, dropout_rate=0.0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(reference.get_variable_shapes(model))} == {F32}
     apply = partial(model.apply, train=True, mutable=["batch_stats"])
     logits[dtype], stats[dtype] = jax.jit(apply)(variables, images)
     assert logits[dtype].dtype == jnp.float32
@@ -586,7 +544,7 @@ def test_in_bfloat16_parameters_statistics_and_logits_are_float32_and_the_logits
 def test_an_unknown_dtype_is_an_error_that_lists_the_choices():
   message = r"compute_dtype='bfloat61' is unknown; .*float32, bfloat16.*'bfloat16'"
   with pytest.raises(errors.UserError, match=message):
-    create("pyramid", dtype="bfloat61")
+    reference.create_model("pyramid", dtype="bfloat61")
 
 
 def test_an_unknown_network_is_an_error_that_lists_the_choices():
@@ -595,24 +553,35 @@ def test_an_unknown_network_is_an_error_that_lists_the_choices():
     r"ghost, skip, skip_dilated.*'pyramid'"
   )
   with pytest.raises(errors.UserError, match=message):
-    create("piramid")
+    reference.create_model("piramid")
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
 def test_an_impossible_dropout_rate_is_named(rate):
   with pytest.raises(errors.UserError, match=rf"model\.dropout_rate={rate} .*below 1"):
-    create("pyramid", dropout_rate=rate)
+    reference.create_model("pyramid", dropout_rate=rate)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.75])
 def test_keras_base_takes_dropout_rates_below_a_half_only(rate):
-  """After the dense layers it is twice as high."""
+  """The rate after the dense layers is twice as high."""
   with pytest.raises(ValueError, match=rf"dropout_rate={rate} .*below 0\.5.*dense"):
-    get_variable_shapes(create("keras_base", norm="none", dropout_rate=rate))
+    reference.get_variable_shapes(
+      reference.create_model("keras_base", norm="none", dropout_rate=rate)
+    )
 
 
 def test_every_network_is_tested_here():
-  tables = (PUBLISHED, NORMS, TOTALS, NORM_PARAMETERS, UNITS, DROPOUT, FIELDS, REFERENCES)
+  tables = (
+    PUBLISHED,
+    reference.NORMS,
+    reference.TOTALS,
+    NORM_PARAMETERS,
+    UNITS,
+    DROPOUT,
+    RECEPTIVE_FIELDS,
+    NUMPY_NETWORKS,
+  )
   for tested in tables:
     assert set(models.MODELS) == set(tested)
 
@@ -626,4 +595,4 @@ def test_every_config_names_a_network_and_a_norm_that_are_tested_here(name):
   assert config.model.name in PUBLISHED
   assert config.model.norm in (*NORMS_WITH_PARAMETERS, "none")
   model = config_lib.create_model(config, num_classes=10)
-  assert count_parameters(model) == get_total(config.model.name, config.model.norm)
+  assert reference.count_parameters(model) == get_total(config.model.name, config.model.norm)

@@ -44,27 +44,27 @@ def train_step(norm, variables, x):
   return norm.apply(variables, x, True, mutable=["batch_stats"])
 
 
-def normalise(x, axes):
+def normalize(x, axes):
   x = x.astype(np.float64)
   return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + EPSILON)
 
 
 def group_norm_reference(x, groups):
   parts = np.split(x, groups, axis=-1)
-  return np.concatenate([normalise(part, (1, 2, 3)) for part in parts], -1) * SCALE + BIAS
+  return np.concatenate([normalize(part, (1, 2, 3)) for part in parts], -1) * SCALE + BIAS
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 4])
-def test_each_interleaved_part_is_normalised_by_itself(num_splits):
+def test_each_interleaved_ghost_batch_is_normalized_by_itself(num_splits):
   y, _ = train_step(batch_norm(num_splits), VARIABLES, X)
   for part in range(num_splits):
-    expected = normalise(X[part::num_splits], (0, 1, 2)) * SCALE + BIAS
+    expected = normalize(X[part::num_splits], (0, 1, 2)) * SCALE + BIAS
     np.testing.assert_allclose(y[part::num_splits], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_running_statistics_are_torchs_averaged_over_the_parts(num_splits, steps):
+def test_running_statistics_are_those_of_torch_averaged_over_ghost_batches(num_splits, steps):
   variables, mean, var = VARIABLES, MEAN.astype(np.float64), VAR.astype(np.float64)
   for step in range(steps):
     x = X * (step + 1) + step
@@ -87,7 +87,7 @@ def test_statistics_start_at_mean_zero_and_variance_one():
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3])
 def test_evaluation_uses_the_running_statistics_and_keeps_them(num_splits):
-  norm = batch_norm(num_splits)  # three does not divide the batch, which does not matter here
+  norm = batch_norm(num_splits)  # three does not divide the batch, which is allowed here
   y, changed = apply(norm, VARIABLES, X, False, mutable=["batch_stats"])
   expected = (X.astype(np.float64) - MEAN) / np.sqrt(VAR.astype(np.float64) + EPSILON)
   np.testing.assert_allclose(y, expected * SCALE + BIAS, rtol=1e-4, atol=1e-5)
@@ -140,7 +140,7 @@ def test_a_number_of_groups_that_does_not_divide_the_channels_is_named(groups):
     apply(norms.GroupNorm(groups, EPSILON), GROUP_VARIABLES, X, True)
 
 
-def test_layer_norm_normalises_over_channels_and_positions_together():
+def test_layer_norm_normalizes_over_channels_and_positions_together():
   norm = models.get_norm("layer", {"layer": {"epsilon": EPSILON}})()
   y = apply(norm, GROUP_VARIABLES, X, True)
   np.testing.assert_allclose(y, group_norm_reference(X, 1), rtol=1e-4, atol=1e-5)
@@ -151,7 +151,7 @@ def test_layer_norm_without_affine_has_no_parameters(train):
   norm = models.get_norm("layer", {"layer": {"epsilon": EPSILON, "affine": False}})()
   assert init(norm, train) == {}
   y = apply(norm, {}, X, train)
-  np.testing.assert_allclose(y, normalise(X, (1, 2, 3)), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(y, normalize(X, (1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
@@ -162,7 +162,7 @@ def test_a_fixed_scale_is_one_and_has_no_gradient(num_splits):
   variables = {"params": params, "batch_stats": VARIABLES["batch_stats"]}
   y, _ = train_step(norm, variables, X)
   for part in range(num_splits):
-    expected = normalise(X[part::num_splits], (0, 1, 2)) + BIAS
+    expected = normalize(X[part::num_splits], (0, 1, 2)) + BIAS
     np.testing.assert_allclose(y[part::num_splits], expected, rtol=1e-4, atol=1e-5)
 
   def loss(params):
@@ -175,7 +175,7 @@ def test_a_fixed_scale_is_one_and_has_no_gradient(num_splits):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", ["batch", "ghost", "layer", "group"])
-def test_bfloat16_is_normalised_in_float32(name, train):
+def test_bfloat16_is_normalized_in_float32(name, train):
   norm = models.get_norm(name, common.get_config().norm)()
   x = jnp.asarray(X + 100, jnp.bfloat16)  # squares of this would lose all digits of the variance
   variables = norm.init(jax.random.key(0, impl="rbg"), x, train)
@@ -208,7 +208,7 @@ def test_a_large_offset_does_not_spoil_the_variance_of_group_norm(noise, groups)
   x = (1e4 + noise * RNG.standard_normal((4, 8, 8, 4))).astype(np.float32)
   y = np.asarray(apply(norms.GroupNorm(groups, EPSILON), GROUP_VARIABLES, x, True))
   assert np.isfinite(y).all()
-  # float32 knows a mean near 1e4 to about 1e-3: 1e-3 standard deviations if the noise is 1, and
+  # float32 has a mean near 1e4 to about 1e-3: 1e-3 standard deviations if the noise is 1, and
   # a third of the root of epsilon otherwise; SCALE at most doubles that.
   tolerance = 2e-2 if noise == 1.0 else 0.7
   np.testing.assert_allclose(y, group_norm_reference(x, groups), atol=tolerance)
@@ -216,7 +216,7 @@ def test_a_large_offset_does_not_spoil_the_variance_of_group_norm(noise, groups)
 
 def test_a_single_value_per_channel_stays_finite():
   y, changed = train_step(batch_norm(), VARIABLES, X[:1, :1, :1])
-  # What x * slope and mean * slope lose, where slope is scale / sqrt(epsilon), about 300.
+  # x * slope and mean * slope are rounded; slope is scale / sqrt(epsilon), about 300.
   np.testing.assert_allclose(y[0, 0, 0], BIAS, atol=1e-3)
   np.testing.assert_allclose(changed["batch_stats"]["var"], 0.9 * VAR, rtol=1e-6)
 
@@ -264,7 +264,7 @@ def test_every_norm_has_arguments_in_the_config():
   assert set(common.get_config().norm) == set(norms.NORMS)
 
 
-#### The function behind them
+#### The fused function of all norms
 
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}  # of the largest value
@@ -272,7 +272,7 @@ SHAPES = [(4, 8, 8, 16), (8, 5, 7, 4), (4, 29, 2, 4), (16, 1, 1, 8), (2, 26, 3, 
 
 
 def list_sets(x, sets):
-  """x with its sets side by side, and the axes of each."""
+  """x with an axis for its sets, and the axes within each set."""
   count, height, width, channels = x.shape
   if isinstance(sets, norm_relu.GhostBatches):
     return x.reshape(-1, sets.number, height, width, channels), (0, 2, 3)
@@ -280,19 +280,23 @@ def list_sets(x, sets):
 
 
 def normalize_in_float64(x, scale, bias, direction, sets, relu):
-  """The textbook's value, statistics and gradients of x, scale and bias along `direction`."""
+  """By definition: value, statistics and gradients of x, scale and bias along `direction`."""
   parts, axes = list_sets(x, sets)
   mean, var = parts.mean(axes, keepdims=True), parts.var(axes, keepdims=True)
-  normal = ((parts - mean) / np.sqrt(var + EPSILON)).reshape(x.shape)
-  y = normal * scale + bias
+  normalized = ((parts - mean) / np.sqrt(var + EPSILON)).reshape(x.shape)
+  y = normalized * scale + bias
   if relu:
     direction, y = direction * (y > 0), np.maximum(y, 0)
-  to_normal, _ = list_sets(direction * scale, sets)
-  along = (to_normal * normal.reshape(parts.shape)).mean(axes, keepdims=True)
-  to_parts = to_normal - to_normal.mean(axes, keepdims=True) - normal.reshape(parts.shape) * along
-  to_x = (to_parts / np.sqrt(var + EPSILON)).reshape(x.shape)
-  sums = (direction * normal).sum((0, 1, 2)), direction.sum((0, 1, 2))
-  return y, mean.squeeze(axes), var.squeeze(axes), to_x, *sums
+  normalized_gradient, _ = list_sets(direction * scale, sets)
+  along = (normalized_gradient * normalized.reshape(parts.shape)).mean(axes, keepdims=True)
+  parts_gradient = (
+    normalized_gradient
+    - normalized_gradient.mean(axes, keepdims=True)
+    - normalized.reshape(parts.shape) * along
+  )
+  x_gradient = (parts_gradient / np.sqrt(var + EPSILON)).reshape(x.shape)
+  sums = (direction * normalized).sum((0, 1, 2)), direction.sum((0, 1, 2))
+  return y, mean.squeeze(axes), var.squeeze(axes), x_gradient, *sums
 
 
 def get_operands(shape, dtype):
@@ -317,7 +321,7 @@ def get_operands(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_normalize_equals_float64_in_value_and_gradients(shape, sets, dtype, relu):
   if shape[1:3] == (1, 1) and isinstance(sets, norm_relu.ChannelGroups):
-    shape = (*shape[:3], 32)  # of two values one is as far from the mean as the other
+    shape = (*shape[:3], 32)  # two values are always equally far from their mean
   operands = get_operands(shape, dtype)
 
   @jax.jit
@@ -333,7 +337,7 @@ def test_normalize_equals_float64_in_value_and_gradients(shape, sets, dtype, rel
   expected = normalize_in_float64(*(np.asarray(a, np.float64) for a in operands), sets, relu)
   for name, a, e in zip(("y", "mean", "var", "x", "scale", "bias"), actual, expected, strict=True):
     error = np.abs(np.asarray(a, np.float64) - e).max() / max(1, np.abs(e).max())
-    # Were the gradients of mean and var not ignored, that of x would differ.
+    # The gradient of x would differ if the gradients of mean and var were not ignored.
     assert error <= TOLERANCE[dtype], (name, error)
 
 
@@ -364,11 +368,11 @@ def test_vmap_equals_one_by_one(sets):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", norms.NORMS)
-def test_with_relu_a_norm_is_itself_and_then_relu(name, train):
-  plain, joined = (
+def test_a_norm_with_relu_equals_the_norm_and_then_relu(name, train):
+  plain, fused = (
     models.get_norm(name, common.get_config().norm)(relu=relu) for relu in (False, True)
   )
   variables = init(plain, train)
-  (y, _), (z, _) = (apply(n, variables, X, train, mutable=["batch_stats"]) for n in (plain, joined))
+  (y, _), (z, _) = (apply(n, variables, X, train, mutable=["batch_stats"]) for n in (plain, fused))
   np.testing.assert_allclose(z, np.maximum(y, 0), rtol=1e-6, atol=1e-6)
   assert 0 < (np.asarray(z) == 0).mean() < 1

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, latest and best are kept, strangers are refused."""
+"""Checkpoints are restored exactly; the latest and best stay; other networks are refused."""
 
 import os
 import pathlib
@@ -37,12 +37,12 @@ def create(seed=0, **network):
 
 
 def progress(step, state, totals=None, records=()):
-  """At `step` with `state`; TOTALS if no totals are given."""
+  """The progress at `step` with `state`; `totals` is TOTALS by default."""
   return state_lib.Progress(step, state, totals or TOTALS, list(records))
 
 
 def leaves(state):
-  """Every array, keys as their data."""
+  """Every array; random keys as their data."""
   arrays = jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))
   return [np.asarray(array) for array in arrays]
 
@@ -56,12 +56,12 @@ def save(folder, *steps):
   checkpoints.close()
 
 
-def kept(folder):
+def list_kept_steps(folder):
   return sorted(int(path.name) for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_everything_comes_back_on_any_number_of_devices(tmp_path, devices):
+def test_everything_is_restored_on_any_number_of_devices(tmp_path, devices):
   save(tmp_path / "c", (7, 0.5))
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
   restored = checkpoints.restore_or(start(create()), parallel.create_mesh(devices))
@@ -70,11 +70,11 @@ def test_everything_comes_back_on_any_number_of_devices(tmp_path, devices):
   assert restored.totals == TOTALS
   assert restored.records == [{"step": 7}]
   assert len(restored.state.params["head"]["conv"]["kernel"].sharding.device_set) == devices
-  for saved, back in zip(leaves(create(seed=7)), leaves(restored.state), strict=True):
-    np.testing.assert_array_equal(saved, back)
+  for saved, loaded in zip(leaves(create(seed=7)), leaves(restored.state), strict=True):
+    np.testing.assert_array_equal(saved, loaded)
 
 
-def test_without_a_checkpoint_the_arguments_come_back(tmp_path):
+def test_without_a_checkpoint_the_given_progress_is_returned(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
   given = start(create())
   assert checkpoints.restore_or(given, parallel.create_mesh(1)) is given
@@ -82,7 +82,7 @@ def test_without_a_checkpoint_the_arguments_come_back(tmp_path):
 
 
 def test_state_may_be_donated_right_after_save(tmp_path):
-  """The write goes on in the background while the buffers are used again."""
+  """The write continues in the background while the buffers are reused."""
   scramble = jax.jit(
     lambda params: jax.tree.map(lambda x: x * 0 - 7, params), donate_argnums=0, keep_unused=True
   )
@@ -97,12 +97,12 @@ def test_state_may_be_donated_right_after_save(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
   restored = checkpoints.restore_or(start(create(features=600)), parallel.create_mesh(1))
   checkpoints.close()
-  for saved, back in zip(expected, leaves(restored.state), strict=True):
-    np.testing.assert_array_equal(saved, back)
+  for saved, loaded in zip(expected, leaves(restored.state), strict=True):
+    np.testing.assert_array_equal(saved, loaded)
 
 
 def test_records_may_be_appended_right_after_save(tmp_path, monkeypatch):
-  """They are written in the background, here not before the folders, which take their time."""
+  """Records are written in the background, here after the folders, which are slow to create."""
   mkdir, saved = os.mkdir, progress(1, create(), records=[{"step": 1}])
 
   def mkdir_slowly(*arguments, **options):
@@ -120,20 +120,20 @@ def test_records_may_be_appended_right_after_save(tmp_path, monkeypatch):
 
 def test_latest_and_best_are_kept(tmp_path):
   save(tmp_path / "c", (1, 0.3), (2, 0.9), (3, 0.5), (4, 0.6))
-  assert kept(tmp_path / "c") == [2, 4]
+  assert list_kept_steps(tmp_path / "c") == [2, 4]
 
 
 def test_best_survives_a_restart_and_saves_within_an_epoch(tmp_path):
   save(tmp_path / "c", (1, 0.3), (2, 0.9), (3, None))
   save(tmp_path / "c", (4, 0.5), (5, None))
   save(tmp_path / "c", (6, 0.7))
-  assert kept(tmp_path / "c") == [2, 6]
+  assert list_kept_steps(tmp_path / "c") == [2, 6]
 
 
 def test_saving_a_step_twice_does_nothing(tmp_path):
   save(tmp_path / "c", (1, 0.3))
   save(tmp_path / "c", (1, 0.3))
-  assert kept(tmp_path / "c") == [1]
+  assert list_kept_steps(tmp_path / "c") == [1]
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_another_network_is_refused(tmp_path, network, message):
   checkpoints.close()
 
 
-def files_of(path):
-  """The files that hold something, in every folder of a checkpoint."""
+def list_files(path):
+  """All files of a checkpoint, also those in its folders."""
   return sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
 
 
@@ -195,26 +195,26 @@ def restore(folder, like=None):
 
 @pytest.mark.parametrize("how", ["deleted", "emptied", "halved", "cut", "flipped"])
 def test_the_one_before_takes_the_place_of_a_damaged_one(tmp_path, two, how, capsys):
-  """Whichever file is hit. Those without a digest do no harm."""
+  """Whichever file is damaged; files without a digest do no harm."""
   harmless = {"_CHECKPOINT_METADATA", "commit_success.txt"}
   seen = set()
-  for number, name in enumerate(files_of(two / "2")):
+  for number, name in enumerate(list_files(two / "2")):
     folder = tmp_path / str(number) / "c"
     shutil.copytree(two, folder)
     damage(folder / "2" / name, how)
-    whole = (name.name in harmless and len(name.parts) == 1) or (how, name.name) == (
+    intact = (name.name in harmless and len(name.parts) == 1) or (how, name.name) == (
       "cut",
       integrity.DIGESTS,
     )
     restored = restore(folder)
-    expected = 2 if whole else 1
+    expected = 2 if intact else 1
     assert restored.records == [{"step": expected}], name
     assert restored.totals == TOTALS
-    for saved, back in zip(leaves(create(seed=expected)), leaves(restored.state), strict=True):
-      np.testing.assert_array_equal(saved, back)
-    assert ("is damaged" in capsys.readouterr().err) != whole
-    assert (tmp_path / str(number) / "damaged" / "2").is_dir() != whole
-    seen.add(whole)
+    for saved, loaded in zip(leaves(create(seed=expected)), leaves(restored.state), strict=True):
+      np.testing.assert_array_equal(saved, loaded)
+    assert ("is damaged" in capsys.readouterr().err) != intact
+    assert (tmp_path / str(number) / "damaged" / "2").is_dir() != intact
+    seen.add(intact)
   assert seen == {True, False}
 
 
@@ -230,7 +230,7 @@ def test_without_any_good_one_it_is_an_error(tmp_path, two):
 
 
 def test_an_incomplete_higher_step_neither_wins_nor_blocks(tmp_path, two):
-  """Orbax takes the highest number for the latest step, and would save none below it."""
+  """Orbax would treat the highest number as the latest step and save none below it."""
   shutil.copytree(two, tmp_path / "c")
   (tmp_path / "c" / "99" / "state").mkdir(parents=True)
   shutil.copytree(two / "2" / "state", tmp_path / "c" / "50" / "state")
@@ -239,10 +239,10 @@ def test_an_incomplete_higher_step_neither_wins_nor_blocks(tmp_path, two):
   assert checkpoints.latest_step == 2
   checkpoints.save(progress(3, create(seed=3)))
   checkpoints.close()
-  assert kept(tmp_path / "c") == [2, 3]
+  assert list_kept_steps(tmp_path / "c") == [2, 3]
 
 
-def test_the_end_of_an_epoch_replaces_what_was_saved_before_its_validation(tmp_path):
+def test_the_end_of_an_epoch_replaces_the_save_before_its_validation(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=2)
   checkpoints.save(progress(5, create(seed=1)))
   checkpoints.save(progress(5, create(seed=2), metrics.create_totals(1), [{"step": 5}]))
@@ -253,8 +253,8 @@ def test_the_end_of_an_epoch_replaces_what_was_saved_before_its_validation(tmp_p
   restored = restore(tmp_path / "c")
   assert restored.records == [{"step": 5}]
   assert restored.totals == metrics.create_totals(1)
-  for saved, back in zip(leaves(create(seed=2)), leaves(restored.state), strict=True):
-    np.testing.assert_array_equal(saved, back)
+  for saved, loaded in zip(leaves(create(seed=2)), leaves(restored.state), strict=True):
+    np.testing.assert_array_equal(saved, loaded)
 
 
 def test_a_failed_replacement_brings_back_what_it_was_to_replace(tmp_path, monkeypatch):
@@ -271,8 +271,8 @@ def test_a_failed_replacement_brings_back_what_it_was_to_replace(tmp_path, monke
   monkeypatch.undo()
   restored = restore(tmp_path / "c")
   assert (restored.totals, restored.records) == (TOTALS, [])
-  for saved, back in zip(leaves(create(seed=1)), leaves(restored.state), strict=True):
-    np.testing.assert_array_equal(saved, back)
+  for saved, loaded in zip(leaves(create(seed=1)), leaves(restored.state), strict=True):
+    np.testing.assert_array_equal(saved, loaded)
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -282,7 +282,7 @@ def test_so_many_are_kept_and_the_best(tmp_path, keep):
     scores = {"loss": 1.0, "accuracy": accuracy}
     checkpoints.save(progress(step, create(), records=[{"step": step}]), scores)
   checkpoints.close()
-  assert kept(tmp_path / "c") == [1, *range(6 - keep, 6)]
+  assert list_kept_steps(tmp_path / "c") == [1, *range(6 - keep, 6)]
 
 
 def test_a_failed_save_keeps_the_ones_before(tmp_path, two, monkeypatch):
@@ -305,7 +305,7 @@ def test_a_failed_save_keeps_the_ones_before(tmp_path, two, monkeypatch):
 
 
 def number_leaves(state):
-  """A state whose every number is known, whatever draws the initial values."""
+  """A state with known numbers, which do not depend on the initializers."""
 
   def count(leaf):
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -317,7 +317,7 @@ def number_leaves(state):
 
 @pytest.mark.parametrize("version", ["0.1.0"])
 def test_checkpoints_of_every_version_load(tmp_path, version):
-  """Written once by `save_fixture` with the version of that name."""
+  """`save_fixture` wrote each checkpoint once, with the version of its name."""
   shutil.copytree(FIXTURES / version, tmp_path / "c")
   restored = restore(tmp_path / "c")
   assert restored.totals == TOTALS
@@ -327,7 +327,7 @@ def test_checkpoints_of_every_version_load(tmp_path, version):
 
 
 def save_fixture(folder):
-  """To be moved to FIXTURES / VERSION; Orbax writes down where it was made."""
+  """Saves a checkpoint to be moved to FIXTURES / VERSION; Orbax records its first place."""
   checkpoints = checkpoint.Checkpoints(folder, keep=1)
   checkpoints.save(progress(7, number_leaves(create()), records=[{"epoch": 1, "step": 7}]))
   checkpoints.close()

@@ -1,4 +1,4 @@
-"""Digests find whatever may happen to a checkpoint's files, and move it out of the way."""
+"""Digests detect damage to the files of a checkpoint, which is then quarantined."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def flip_bit(path, bit):
   path.write_bytes(content)
 
 
-def test_what_is_as_it_was_is_whole(checkpoint):
+def test_an_unchanged_checkpoint_is_intact(checkpoint):
   (checkpoint / "commit_success.txt").write_text("changed")
   (checkpoint / "state" / "notes.txt").write_text("added by hand")
   assert integrity.find_damage(checkpoint) is None
@@ -36,7 +36,7 @@ def test_what_is_as_it_was_is_whole(checkpoint):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_single_bit_counts(checkpoint, name):
+def test_every_flipped_bit_is_detected(checkpoint, name):
   size = len(FILES[name])
   for bit in np.random.default_rng(0).choice(8 * size, min(8 * size, 50), replace=False):
     flip_bit(checkpoint / name, bit)
@@ -47,17 +47,17 @@ def test_every_single_bit_counts(checkpoint, name):
 
 @pytest.mark.parametrize("keep", [0, 1, 0.5, -1])
 @pytest.mark.parametrize("name", [*FILES, integrity.DIGESTS])
-def test_a_file_cut_short(checkpoint, name, keep):
+def test_a_truncated_file_is_detected(checkpoint, name, keep):
   content = (checkpoint / name).read_bytes()
   end = len(content) // 2 if keep == 0.5 else keep
   (checkpoint / name).write_bytes(content[:end])
-  # The last byte of the seal is its end of line, without which it says the same.
-  whole = name == integrity.DIGESTS and keep == -1
-  assert (integrity.find_damage(checkpoint) is None) == whole
+  # The last byte of the digests is a line feed, which does not matter.
+  intact = name == integrity.DIGESTS and keep == -1
+  assert (integrity.find_damage(checkpoint) is None) == intact
 
 
 @pytest.mark.parametrize("name", [*FILES, integrity.DIGESTS])
-def test_a_missing_file(checkpoint, name):
+def test_a_missing_file_is_detected(checkpoint, name):
   (checkpoint / name).unlink()
   reason = (
     "it was not written to its end"
@@ -68,22 +68,22 @@ def test_a_missing_file(checkpoint, name):
 
 
 @pytest.mark.parametrize("content", ["[1]", "3", "null", '{"state/d/array": 7}', "\xff"])
-def test_a_seal_that_is_none(checkpoint, content):
+def test_invalid_digests_are_detected(checkpoint, content):
   (checkpoint / integrity.DIGESTS).write_bytes(content.encode("latin-1"))
   assert integrity.find_damage(checkpoint)
 
 
-def test_a_folder_in_the_place_of_a_file(checkpoint):
+def test_a_folder_in_the_place_of_a_file_is_detected(checkpoint):
   (checkpoint / "log" / "metadata").unlink()
   (checkpoint / "log" / "metadata").mkdir()
   assert "cannot be read" in integrity.find_damage(checkpoint)
 
 
-def test_only_what_is_damaged_is_set_aside(checkpoint, tmp_path, capsys):
+def test_only_damaged_checkpoints_are_quarantined(checkpoint, tmp_path, capsys):
   folder, damaged = checkpoint.parent, tmp_path / "damaged"
   shutil.copytree(checkpoint, folder / "20")
   (folder / "20" / "state" / "d" / "array").write_bytes(b"")
-  (folder / "99").mkdir()  # what a broken program would leave
+  (folder / "99").mkdir()  # as a crashed program would leave it
   (folder / "30.orbax-checkpoint-tmp").mkdir()  # Orbax removes these
   (folder / "777").write_text("a file")
   lines = integrity.quarantine(folder, damaged)
@@ -95,7 +95,7 @@ def test_only_what_is_damaged_is_set_aside(checkpoint, tmp_path, capsys):
   assert "99' is damaged (it was not written to its end)" in shown
 
 
-def test_nothing_is_lost_when_it_happens_again(checkpoint, tmp_path):
+def test_repeated_quarantine_loses_nothing(checkpoint, tmp_path):
   folder, damaged = checkpoint.parent, tmp_path / "damaged"
   for name in ("10", "10-2", "10-3"):
     (folder / "10").mkdir(exist_ok=True)
@@ -104,24 +104,24 @@ def test_nothing_is_lost_when_it_happens_again(checkpoint, tmp_path):
     assert (damaged / name).is_dir()
 
 
-def test_there_may_be_no_folder_yet(tmp_path):
+def test_quarantine_accepts_a_missing_folder(tmp_path):
   assert integrity.quarantine(tmp_path / "none", tmp_path / "damaged") == []
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("new", ["absent", "begun", "whole"])
-def test_one_of_two_stays_when_one_is_replaced(checkpoint, new):
-  """Whenever the process ends, `finish_replacements` finds a whole one."""
+@pytest.mark.parametrize("new", ["absent", "begun", "complete"])
+def test_an_interrupted_replacement_leaves_one_intact_checkpoint(checkpoint, new):
+  """Wherever the process ends, `finish_replacements` leaves one intact checkpoint."""
   integrity.retire(checkpoint)
   assert not checkpoint.exists()
   if new != "absent":
     (checkpoint / "state").mkdir(parents=True)
     (checkpoint / "state" / "manifest").write_bytes(b"new")
-  if new == "whole":
+  if new == "complete":
     integrity.write_digests(checkpoint)
   for _ in range(2):
     integrity.finish_replacements(checkpoint.parent)
     assert [path.name for path in checkpoint.parent.iterdir()] == ["10"]
     assert integrity.find_damage(checkpoint) is None
-    content = b"new" if new == "whole" else FILES["state/manifest"]
+    content = b"new" if new == "complete" else FILES["state/manifest"]
     assert (checkpoint / "state" / "manifest").read_bytes() == content

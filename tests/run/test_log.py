@@ -1,4 +1,4 @@
-"""What a run writes: one JSON line and one TensorBoard point per epoch."""
+"""The log of a run: one JSON line and one TensorBoard point per epoch."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def open_log(path, records=(), tensorboard=False):
   )
 
 
-def test_a_line_holds_the_means(tmp_path):
+def test_a_line_has_the_means(tmp_path):
   log = open_log(tmp_path)
   write(log, 1, {"loss": 0.5, "accuracy": 0.8})
   log.close()
@@ -81,7 +81,7 @@ def test_seeds_are_averaged_and_listed(tmp_path, capsys):
   assert "70.00%" in capsys.readouterr().out
 
 
-def test_without_validation_nothing_is_claimed(tmp_path):
+def test_without_validation_no_validation_values_are_written(tmp_path):
   log = open_log(tmp_path)
   write(log, 1)
   log.close()
@@ -89,7 +89,7 @@ def test_without_validation_nothing_is_claimed(tmp_path):
 
 
 def test_resuming_goes_on_from_the_records_of_the_checkpoint(tmp_path):
-  """Whatever has become of the file."""
+  """The content of the file does not matter."""
   log = open_log(tmp_path)
   for epoch in (1, 2, 3):
     write(log, epoch)
@@ -114,7 +114,7 @@ def test_the_screen_shows_percent_and_speed(tmp_path, capsys):
 
 
 def read_events(path):
-  """The records of a file in the format of TensorFlow, whose checksums are left unread."""
+  """The records of a file in the format of TensorFlow; checksums are not checked."""
   content = path.read_bytes()
   while content:
     (length,) = struct.unpack("<Q", content[:8])
@@ -123,7 +123,7 @@ def read_events(path):
 
 
 def test_tensorboard_gets_every_number_at_once(tmp_path):
-  """Not when the next epoch is done: the process may be killed before."""
+  """It must not wait for the next epoch, because the process may be killed before."""
   log = open_log(tmp_path, records=[{"epoch": 1}], tensorboard=True)
   (path,) = (tmp_path / "tensorboard").iterdir()
   for epoch in (2, 3):
@@ -141,11 +141,11 @@ def test_tensorboard_gets_every_number_at_once(tmp_path):
       "images/per_second": 5.0,
     }
   log.close()
-  assert version.file_version == "brain.Event:2"  # of which TensorBoard takes the next as a restart
+  assert version.file_version == "brain.Event:2"  # TensorBoard takes a second one as a restart
   assert (start.step, start.session_log.status) == (11, SessionLog.START)
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+def test_without_a_terminal_progress_is_an_occasional_line(tmp_path, capsys, monkeypatch):
   log = open_log(tmp_path)
   with log.progress(1, done=4, total=8) as report:
     report(TRAIN, 1)
@@ -163,7 +163,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, mo
 
 @pytest.mark.parametrize("earlier", [0, 4])
 def test_time_within_an_epoch_counts_once(tmp_path, capsys, monkeypatch, earlier):
-  """Its calls of `train_chunks` add their seconds to the totals; five images a second in each."""
+  """`train_chunks` adds its seconds to the totals; each call trains five images per second."""
   now = [100.0]
   monkeypatch.setattr(log_lib.time, "perf_counter", lambda: now[0])
   monkeypatch.setattr(log_lib, "LINE_SECONDS", 0)

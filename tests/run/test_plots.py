@@ -1,4 +1,4 @@
-"""Pictures: files that hold what they should."""
+"""The plots of a run: their files, titles and curves."""
 
 import matplotlib.axes
 import numpy as np
@@ -37,27 +37,27 @@ def test_misclassified_shows_only_errors_as_predicted_and_actual(tmp_path, title
   assert Image.open(tmp_path / "m.png").size[0] > 300
 
 
-def test_no_error_at_all_still_makes_a_picture(tmp_path, titles):
+def test_without_misclassified_images_the_plot_is_still_written(tmp_path, titles):
   split = dataset.Split(images(3), np.array([0, 1, 2]))
   plots.save_misclassified(tmp_path / "m.png", split, np.eye(3), NAMES)
   assert titles == []
   assert (tmp_path / "m.png").exists()
 
 
-def test_augmented_samples_carry_their_classes(tmp_path, titles):
+def test_augmented_samples_have_their_class_names(tmp_path, titles):
   batch = {"image": images(25), "label": np.arange(25) % 3}
   plots.save_augmented(tmp_path / "a.png", batch, NAMES)
   assert titles == [NAMES[i % 3] for i in range(20)]
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-  class Full:
+def test_a_plot_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+  class FigureOnAFullDisk:
     def savefig(self, path, **options):
       path.write_bytes(b"half")
       raise OSError(28, "No space left on device")
 
   with pytest.raises(OSError, match="No space left"):
-    plots.save_figure(Full(), tmp_path / "a.png")
+    plots.save_figure(FigureOnAFullDisk(), tmp_path / "a.png")
   assert not (tmp_path / "a.png").exists()
 
 

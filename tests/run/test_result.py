@@ -11,7 +11,7 @@ SPLIT = dataset.Split(np.zeros((4, 2, 2, 3), np.uint8), LABELS)
 
 
 def make_logits(*wrong):
-  """Certain of the label, or of another class where it is `wrong`."""
+  """Logits that are certain of the label, or of another class for the examples in `wrong`."""
   predicted = (LABELS + np.isin(np.arange(4), wrong)) % 3
   return 50 * np.eye(3, dtype=np.float32)[predicted]
 

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or copied ends as the uninterrupted one, to the last bit."""
+"""A run that is stopped, killed or copied ends like the uninterrupted one, bit for bit."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ HOST = {"augment.backend": "albumentations"}
 
 
 def stop_at(workdir, data, step, changes, *, saved=None):
-  """Runs until a signal comes before the call that makes `step` (from 0)."""
+  """Runs until a signal arrives before the chunk that contains `step` (from 0)."""
   with pytest.MonkeyPatch.context() as patch:
     runs.interrupt_at(patch, step)
     with pytest.raises(signals.Interrupted, match=f"saved at step {saved or step + 1};"):
@@ -28,10 +28,10 @@ def stop_at(workdir, data, step, changes, *, saved=None):
 
 
 @pytest.fixture
-def whole(tmp_path, data):
-  """The uninterrupted run with all that a state can hold."""
-  runs.run(tmp_path / "whole", data, **PLATEAU)
-  return tmp_path / "whole"
+def uninterrupted(tmp_path, data):
+  """The folder of an uninterrupted run whose state has every optional part."""
+  runs.run(tmp_path / "uninterrupted", data, **PLATEAU)
+  return tmp_path / "uninterrupted"
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,16 @@ def whole(tmp_path, data):
     [0],  # the first step
     [7],  # within an epoch
     [runs.STEPS_PER_EPOCH - 1],  # the end of an epoch
-    [runs.STEPS_PER_EPOCH],  # one after
+    [runs.STEPS_PER_EPOCH],  # one step later
     [runs.LAST_STEP - 1],  # the last one
     [1, 2, 4, 5, 9, 11, 13, 14],  # eight times in a row
   ],
 )
-def test_stopped_at_any_step(tmp_path, data, whole, steps):
+def test_a_run_stopped_at_any_step_ends_the_same(tmp_path, data, uninterrupted, steps):
   for step in steps:
     stop_at(tmp_path / "cut", data, step, PLATEAU)
   runs.run(tmp_path / "cut", data, **PLATEAU)
-  runs.assert_same_run(whole, tmp_path / "cut")
+  runs.assert_same_run(uninterrupted, tmp_path / "cut")
 
 
 @pytest.mark.parametrize(
@@ -64,20 +64,24 @@ def test_stopped_at_any_step(tmp_path, data, whole, steps):
     ({"data.validation_size": 0, **ONE_CYCLE}, {3: 4, 7: 8}),
   ],
 )
-def test_stopped_with_every_norm_schedule_and_backend(tmp_path, data, changes, stops):
-  """`stops`: the step before whose call a signal comes, and the steps done when it is saved."""
+def test_a_stopped_run_ends_the_same_with_every_norm_schedule_and_backend(
+  tmp_path, data, changes, stops
+):
+  """`stops`: a signal arrives before the chunk with this step: the run is saved at that step."""
   if changes.get("data.validation_size") == 0:
     changes = {**changes, "total_epochs": 3, "batch_size": 19}  # 96 images: five steps again
-  runs.run(tmp_path / "whole", data, **changes)
+  runs.run(tmp_path / "uninterrupted", data, **changes)
   for step, saved in stops.items():
     stop_at(tmp_path / "cut", data, step, changes, saved=saved)
   runs.run(tmp_path / "cut", data, **changes)
-  runs.assert_same_run(tmp_path / "whole", tmp_path / "cut")
+  runs.assert_same_run(tmp_path / "uninterrupted", tmp_path / "cut")
 
 
 @pytest.mark.parametrize("name", ["evaluate", "predict"])
-def test_stopped_in_an_evaluation(tmp_path, data, whole, monkeypatch, name):
-  """It is not waited for, but done again: the validation after epoch 2, or the test."""
+def test_a_run_stopped_in_an_evaluation_ends_the_same(
+  tmp_path, data, uninterrupted, monkeypatch, name
+):
+  """The stopped evaluation is repeated: the validation after epoch 2, or the test."""
   calls = []
   original = getattr(evaluate, name)
 
@@ -96,7 +100,7 @@ def test_stopped_in_an_evaluation(tmp_path, data, whole, monkeypatch, name):
   assert len(runs.lines(tmp_path / "cut")) == (1 if name == "evaluate" else 3)
   assert not (tmp_path / "cut" / "result.json").exists()
   runs.run(tmp_path / "cut", data, **PLATEAU)
-  runs.assert_same_run(whole, tmp_path / "cut")
+  runs.assert_same_run(uninterrupted, tmp_path / "cut")
 
 
 @pytest.mark.parametrize(
@@ -111,8 +115,10 @@ def test_stopped_in_an_evaluation(tmp_path, data, whole, monkeypatch, name):
     ({"every": 9, "every_steps": 4, "steps_per_call": 3}, [4, 8, 12, 15]),
   ],
 )
-def test_saved_by_epochs_steps_and_minutes(tmp_path, data, whole, monkeypatch, policy, saved):
-  """When a run is saved changes nothing else."""
+def test_saved_by_epochs_steps_and_minutes(
+  tmp_path, data, uninterrupted, monkeypatch, policy, saved
+):
+  """The save policy changes nothing else."""
   steps = []
   original = checkpoint.Checkpoints.save
 
@@ -125,15 +131,15 @@ def test_saved_by_epochs_steps_and_minutes(tmp_path, data, whole, monkeypatch, p
   runs.run(tmp_path / "run", data, **PLATEAU, **changes)
   assert steps == saved
   if "steps_per_call" not in policy:
-    runs.assert_same_run(whole, tmp_path / "run")
+    runs.assert_same_run(uninterrupted, tmp_path / "run")
 
 
 class Killed(BaseException):
   """Stands for kill -9."""
 
 
-def test_killed_between_two_saves(tmp_path, data, whole, monkeypatch):
-  """Nothing is written after step 12, where the last save is of step 10."""
+def test_a_run_killed_between_two_saves_ends_the_same(tmp_path, data, uninterrupted, monkeypatch):
+  """The process dies at step 12; its last checkpoint is of step 10."""
   original = train._collect
 
   def die(progress, chunks, report):
@@ -147,20 +153,20 @@ def test_killed_between_two_saves(tmp_path, data, whole, monkeypatch):
       runs.run(tmp_path / "cut", data, **PLATEAU)
   assert max(runs.checkpoint_steps(tmp_path / "cut")) == 10
   runs.run(tmp_path / "cut", data, **PLATEAU)
-  runs.assert_same_run(whole, tmp_path / "cut")
+  runs.assert_same_run(uninterrupted, tmp_path / "cut")
 
 
 @pytest.mark.parametrize("how", ["copied", "moved", "linked"])
-def test_a_workdir_may_be_elsewhere(tmp_path, data, whole, how):
+def test_a_workdir_may_be_elsewhere(tmp_path, data, uninterrupted, how):
   stop_at(tmp_path / "cut", data, 6, PLATEAU)
   {"copied": shutil.copytree, "moved": shutil.move, "linked": lambda a, b: b.symlink_to(a)}[how](
     tmp_path / "cut", tmp_path / "there"
   )
   runs.run(tmp_path / "there", data, **PLATEAU)
-  runs.assert_same_run(whole, tmp_path / "there")
+  runs.assert_same_run(uninterrupted, tmp_path / "there")
 
 
-def test_what_the_clock_said_does_not_matter(tmp_path, data, whole):
+def test_what_the_clock_said_does_not_matter(tmp_path, data, uninterrupted):
   """The latest checkpoint is the one of the highest step, not of the latest time."""
   stop_at(tmp_path / "cut", data, 11, PLATEAU)
   future = 4e9
@@ -170,11 +176,11 @@ def test_what_the_clock_said_does_not_matter(tmp_path, data, whole):
   os.utime(tmp_path / "cut" / "checkpoints" / "12", (0, 0))
   stop_at(tmp_path / "cut", data, 12, PLATEAU)
   runs.run(tmp_path / "cut", data, **PLATEAU)
-  runs.assert_same_run(whole, tmp_path / "cut")
+  runs.assert_same_run(uninterrupted, tmp_path / "cut")
 
 
 def test_other_numbers_of_devices_go_on_with_the_same_curve(tmp_path, data):
-  """Saved on two, restored on one and on four; sums over devices round differently."""
+  """Saved on two devices, restored on one and on four; sums over devices round differently."""
   runs.run(tmp_path / "two", data, **PLATEAU, num_devices=2)
   for devices in (1, 4):
     cut = tmp_path / str(devices)
@@ -185,16 +191,16 @@ def test_other_numbers_of_devices_go_on_with_the_same_curve(tmp_path, data):
       assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
 
 
-PICTURES = ("augmented.png", "curves.png", "learning_rate.png", "misclassified.png")
+PLOTS = ("augmented.png", "curves.png", "learning_rate.png", "misclassified.png")
 
 
 @pytest.fixture
-def blank_pictures(monkeypatch):
-  """To draw them takes seconds."""
+def blank_plots(monkeypatch):
+  """Writes empty files, because drawing takes seconds."""
   monkeypatch.setattr(plots, "save_figure", lambda figure, path: path.touch())
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("blank_plots")
 def test_pictures_that_cannot_be_written_are_drawn_by_the_same_command(tmp_path, data, monkeypatch):
   def fail(path, records):
     raise OSError(28, "No space left on device")
@@ -206,14 +212,14 @@ def test_pictures_that_cannot_be_written_are_drawn_by_the_same_command(tmp_path,
       runs.run(tmp_path / "run", data, **changes)
   assert not (tmp_path / "run" / "result.json").exists()
   runs.run(tmp_path / "run", data, **changes)
-  assert {path.name for path in (tmp_path / "run").glob("*.png")} == set(PICTURES)
+  assert {path.name for path in (tmp_path / "run").glob("*.png")} == set(PLOTS)
   assert (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("blank_plots")
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_a_run_stopped_after_its_first_epoch_still_shows_its_images(tmp_path, data, epochs):
-  """Without validation, within which the epoch would not be over."""
+def test_a_run_stopped_after_its_first_epoch_still_plots_its_images(tmp_path, data, epochs):
+  """Without validation; a run that is stopped in it would not have ended the epoch."""
   changes = {"total_epochs": epochs, "data.validation_size": 0, "batch_size": 19}
   changes["log.pictures"] = True
   stop_at(tmp_path / "run", data, runs.STEPS_PER_EPOCH - 1, changes)
@@ -232,8 +238,8 @@ def test_a_workdir_that_vanishes_ends_the_run_in_one_line(tmp_path, data, monkey
     runs.run(tmp_path / "run", data)
 
 
-def test_a_save_that_fails_leaves_the_one_before(tmp_path, data, whole, monkeypatch):
-  """The disk is full from the second save on; with room again the run goes on."""
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, data, uninterrupted, monkeypatch):
+  """The disk is full from the second save on; once it has room again, the run continues."""
   original, calls = integrity.write_digests, []
 
   def fail(path):
@@ -247,7 +253,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, data, whole, monkeypa
     with pytest.raises(errors.UserError, match=r"could not be written .*No space left.*goes on"):
       runs.run(tmp_path / "cut", data, **PLATEAU)
   runs.run(tmp_path / "cut", data, **PLATEAU)
-  runs.assert_same_run(whole, tmp_path / "cut")
+  runs.assert_same_run(uninterrupted, tmp_path / "cut")
 
 
 def test_the_last_save_must_succeed_before_a_run_is_finished(tmp_path, data, monkeypatch):

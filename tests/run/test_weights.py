@@ -1,4 +1,4 @@
-"""Weights in one file: what comes back, and what is refused."""
+"""The weights file is loaded exactly; damaged and foreign files are refused."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ from flax_cifar.run import weights as weights_lib
 from tests import tiny
 
 SHAPE = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
-REST = {
+METADATA = {
   "class_names": ("ok", "ça va", '"quoted"\n'),
   "image_shape": SHAPE,
   "mean": (0.1, 1 / 3, 0.7),
@@ -36,7 +36,7 @@ def make_config(**changes):
 
 
 def make_variables(model=None, seed=0):
-  """Random ones, of the batch statistics too, in numpy."""
+  """Random parameters and batch statistics, as NumPy arrays."""
   rng = np.random.default_rng(seed)
   init = (model or tiny.TinyNet()).init
   shapes = jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
@@ -45,14 +45,14 @@ def make_variables(model=None, seed=0):
 
 @pytest.fixture
 def path(tmp_path):
-  """A good file."""
+  """The path of a valid weights file."""
   path = tmp_path / "weights.safetensors"
-  weights_lib.save_weights(path, make_variables(), config=make_config(), **REST)
+  weights_lib.save_weights(path, make_variables(), config=make_config(), **METADATA)
   return path
 
 
 def read_by_hand(blob):
-  """The format as its specification has it: (metadata, {name: (dtype, shape, bytes)})."""
+  """Parses the format by its specification: (metadata, {name: (dtype, shape, bytes)})."""
   (length,) = struct.unpack("<Q", blob[:8])
   header, payload = json.loads(blob[8 : 8 + length]), blob[8 + length :]
   metadata = header.pop("__metadata__")
@@ -63,7 +63,7 @@ def read_by_hand(blob):
 
 
 def rewrite(path, **changes):
-  """Changes fields of the metadata as a forger would, with a digest that fits."""
+  """Changes fields of the metadata as a forger would, with a valid digest."""
   blob = path.read_bytes()
   metadata, _ = read_by_hand(blob)
   content = json.loads(metadata["flax_cifar"]) | changes | {"sha256": "0" * 64}
@@ -77,11 +77,11 @@ def rewrite(path, **changes):
   path.write_bytes(new.replace(b"0" * 64, digest, 1))
 
 
-def test_all_comes_back_as_it_was(path):
+def test_everything_is_loaded_as_it_was_saved(path):
   weights = weights_lib.load_weights(path)
   jax.tree.map(np.testing.assert_array_equal, weights.variables, make_variables())
   assert json.dumps(weights.config) == json.dumps(make_config())
-  assert {name: getattr(weights, name) for name in REST} == REST
+  assert {name: getattr(weights, name) for name in METADATA} == METADATA
 
 
 def test_the_file_is_what_any_reader_of_safetensors_expects(path):
@@ -106,36 +106,38 @@ def test_the_network_is_rebuilt_from_the_file_alone(path):
   logits = model.apply(
     jax.device_put(weights.variables), normalize(jnp.asarray(pixels)), train=False
   )
-  images = (pixels / 255 - np.array(REST["mean"])) / np.array(REST["std"])
+  images = (pixels / 255 - np.array(METADATA["mean"])) / np.array(METADATA["std"])
   params, stats = make_variables()["params"], make_variables()["batch_stats"]
   padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
   windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
   maps = np.einsum("nyxcij,ijco->nyxo", windows, params["unit"]["conv"]["kernel"])
-  norm, seen = params["unit"]["norm"], stats["unit"]["norm"]
-  maps = (maps - seen["mean"]) / np.sqrt(seen["var"] + 1e-5) * norm["scale"] + norm["bias"]
+  norm, statistics = params["unit"]["norm"], stats["unit"]["norm"]
+  maps = (maps - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5) * norm["scale"] + norm[
+    "bias"
+  ]
   expected = np.maximum(maps, 0).mean((1, 2)) @ params["head"]["conv"]["kernel"][0, 0]
   np.testing.assert_allclose(logits, expected, rtol=1e-4)
 
 
-def test_the_same_network_is_the_same_bytes(path, tmp_path):
+def test_the_same_network_gives_the_same_bytes(path, tmp_path):
   copy = tmp_path / "copy.safetensors"
-  weights_lib.save_weights(copy, make_variables(), config=make_config(), **REST)
+  weights_lib.save_weights(copy, make_variables(), config=make_config(), **METADATA)
   assert copy.read_bytes() == path.read_bytes()
 
 
-def test_arrays_of_jax_and_in_any_order_of_memory(path, tmp_path):
+def test_jax_arrays_and_any_memory_order_give_the_same_bytes(path, tmp_path):
   for name, convert in (("jax", jax.numpy.asarray), ("fortran", np.asfortranarray)):
     variables = jax.tree.map(convert, make_variables())
-    weights_lib.save_weights(tmp_path / name, variables, config=make_config(), **REST)
+    weights_lib.save_weights(tmp_path / name, variables, config=make_config(), **METADATA)
     assert (tmp_path / name).read_bytes() == path.read_bytes()
 
 
-def test_a_network_without_statistics(tmp_path):
+def test_a_network_without_statistics_is_saved_and_loaded(tmp_path):
   variables = make_variables()
   del variables["params"]["unit"]["norm"]
   variables["batch_stats"] = {}
   path, config = tmp_path / "weights", make_config(**{"model.norm": "none"})
-  weights_lib.save_weights(path, variables, config=config, **REST)
+  weights_lib.save_weights(path, variables, config=config, **METADATA)
   weights = weights_lib.load_weights(path)
   assert weights.variables.keys() == {"params"}
   weights_lib.create_network(weights)
@@ -152,7 +154,7 @@ def test_every_flipped_byte_is_noticed(path):
     assert "\n" not in str(caught.value)
 
 
-def test_every_cut_is_noticed(path):
+def test_every_truncation_is_noticed(path):
   good = path.read_bytes()
   for length in (*range(12), 100, len(good) // 2, len(good) - 1):
     path.write_bytes(good[:length])
@@ -202,13 +204,13 @@ def test_a_forged_file_is_refused(path, changes):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_is_neither_written_nor_read(path, tmp_path, value):
+def test_non_finite_values_are_neither_written_nor_read(path, tmp_path, value):
   variables = make_variables()
   variables["batch_stats"]["unit"]["norm"]["var"][2] = value
   with pytest.raises(
     errors.UserError, match=r"not finite, first in 'batch_stats/unit/norm/var' \(1 of 6"
   ):
-    weights_lib.save_weights(tmp_path / "new", variables, config=make_config(), **REST)
+    weights_lib.save_weights(tmp_path / "new", variables, config=make_config(), **METADATA)
   assert not (tmp_path / "new").exists()
   _, tensors = read_by_hand(path.read_bytes())
   old = tensors["params/unit/norm/scale"][2]
@@ -226,7 +228,7 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
 
   monkeypatch.setattr(os, "replace", fail)
   with pytest.raises(errors.UserError, match=r"cannot be written.*No space left"):
-    weights_lib.save_weights(path, make_variables(seed=1), config=make_config(), **REST)
+    weights_lib.save_weights(path, make_variables(seed=1), config=make_config(), **METADATA)
   assert path.read_bytes() == before
   assert list(path.parent.iterdir()) == [path]
 
@@ -247,9 +249,9 @@ def test_variables_of_another_network_are_refused_and_named():
   assert "norm/bias is 'float16 (6,)' there and 'float32 (6,)' here (2 differ)" in str(caught.value)
 
 
-def test_variables_of_several_seeds_are_no_network(tmp_path):
+def test_variables_of_several_seeds_are_refused(tmp_path):
   stacked = jax.tree.map(lambda array: np.stack([array, array]), make_variables())
-  weights_lib.save_weights(tmp_path / "weights", stacked, config=make_config(), **REST)
+  weights_lib.save_weights(tmp_path / "weights", stacked, config=make_config(), **METADATA)
   with pytest.raises(
     errors.UserError, match=r"mean is 'float32 \(2, 6\)' there and 'float32 \(6,\)' here"
   ):

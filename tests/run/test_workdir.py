@@ -1,4 +1,4 @@
-"""Which folder a run may use, and what it says otherwise."""
+"""The folders that a run may use, and the errors for others."""
 
 import errno
 import fcntl
@@ -37,7 +37,7 @@ def test_new_and_empty_folders_are_fine(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_config_may_go_on(tmp_path):
+def test_the_same_config_may_resume(tmp_path):
   start(tmp_path / "run", config())
   workdir_lib.check_workdir(tmp_path / "run", config())
 
@@ -46,7 +46,7 @@ def test_the_same_config_may_go_on(tmp_path):
   "change",
   [{"total_epochs": 9}, {"log.pictures": True}, {"augment.workers": 2}, {"steps_per_call": 3}],
 )
-def test_what_leaves_the_past_alone_may_change(tmp_path, change):
+def test_keys_that_do_not_affect_earlier_steps_may_change(tmp_path, change):
   start(tmp_path / "run", config())
   workdir_lib.check_workdir(tmp_path / "run", config(**change))
 
@@ -99,13 +99,13 @@ PINNED = json.loads((pathlib.Path(tests.__file__).parent / FILE).read_text())
 
 @pytest.mark.parametrize("config_name", PINNED)
 def test_default_workdirs_are_those_of_earlier_versions(config_name):
-  """With another name, the command of an earlier run would start from nothing."""
+  """In another folder, the command of an earlier run would start from scratch."""
   file, _, variant = config_name.partition(":")
   changed = importlib.import_module(f"configs.{file}").get_config(variant)
   assert str(workdir_lib.default_workdir(changed.to_dict())) == PINNED[config_name]
 
 
-def test_default_workdir_follows_what_is_computed():
+def test_default_workdir_depends_only_on_keys_that_affect_results():
   base = workdir_lib.default_workdir(config())
   assert base.parts[0] == "runs"
   assert base.name.startswith("tiny-")
@@ -133,7 +133,7 @@ def test_only_one_process_may_use_a_folder(tmp_path):
 
 
 def test_a_dead_process_leaves_no_lock(tmp_path):
-  """Its note stays in the file, and is taken for what it is."""
+  """Its note stays in the file, but does not lock the folder."""
   code = f"""
 import os, pathlib, signal
 from flax_cifar.run.workdir import open_workdir
@@ -158,7 +158,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
   assert "run' cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
-def test_a_config_written_meanwhile_is_seen(tmp_path):
+def test_a_config_written_meanwhile_is_noticed(tmp_path):
   """Another run may begin and end there while this one loads its data."""
   workdir_lib.check_workdir(tmp_path / "run", config())
   start(tmp_path / "run", config(seed=1))
@@ -171,7 +171,7 @@ def test_a_config_written_meanwhile_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("left", [["lock"], ["lock", "config.part"], []])
-def test_a_run_killed_as_it_began_may_begin_again(tmp_path, left):
+def test_a_run_killed_at_its_start_may_start_again(tmp_path, left):
   for name in left:
     (tmp_path / name).write_text("{")
   workdir_lib.check_workdir(tmp_path, config())
@@ -180,7 +180,7 @@ def test_a_run_killed_as_it_began_may_begin_again(tmp_path, left):
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "7", "null", b"\xff\xfe", "{}}"])
-def test_json_that_is_no_object_is_damage(tmp_path, content):
+def test_json_that_is_not_an_object_is_damage(tmp_path, content):
   (tmp_path / "config.json").write_bytes(
     content if isinstance(content, bytes) else content.encode()
   )
@@ -198,7 +198,7 @@ def test_flatten_names_every_leaf():
   assert config_lib.flatten({"a": {"b": (1, 2), "c": {}}, "d": 3}) == {"a.b": [1, 2], "d": 3}
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
+def test_json_is_written_completely_or_not_at_all(tmp_path):
   path = tmp_path / "x.json"
   files.write_json(path, {"good": 1})
   with pytest.raises(TypeError):

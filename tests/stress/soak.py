@@ -1,23 +1,24 @@
-"""What a long run costs after hours: resident memory, open files, threads, seconds of an epoch.
+"""Measures how memory, open files, threads and seconds per epoch grow in a long run.
 
 Command     python -m tests.stress.soak [--epochs 200] [--config configs/quickstart.py]
                                       [--backends device albumentations] [--output FILE]
                                       [-- any flag of main.py]
 
-Runs main.py as it stands in a new folder, on a slice of the embedded data, with TensorBoard, an
-evaluation and a checkpoint each epoch, and looks at it from outside at each new line of
-metrics.jsonl: memory, open files and threads are sums over the process and its children. An epoch
-lasts from line to line, so it has all of that in it.
+Runs main.py unchanged in a new folder, on a slice of its data, with TensorBoard, an evaluation and
+a checkpoint each epoch. At each new line of metrics.jsonl it measures the process from outside:
+memory, open files and threads are sums over the process and its children. The seconds of an epoch
+are the time between two lines, so they include the evaluation and the checkpoint.
 
-A checkpoint is written in the background, and while it is, there are more threads and files and up
-to 100 MiB more memory. So the level is the least of 20 epochs, which a leak raises and a save does
-not; of seconds it is their median. A slope is of least squares over the levels after the 20th
-epoch, by when every program is compiled; and of the later half of them, because a leak goes on and
-a cache that fills does not. The standard error allows for neighbours that are alike.
+A checkpoint is written in the background; meanwhile there are more threads and files and up to 100
+MiB more memory. So the level is the minimum of 20 epochs, which a leak raises and a save does not;
+the level of seconds is their median. A slope is fitted by least squares to the levels after the
+20th epoch, when every program is compiled. A second slope is fitted to the later half of them,
+because a leak continues and a cache that fills does not. The standard error allows for correlation
+between neighbors.
 
-A slope grows if it is above its tolerance, and above 0 by two standard errors. It does not if all
-within two standard errors is below the tolerance; else it is too noisy to tell. A quantity grows if
-both its slopes do, and does not if the later one does not.
+A slope grows if it is above its tolerance, and above 0 by two standard errors. It does not grow if
+the slope plus two standard errors is at most the tolerance; otherwise it is too noisy to tell. A
+quantity grows if both its slopes do, and does not grow if the later one does not.
 """
 
 import argparse
@@ -43,10 +44,10 @@ Sample = dict[str, Any]
 Row = dict[str, Any]
 
 BACKENDS = ("device", "albumentations")
-BLOCK = 20  # epochs that make up a level
-WARM_UP = 20  # epochs that no slope is taken from
-RECENT = 20  # epochs whose median seconds are shown
-MIN_EPOCHS = WARM_UP + 6 * BLOCK  # half of them must leave an error to a slope
+BLOCK = 20  # epochs per level
+WARM_UP = 20  # epochs that the slopes leave out
+RECENT = 20  # epochs whose median seconds are printed
+MIN_EPOCHS = WARM_UP + 6 * BLOCK  # half of the levels must suffice for a standard error
 GROWS, STAYS, UNCLEAR = "grows", "does not grow", "too noisy to tell"
 POLL_SECONDS = 0.01
 MIB = 2**20
@@ -57,8 +58,8 @@ FLAGS = {  # so that an epoch is well under a second
   "checkpoint.every": 1,
   "log.tensorboard": True,
 }
-# What is followed -> unit, and the growth per 100 epochs that is left to the noise of the machine.
-# "%": of the median.
+# Quantity -> unit, and the growth per 100 epochs that may be noise of the machine. "%": of the
+# median.
 TOLERANCES = {
   "rss": ("MiB", 2.0),
   "files": ("files", 0.5),
@@ -90,7 +91,7 @@ def parse_options() -> argparse.Namespace:
   parser.add_argument("flags", nargs="*", help="for main.py, after --")
   options = parser.parse_args()
   if options.epochs < MIN_EPOCHS:
-    parser.error(f"--epochs={options.epochs}: {MIN_EPOCHS} or more leave something to fit")
+    parser.error(f"--epochs={options.epochs}: a fit needs {MIN_EPOCHS} or more")
   return options
 
 
@@ -113,7 +114,7 @@ def soak(backend: str, options: argparse.Namespace) -> list[Sample]:
       try:
         samples = list(sample_epochs(process, workdir / "metrics.jsonl"))
       finally:
-        process.kill()  # ours by its handle; it has ended unless something went wrong here
+        process.kill()  # has no effect unless this script failed
         process.wait()
     if len(samples) < options.epochs:
       raise RuntimeError(f"{backend} ended after {len(samples)} epochs:\n{screen.read_text()}")
@@ -121,13 +122,13 @@ def soak(backend: str, options: argparse.Namespace) -> list[Sample]:
 
 
 def sample_epochs(process: subprocess.Popen, metrics: pathlib.Path) -> Iterator[Sample]:
-  """Looks at `process` whenever `metrics` has a new line, until it ends."""
+  """Measures `process` whenever `metrics` has a new line, until it ends."""
   root, seen, last = psutil.Process(process.pid), 0, None
   while process.poll() is None:
     text = metrics.read_text() if metrics.exists() else ""
     lines = text.split("\n")[:-1]  # the last one may be half written
     now = time.perf_counter()
-    for line in lines[seen:]:  # more than one only where we were kept waiting
+    for line in lines[seen:]:  # more than one only if this loop was delayed
       record = json.loads(line)
       yield {
         "epoch": record["epoch"],
@@ -165,7 +166,7 @@ def describe_slope(backend: str, name: str, samples: Sequence[Sample]) -> Row:
     levels *= 100 / np.median(levels)
   slope, error = fit_slope(levels)
   late_slope, late_error = fit_slope(levels[len(levels) // 2 :])
-  verdicts = judge(slope, error, tolerance), judge(late_slope, late_error, tolerance)
+  verdicts = get_verdict(slope, error, tolerance), get_verdict(late_slope, late_error, tolerance)
   return {
     "backend": backend,
     "quantity": name,
@@ -175,7 +176,7 @@ def describe_slope(backend: str, name: str, samples: Sequence[Sample]) -> Row:
     "late_slope": late_slope,
     "late_error": late_error,
     "tolerance": tolerance,
-    "verdict": combine(*verdicts),
+    "verdict": combine_verdicts(*verdicts),
   }
 
 
@@ -187,10 +188,10 @@ def get_levels(name: str, samples: Sequence[Sample]) -> np.ndarray:
 
 
 def fit_slope(levels: np.ndarray) -> tuple[float, float]:
-  """Slope of least squares per 100 epochs, and its standard error.
+  """The least-squares slope per 100 epochs, and its standard error.
 
-  The residuals of a process are no independent draws: the error is widened by their correlation
-  with the one before, as for an autoregression of first order.
+  The residuals of a process are not independent, so the error is widened by their correlation with
+  the previous one, as for a first-order autoregression.
   """
   x, y = np.arange(len(levels)) * BLOCK / 100, levels
   centered = x - x.mean()
@@ -199,21 +200,21 @@ def fit_slope(levels: np.ndarray) -> tuple[float, float]:
   square = float(residuals @ residuals)
   if square == 0:
     return slope, 0.0
-  alike = min(max(float(residuals[1:] @ residuals[:-1]) / square, 0.0), 0.99)
+  correlation = min(max(float(residuals[1:] @ residuals[:-1]) / square, 0.0), 0.99)
   error = math.sqrt(square / (len(x) - 2) / float(centered @ centered))
-  return slope, error * math.sqrt((1 + alike) / (1 - alike))
+  return slope, error * math.sqrt((1 + correlation) / (1 - correlation))
 
 
-def judge(slope: float, error: float, tolerance: float) -> str:
+def get_verdict(slope: float, error: float, tolerance: float) -> str:
   if slope > max(2 * error, tolerance):
     return GROWS
   return STAYS if slope + 2 * error <= tolerance else UNCLEAR
 
 
-def combine(all_of_it: str, later: str) -> str:
+def combine_verdicts(overall: str, later: str) -> str:
   if later == STAYS:
     return STAYS
-  return GROWS if all_of_it == later == GROWS else UNCLEAR
+  return GROWS if overall == later == GROWS else UNCLEAR
 
 
 #### Tables
@@ -236,7 +237,7 @@ def format_samples(backend: str, samples: Sequence[Sample], epochs: int) -> str:
 
 
 def _cells(samples: Sequence[Sample]) -> list[str]:
-  """The levels of the last epochs, the most memory so far, the median seconds."""
+  """The levels of the last epochs, the maximum memory so far, the median seconds."""
   last, recent = samples[-BLOCK:], samples[-RECENT:]
   rss, files, threads = (
     min(sample[name] for sample in last) for name in ("rss", "files", "threads")

@@ -1,4 +1,4 @@
-"""What the fault script and the soak compute from what they see; neither is run here."""
+"""The computations of the fault tests and of the soak test, which are not run here."""
 
 import json
 import pathlib
@@ -20,12 +20,12 @@ from tests.stress.faults import __main__, bench, compare, damages, kills, worker
     (
       "write_text",
       "run/checkpoints/12.orbax-checkpoint-tmp/digests.part",
-      ("sealing", "sealing", None),
+      ("writing the digests", "writing the digests", None),
     ),
     (
       "replace",
       "run/checkpoints/12.orbax-checkpoint-tmp/digests.part",
-      ("sealing", "before the rename", None),
+      ("writing the digests", "before the rename", None),
     ),
     (
       "rename",
@@ -34,27 +34,27 @@ from tests.stress.faults import __main__, bench, compare, damages, kills, worker
     ),
     ("rmtree", "run/checkpoints/9", ("deleting an old one",) * 2 + ("between saves",)),
     ("rmtree", "run/checkpoints/9.orbax-checkpoint-tmp", None),
-    ("rename", "run/checkpoints/12", None),  # set aside
+    ("rename", "run/checkpoints/12", None),  # retired
     ("replace", "run/metrics.part", None),
   ],
 )
-def test_a_call_is_of_a_phase(call, path, phases):
+def test_each_call_belongs_to_a_phase(call, path, phases):
   assert worker.name_phases(call, pathlib.PurePath(path)) == phases
 
 
 class Listener:
-  """A trace that keeps its lines."""
+  """A trace that collects its lines."""
 
   def __init__(self):
     self.lines = []
     self.deletes = False
-    self.say = self.lines.append
+    self.report = self.lines.append
 
   def pause(self):
-    """Not here."""
+    """Does not sleep."""
 
 
-def test_a_wrapped_rename_says_where_it_is_and_what_is_saved():
+def test_a_wrapped_rename_reports_its_phases_and_the_saved_step():
   trace, calls = Listener(), []
   rename = worker.wrap(lambda *paths: calls.append(paths), "rename", trace)
   paths = ("run/checkpoints/12.orbax-checkpoint-tmp", pathlib.Path("run/checkpoints/12"))
@@ -81,8 +81,8 @@ def test_a_failed_deletion_ends_its_phase_for_the_thread():
 
 def test_steps_are_counted_as_they_begin():
   trace = Listener()
-  calls = worker.report_calls(lambda self, steps: iter([(2, "a"), (1, "b")]), trace)
-  assert list(calls(None, range(7, 10))) == [(2, "a"), (1, "b")]
+  chunks = worker.report_chunks(lambda self, steps: iter([(2, "a"), (1, "b")]), trace)
+  assert list(chunks(None, range(7, 10))) == [(2, "a"), (1, "b")]
   assert trace.lines == ["from 7", "step 9", "step 10"]
 
 
@@ -98,7 +98,7 @@ def test_damages_change_the_file_and_differ():
   assert damages.flip_bit(b"abcd") == b"abbd"
 
 
-def test_drawn_damages_take_turns_between_the_files():
+def test_drawn_damages_alternate_between_the_files():
   cases = damages.list_damages(dict.fromkeys("xyz", b"abcd"))
   drawn = damages.draw_damages(cases, 4, random.Random(0))
   assert {file for file, _ in drawn[:3]} == set("xyz")
@@ -114,7 +114,7 @@ def write_run(folder, *, accuracy=0.5, seconds=1.0):
   return folder
 
 
-def test_runs_are_compared_but_for_their_clocks(tmp_path, monkeypatch):
+def test_runs_are_compared_except_for_times(tmp_path, monkeypatch):
   monkeypatch.setattr(compare, "compare_arrays", lambda *folders: [])
   reference = write_run(tmp_path / "reference")
   assert compare.compare(reference, write_run(tmp_path / "slow", seconds=9.0)) == []
@@ -138,7 +138,7 @@ class Ended:
     self.start, self.steps, self.saved, self.deleted = start, steps, list(saved), list(deleted)
 
 
-def test_a_round_remembers_what_was_saved():
+def test_a_round_records_the_saved_checkpoints():
   run = kills.Round(pathlib.Path("run"))
   run.add(Ended(start=0, steps=8, saved=[3, 6], deleted=[3]))
   run.add(Ended(start=None, steps=0))  # killed before it trained
@@ -148,7 +148,7 @@ def test_a_round_remembers_what_was_saved():
   assert run.problems == ["started at step 6, though 9 was saved"]
 
 
-def test_goodput_counts_steps_made_again():
+def test_goodput_counts_repeated_steps():
   assert kills.describe_goodput(80, 100) == "20 steps repeated, goodput 80.0%"
   assert kills.describe_goodput(40, 40) == "0 steps repeated, goodput 100.0%"
 
@@ -189,11 +189,11 @@ def test_correlated_noise_widens_the_error():
   ],
 )
 def test_growth_is_beyond_noise_and_tolerance(slope, error, expected):
-  assert soak.judge(slope, error, tolerance=2) == expected
+  assert soak.get_verdict(slope, error, tolerance=2) == expected
 
 
 @pytest.mark.parametrize(
-  ("whole", "later", "expected"),
+  ("overall", "later", "expected"),
   [
     (soak.GROWS, soak.GROWS, soak.GROWS),
     (soak.GROWS, soak.STAYS, soak.STAYS),  # a cache that has filled
@@ -202,8 +202,8 @@ def test_growth_is_beyond_noise_and_tolerance(slope, error, expected):
     (soak.UNCLEAR, soak.STAYS, soak.STAYS),
   ],
 )
-def test_a_leak_goes_on_in_the_later_half(whole, later, expected):
-  assert soak.combine(whole, later) == expected
+def test_only_a_leak_grows_in_the_later_half(overall, later, expected):
+  assert soak.combine_verdicts(overall, later) == expected
 
 
 def create_samples(epochs, **changes):

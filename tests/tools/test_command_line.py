@@ -1,4 +1,4 @@
-"""The programs as a user calls them, each in a process of its own."""
+"""The programs as a user calls them, each in its own process."""
 
 import json
 import os

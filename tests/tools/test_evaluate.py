@@ -1,4 +1,4 @@
-"""The tool that evaluates saved weights: the scores of their run, and what it refuses."""
+"""The tool that evaluates saved weights: it gives the scores of their run, and checks requests."""
 
 import dataclasses
 import json
@@ -25,11 +25,11 @@ def tiny_model(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-  return tiny.write_data(tmp_path / "tiny.npz", test=41)  # no whole number of batches
+  return tiny.write_data(tmp_path / "tiny.npz", test=41)  # not a whole number of batches
 
 
 def run(workdir, data, monkeypatch, **changes):
-  """Trains and saves the weights the test was made with; returns their path and the result."""
+  """Trains and saves the weights of the final test; returns their path and the result."""
   config = tiny.get_config(data, **{"total_epochs": 1, **changes})
   splits, path = (
     splits_lib.load_splits(protocol=config.protocol, **config.data),
@@ -79,7 +79,7 @@ def test_the_scores_are_those_of_the_run(tmp_path, data, monkeypatch, changes):
   assert not validation.peeked
 
 
-def test_weights_of_one_of_several_seeds(tmp_path, data, monkeypatch):
+def test_weights_of_several_seeds_have_the_scores_of_the_first(tmp_path, data, monkeypatch):
   path, result = run(tmp_path / "run", data, monkeypatch, num_seeds=2)
   test = evaluate.evaluate_weights(evaluate.Options(path, split="test"))
   assert test.accuracy == result["test_accuracy_per_seed"][0]
@@ -87,7 +87,7 @@ def test_weights_of_one_of_several_seeds(tmp_path, data, monkeypatch):
 
 
 def make_weights(path, data, *, split=None, **changes):
-  """Weights as they are before the first step, without a run."""
+  """Saves weights without training; returns the options that evaluate them."""
   config = tiny.get_config(data, **changes)
   shape = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
   init = jax.jit(lambda key: tiny.TinyNet().init(key, jnp.zeros((1, *shape)), train=False))
@@ -111,7 +111,7 @@ def test_without_held_out_images_the_default_is_test(tmp_path, data):
     evaluate.evaluate_weights(dataclasses.replace(options, split="validation"))
 
 
-def test_published_validation_is_said_to_be_the_test_split(tmp_path, data, monkeypatch, capsys):
+def test_published_validation_is_reported_as_the_test_split(tmp_path, data, monkeypatch, capsys):
   options = make_weights(tmp_path / "w", data, protocol="published")
   score = evaluate.evaluate_weights(options)
   assert (score.split, score.count, score.peeked) == ("validation", 41, True)
@@ -126,16 +126,16 @@ def test_published_validation_is_said_to_be_the_test_split(tmp_path, data, monke
   assert lines[1] == shown
 
 
-def test_the_test_split_after_a_trial(tmp_path, data):
-  """The run left it alone; who asks for it now has chosen."""
+def test_the_test_split_can_be_evaluated_after_a_trial(tmp_path, data):
+  """The trial did not use it, but a user may evaluate on it explicitly."""
   trial = make_weights(tmp_path / "trial", data, split="test", protocol="trial")
   score = evaluate.evaluate_weights(trial)
   assert (score.split, score.count) == ("test", 41)
   assert score == evaluate.evaluate_weights(make_weights(tmp_path / "honest", data, split="test"))
 
 
-def test_other_data_of_the_same_classes(tmp_path, data):
-  """Its test split may be smaller than what the run held out."""
+def test_other_data_of_the_same_classes_can_be_evaluated(tmp_path, data):
+  """Its test split may be smaller than the validation split of the run."""
   options = make_weights(tmp_path / "w", data, split="test")
   other = tiny.write_data(tmp_path / "other.npz", train=10, test=7, seed=1)
   score = evaluate.evaluate_weights(dataclasses.replace(options, data=other))
@@ -152,7 +152,7 @@ def test_other_classes_are_refused(tmp_path, data):
 
 
 def test_the_directory_of_the_data_can_be_another(tmp_path, data, monkeypatch):
-  """Weights travel: the directory of the machine they were trained on does not."""
+  """Weights may be evaluated on another machine than that of their training."""
   options = make_weights(tmp_path / "w", data, **{"data.dir": "/there"})
   seen, original = [], splits_lib.load_splits
 
@@ -166,7 +166,7 @@ def test_the_directory_of_the_data_can_be_another(tmp_path, data, monkeypatch):
   assert seen == ["/there", "/here"]
 
 
-def test_more_devices_than_there_are(tmp_path, data):
+def test_weights_trained_on_more_devices_can_be_evaluated(tmp_path, data):
   few = evaluate.evaluate_weights(make_weights(tmp_path / "few", data, num_devices=1))
   many = evaluate.evaluate_weights(make_weights(tmp_path / "many", data, num_devices=64))
   odd = evaluate.evaluate_weights(

@@ -1,4 +1,4 @@
-"""Processes side by side: where they run, what ends them, and what they leave."""
+"""Processes side by side: their cores, failures, signals and logs."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ def wait_for(path):
     assert time.monotonic() < deadline, path
     time.sleep(0.02)
 """
-# Waits for a signal as a run does: the first one is to be saved after, the second one ends it.
+# Waits for a signal as a run does: it saves after the first one; a second one would end it.
 GUARDED = """
 import pathlib, sys, time
 from flax_cifar.signals import InterruptGuard
@@ -75,12 +75,12 @@ def test_shares_cover_the_cores_that_may_be_used(monkeypatch, count, shares):
   assert jobs_lib.split_cores(count) == shares
 
 
-def test_nothing_is_pinned_where_the_system_cannot(monkeypatch):
+def test_no_process_is_pinned_where_the_system_cannot(monkeypatch):
   monkeypatch.delattr(os, "sched_getaffinity", raising=False)
   assert jobs_lib.split_cores(3) == [frozenset()] * 3
 
 
-def test_as_many_run_at_once_as_there_are_shares(tmp_path):
+def test_as_many_jobs_run_at_once_as_there_are_shares_of_the_cores(tmp_path):
   """The first two wait for each other; the third may only begin when one of them has ended."""
 
   def create_code(own, other):
@@ -95,7 +95,7 @@ def test_as_many_run_at_once_as_there_are_shares(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system pins no process")
-def test_each_runs_on_its_share_and_the_parent_stays_where_it_was(tmp_path):
+def test_each_job_runs_on_its_cores_and_the_parent_keeps_its_own(tmp_path):
   before = os.sched_getaffinity(0)
   shares = [frozenset({core}) for core in sorted(before)]
   paths = [tmp_path / str(core) for core in sorted(before)]
@@ -109,7 +109,7 @@ def test_each_runs_on_its_share_and_the_parent_stays_where_it_was(tmp_path):
   assert os.sched_getaffinity(0) == before
 
 
-def test_a_log_takes_all_that_is_printed_and_grows(tmp_path, capfd):
+def test_a_log_gets_all_output_and_is_appended_to(tmp_path, capfd):
   log = tmp_path / "a.log"
   job = create_job("a", "import sys; print('out'); sys.stdout.flush(); sys.exit('err')", log)
   for _ in range(2):
@@ -152,19 +152,19 @@ def test_a_log_that_cannot_be_opened_leaves_nothing_running(tmp_path):
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_each_run_once_and_is_waited_for(tmp_path, signum, send):
-  """Sent to the parent alone or to its group, as terminals do; a second one would leave no file."""
+  """Sent to the parent or, as terminals do, to its group; a second one would prevent the save."""
   paths = [tmp_path / name for name in "abc"]
   command = [sys.executable, "-c", PARENT, "2", *map(str, paths)]
   process = subprocess.Popen(command, start_new_session=True)
   wait_for(tmp_path / "a-ready", tmp_path / "b-ready")
   send(process.pid, signum)
   assert process.wait(30) == 128 + signum
-  made = {path.name for path in tmp_path.iterdir()}
-  assert made == {"a-ready", "a-saved", "b-ready", "b-saved"}
+  created = {path.name for path in tmp_path.iterdir()}
+  assert created == {"a-ready", "a-saved", "b-ready", "b-saved"}
 
 
 def signal_the_parent(signum):
-  """A run that tells its parent, which is this very process, and ends well; and one after it."""
+  """Runs a job that signals its parent, this process, and succeeds, and then another job."""
   code = f"""
 import os, signal, time
 for signum in ({signal.SIGTERM:d}, {signal.SIGHUP:d}):
@@ -181,7 +181,7 @@ def test_a_signal_that_comes_too_late_for_a_run_is_its_status():
   assert caught.value.status == 128 + signal.SIGTERM
 
 
-def test_nohup_holds_for_the_parent():
+def test_the_parent_ignores_sighup_under_nohup():
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:
     signal_the_parent(signal.SIGHUP)

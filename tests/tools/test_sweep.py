@@ -1,4 +1,4 @@
-"""The sweep: which runs it makes, what it refuses, and how it compares."""
+"""The sweep: its runs, the mistakes it refuses, and its comparison of the runs."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def write_run(workdir, run):
   (folder / "metrics.jsonl").write_text(lines)
 
 
-def test_the_runs_are_the_product_and_their_commands_are_those_of_main(tmp_path):
+def test_the_runs_are_all_combinations_and_their_commands_are_those_of_main(tmp_path):
   flags = ["--over=norm=layer,group", "--over=seed=1,2", f"--workdir={tmp_path}"]
   parsed = sweep.parse([CONFIG, *flags, "--config.total_epochs=2"])
   names = ["norm=layer,seed=1", "norm=layer,seed=2", "norm=group,seed=1", "norm=group,seed=2"]
@@ -78,12 +78,12 @@ def test_the_runs_are_the_product_and_their_commands_are_those_of_main(tmp_path)
   assert commands[0][:2] == [sys.executable, "main.py"]
 
 
-def test_a_variant_of_the_file_stays_before_what_is_swept():
+def test_a_variant_of_the_file_stays_before_the_swept_ones():
   parsed = sweep.parse(["--config=configs/s9.py:study", "--over=norm=layer"])
   assert "--config=configs/s9.py:study,norm=layer" in sweep.get_command(parsed, {"norm": "layer"})
 
 
-def test_more_values_are_the_same_sweep_and_other_overrides_another():
+def test_more_values_keep_the_folder_of_a_sweep_and_other_overrides_change_it():
   few = sweep.parse([CONFIG, "--over=seed=0,1"])
   more = sweep.parse([CONFIG, "--over=seed=0,1,2"])
   other = sweep.parse([CONFIG, "--over=seed=0,1", "--config.batch_size=64"])
@@ -129,7 +129,7 @@ def test_a_mistake_is_named_before_anything_runs(arguments, message):
 
 
 def start_run(seed=0, epochs=1, lr=0.1):
-  """What a run checks of the swept keys."""
+  """Makes the checks of a run that concern the swept keys."""
   split = dataset.Split(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32))
   config = common.get_config()
   config.update_from_flattened_dict({"seed": seed, "batch_size": 4})
@@ -148,7 +148,7 @@ def test_the_ranges_are_those_of_the_runs(key):
       start_run(**{key: outside})
 
 
-def test_what_is_not_swept_can_be_overridden():
+def test_keys_that_are_not_swept_can_be_overridden():
   parsed = sweep.parse([CONFIG, "--over=norm=batch", "--config.seed=3", "--config.num_seeds=2"])
   assert parsed.overrides == ["--config.seed=3", "--config.num_seeds=2"]
 
@@ -157,9 +157,9 @@ def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
   for run in create_runs():
     write_run(tmp_path, run)
   over = {"norm": ["batch", "layer"], "seed": ["0", "1", "2"]}
-  asked = sweep.Sweep("configs/quickstart.py", over, ["--config.total_epochs=2"], tmp_path)
+  spec = sweep.Sweep("configs/quickstart.py", over, ["--config.total_epochs=2"], tmp_path)
   runs = [
-    compare_lib.read_run(sweep.get_workdir(asked, settings), settings)
+    compare_lib.read_run(sweep.get_workdir(spec, settings), settings)
     for settings in sweep.get_combinations(over)
   ]
   assert runs == create_runs()
@@ -179,7 +179,7 @@ def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
       assert row[name]["mean"] == pytest.approx(np.mean(numbers))
       assert row[name]["sd"] == pytest.approx(np.std(numbers, ddof=1))
       assert row[name]["n"] == 3
-  sweep.write_table(asked, rows, compare_lib.format_table(rows))
+  sweep.write_table(spec, rows, compare_lib.format_table(rows))
   assert json.loads((tmp_path / "table.json").read_text())["rows"] == rows
   lines = (tmp_path / "table.md").read_text().splitlines()
   assert lines[0].endswith(
@@ -194,14 +194,14 @@ def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b'{"epoch": 1', b"\xff\xfe"])
-def test_records_that_are_gone_are_named_with_what_to_do(tmp_path, content):
+def test_missing_or_damaged_records_are_named_with_a_remedy(tmp_path, content):
   run = create_runs()[0]
   write_run(tmp_path, run)
   path = tmp_path / variants.format_settings(run.settings) / "metrics.jsonl"
   path.unlink() if content is None else path.write_bytes(content)
-  asked = sweep.Sweep("configs/quickstart.py", {}, [], tmp_path)
+  spec = sweep.Sweep("configs/quickstart.py", {}, [], tmp_path)
   with pytest.raises(errors.UserError, match=r"metrics.jsonl' cannot be read .*delete result.json"):
-    compare_lib.read_run(sweep.get_workdir(asked, run.settings), run.settings)
+    compare_lib.read_run(sweep.get_workdir(spec, run.settings), run.settings)
 
 
 def test_one_run_has_no_deviation_and_no_validation_is_a_dash():
@@ -257,8 +257,8 @@ def test_curves_are_means_over_seeds_with_a_band(tmp_path, monkeypatch):
   remember(lines, "plot")
   remember(bands, "fill_between")
   compare_lib.save_curves(tmp_path / "curves.png", compare_lib.group_runs(create_runs()))
-  assert [(colour, style) for _, colour, style in lines] == [
-    (colour, style) for _ in range(2) for colour in ("C0", "C1") for style in ("--", "-")
+  assert [(color, style) for _, color, style in lines] == [
+    (color, style) for _ in range(2) for color in ("C0", "C1") for style in ("--", "-")
   ]
   assert len(bands) == 8
   validation = 100 * np.array([[0.6, 0.5], [0.5, 0.7], [0.7, 0.8]])
@@ -269,16 +269,16 @@ def test_curves_are_means_over_seeds_with_a_band(tmp_path, monkeypatch):
   assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_many_combinations_have_a_colour_each(tmp_path):
+def test_each_of_many_combinations_has_its_own_color(tmp_path):
   runs = [create_run(f"epochs={number}", [0.5], [0.5], 0.5) for number in range(12)]
   compare_lib.save_curves(tmp_path / "curves.png", compare_lib.group_runs(runs))
   assert len(set(compare_lib._get_colors(12))) == 12
 
 
 def test_a_run_that_fails_stops_the_sweep(tmp_path, monkeypatch, capsys):
-  def create_command(asked, settings):
+  def create_command(spec, settings):
     name = settings["norm"]
-    code = f"open({str(asked.workdir / name)!r}, 'w'); raise SystemExit({3 * (name == 'layer')})"
+    code = f"open({str(spec.workdir / name)!r}, 'w'); raise SystemExit({3 * (name == 'layer')})"
     return [sys.executable, "-c", code]
 
   monkeypatch.setattr(sweep, "get_command", create_command)
@@ -313,19 +313,19 @@ def call(*arguments):
 def test_runs_at_once_print_to_files_and_change_no_command(tmp_path):
   flags = [CONFIG, "--over=seed=0,1", f"--workdir={tmp_path}"]
   alone, together = sweep.parse(flags), dataclasses.replace(sweep.parse(flags), num_jobs=2)
-  one, two = (sweep.create_job(asked, {"seed": "1"}) for asked in (alone, together))
+  one, two = (sweep.create_job(spec, {"seed": "1"}) for spec in (alone, together))
   assert one.command == two.command
   assert (one.log, two.log) == (None, tmp_path / "seed=1.log")
 
 
-def test_a_folder_for_the_logs_that_cannot_be_made_is_named(tmp_path):
+def test_a_log_folder_that_cannot_be_created_is_named(tmp_path):
   (tmp_path / "file").touch()
-  asked = sweep.Sweep("configs/quickstart.py", {"seed": ["0"]}, [], tmp_path / "file" / "sweep", 2)
+  spec = sweep.Sweep("configs/quickstart.py", {"seed": ["0"]}, [], tmp_path / "file" / "sweep", 2)
   with pytest.raises(errors.UserError, match="sweep' cannot be written to"):
-    sweep.run_sweep(asked)
+    sweep.run_sweep(spec)
 
 
-def test_a_sweep_of_real_runs_at_once_and_again_one_by_one(tmp_path):
+def test_a_sweep_trains_runs_in_parallel_and_leaves_finished_ones_alone(tmp_path):
   tiny = {
     "data.name": tiny_lib.write_data(tmp_path / "tiny.npz", train=48, test=16, size=32),
     "data.validation_size": 16,
@@ -344,10 +344,12 @@ def test_a_sweep_of_real_runs_at_once_and_again_one_by_one(tmp_path):
   logs = sorted((tmp_path / "sweep").glob("*.log"))
   assert [log.name for log in logs] == ["seed=0.log", "seed=1.log"] * (num_jobs > 1)
   folders = [tmp_path / "sweep" / name for name in ("seed=0", "seed=1")]
-  made = [json.loads((path / "result.json").read_text()) for path in folders]
+  results = [json.loads((path / "result.json").read_text()) for path in folders]
   (row,) = json.loads((tmp_path / "sweep" / "table.json").read_text())["rows"]
-  assert row["test_accuracy"]["mean"] == pytest.approx(np.mean([r["test_accuracy"] for r in made]))
-  assert f"| all seeds | {made[0]['parameters']:,} |" in stdout
+  assert row["test_accuracy"]["mean"] == pytest.approx(
+    np.mean([r["test_accuracy"] for r in results])
+  )
+  assert f"| all seeds | {results[0]['parameters']:,} |" in stdout
   assert (tmp_path / "sweep" / "curves.png").exists()
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("seed=*/**/*")}
   status, stdout, _ = call(*flags)

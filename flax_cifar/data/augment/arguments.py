@@ -14,46 +14,47 @@ MAX_PIXELS = 512  # of an image's side, of a padding and of a hole
 MAX_HOLES = 100  # each hole is a part of the compiled program
 
 
-def _within(low: float, high: float, unit: str) -> Rule:
+def within(low: float, high: float, unit: str) -> Rule:
+  """The rule for a number in [low, high], in `unit`."""
   return lambda value: low <= value <= high, f"{unit} in [{low:g}, {high:g}]"
 
 
-def _below_one(unit: str) -> Rule:
+def below_one(unit: str) -> Rule:
+  """The rule for a number in [0, 1), in `unit`."""
   return lambda value: 0 <= value < 1, f"{unit} in [0, 1)"
 
 
-def _one_of(choices: tuple[str, ...]) -> Rule:
+def one_of(choices: tuple[str, ...]) -> Rule:
+  """The rule for text that is one of `choices`."""
   return lambda value: value in choices, " or ".join(map(repr, choices))
 
 
 SHARED_RULES: dict[str, Rule] = {
-  "p": _within(0, 1, "a probability"),
-  "border": _one_of(BORDERS),
-  "interpolation": _one_of(INTERPOLATIONS),
+  "p": within(0, 1, "a probability"),
+  "border": one_of(BORDERS),
+  "interpolation": one_of(INTERPOLATIONS),
 }
 # The rules of each op's own arguments.
 RULES: dict[str, dict[str, Rule]] = {
   "horizontal_flip": {},
   "alternating_flip": {},
   "shift_scale_rotate": {
-    "shift": _below_one("a fraction"),
-    "scale": _within(
-      0, 0.99, "a fraction"
-    ),  # a scale of 0 leaves nothing, and its inverse is infinite
-    "rotate": _within(0, 180, "degrees"),
+    "shift": below_one("a fraction"),
+    "scale": within(0, 0.99, "a fraction"),  # at 1 an image could shrink to nothing
+    "rotate": within(0, 180, "degrees"),
   },
-  "rotate": {"limit": _within(0, 180, "degrees")},
-  "random_crop": {"padding": _within(1, MAX_PIXELS, "pixels")},
+  "rotate": {"limit": within(0, 180, "degrees")},
+  "random_crop": {"padding": within(1, MAX_PIXELS, "pixels")},
   "coarse_dropout": {
-    "holes": _within(1, MAX_HOLES, "holes"),
-    "height": _within(1, MAX_PIXELS, "pixels"),
-    "width": _within(1, MAX_PIXELS, "pixels"),
+    "holes": within(1, MAX_HOLES, "holes"),
+    "height": within(1, MAX_PIXELS, "pixels"),
+    "width": within(1, MAX_PIXELS, "pixels"),
   },
   "color_jitter": {
-    "brightness": _within(0, 1, "a fraction"),
-    "contrast": _within(0, 1, "a fraction"),
-    "saturation": _within(0, 1, "a fraction"),
-    "hue": _within(0, 0.5, "a fraction of the circle"),
+    "brightness": within(0, 1, "a fraction"),
+    "contrast": within(0, 1, "a fraction"),
+    "saturation": within(0, 1, "a fraction"),
+    "hue": within(0, 0.5, "a fraction of the circle"),
   },
 }
 

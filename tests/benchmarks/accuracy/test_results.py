@@ -1,4 +1,4 @@
-"""The page of results: every published row, means of hand-made runs, and what is refused."""
+"""The results page: every published row, means over hand-made runs, and the runs it refuses."""
 
 import importlib
 import json
@@ -46,7 +46,7 @@ COMMIT = "0123456789" * 4
 
 
 def create_content(name="pyramid", seed=0, tests=(0.85,), validations=(0.8, 0.9, 0.85), **changes):
-  """What result.json holds, and the records; several tests are those of seeds at once."""
+  """The contents of result.json, and the records; several `tests` are those of several seeds."""
   config = common.get_config().to_dict() | {"name": name, "seed": seed, "num_seeds": len(tests)}
   config["model"]["name"] = {"s9": "dilated"}.get(name.split("-")[0], name.split("-")[0])
   content = {
@@ -93,17 +93,17 @@ def add(tmp_path):
   return call
 
 
-def read_cells(tmp_path, system, what=""):
-  """The cells of a row of the first table."""
+def read_cells(tmp_path, system, text=""):
+  """The cells of the first row of `system` whose second cell contains `text`."""
   page = results.write_page(tmp_path).read_text()
   rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
-  return next(row for row in rows if row[0] == system and what in row[1])
+  return next(row for row in rows if row[0] == system and text in row[1])
 
 
 #### The published rows
 
 
-def test_every_published_result_has_its_row():
+def test_every_published_result_has_a_row():
   assert list(dict.fromkeys(row.id for row in published.ROWS)) == list(PARAMETERS)
   for system, parameters in PARAMETERS.items():
     rows = [row for row in published.ROWS if row.id == system]
@@ -116,7 +116,7 @@ def test_every_published_result_has_its_row():
 @pytest.mark.parametrize(
   "row", [row for row in published.ROWS if row.parameters], ids=lambda row: row.ours
 )
-def test_the_parameters_are_those_of_our_network(row):
+def test_the_parameter_count_is_that_of_our_network(row):
   model = create_model_of(load(row.ours))
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(images.shape), False))
@@ -128,7 +128,7 @@ def create_model_of(config):
 
 
 def load(name):
-  """The config called `name`, which is the file and what follows its colon, joined by dashes."""
+  """The config called `name`: its file and its variants, joined by dashes."""
   file, *parts = re.sub(r"norm-(\w+)", r"norm=\1", name).split("-")
   config = importlib.import_module(f"configs.{file}").get_config(",".join(parts))
   assert config.name == name
@@ -136,7 +136,7 @@ def load(name):
 
 
 @pytest.mark.parametrize("row", published.ROWS, ids=lambda row: row.replay)
-def test_the_configs_of_a_row_are_its_network_norm_and_protocol(row):
+def test_the_configs_of_a_row_have_its_network_norm_and_protocol(row):
   replay, ours = load(row.replay), load(row.ours)
   assert (replay.protocol, ours.protocol) == ("published", "honest")
   (norm,) = [
@@ -157,7 +157,7 @@ def test_the_commands_run_the_configs_of_a_row(row):
     assert config.name == name
 
 
-def test_what_is_not_run_yet_is_listed(tmp_path, add):
+def test_missing_runs_are_listed(tmp_path, add):
   before = results.list_missing(results.load_runs(tmp_path))
   assert (
     len(before)
@@ -172,7 +172,7 @@ def test_what_is_not_run_yet_is_listed(tmp_path, add):
 #### The page
 
 
-def test_what_has_not_run_says_so(tmp_path):
+def test_a_row_without_runs_reads_not_run(tmp_path):
   page = results.write_page(tmp_path).read_text()
   assert page.count("| not run | not run |") == len(published.ROWS) == 16
   assert "88.50 in 15 epochs: not run" in page
@@ -185,7 +185,7 @@ def test_the_page_in_the_repository_is_up_to_date():
   assert page == results.format_page(results.load_runs(results.DOCS))
 
 
-def test_ours_is_the_mean_over_seeds_with_the_sample_deviation(tmp_path, add):
+def test_our_result_is_the_mean_over_seeds_with_the_sample_deviation(tmp_path, add):
   tests = [0.8312, 0.8467, 0.8501, 0.844]
   for seed in (0, 1):
     add(name=f"pyramid-seed-{seed}", seed=seed, tests=tests[seed : seed + 1])
@@ -209,7 +209,7 @@ def test_a_single_run_has_no_deviation(tmp_path, add):
   assert cells[5:] == ["88.99 (n = 1), 3 epochs", "not run", "89.00: missed"]
 
 
-def test_trained_on_all_of_train_it_has_a_cell_of_its_own_which_the_target_judges(tmp_path, add):
+def test_a_run_on_the_whole_training_split_has_its_own_cell_and_decides_the_target(tmp_path, add):
   add(name="skip-norm-group", tests=[0.77])
   add(name="skip-full-norm-group", tests=[0.78])
   cells = read_cells(tmp_path, "E2")
@@ -228,7 +228,7 @@ def test_trained_on_all_of_train_it_has_a_cell_of_its_own_which_the_target_judge
     (None, None, 0.8732, "over 87.31: reached"),
   ],
 )
-def test_the_target_is_the_systems_own_or_to_beat_the_source(target, target_epochs, test, verdict):
+def test_the_target_is_the_rows_own_or_the_reported_accuracy(target, target_epochs, test, verdict):
   row = published.Row("A", "dilated", 1, "", 51, "87.31", 87.31, None, "s9", target, target_epochs)
   content, records = create_content("s9", tests=[test])
   run = results.create_run(content | {"metrics": records})
@@ -243,7 +243,7 @@ def test_a_replay_shows_its_best_epoch_on_test_and_the_last(tmp_path, add):
   ]
 
 
-def test_seeds_at_once_have_their_best_epochs_each():
+def test_each_of_several_seeds_has_its_own_best_epoch():
   curves = np.array([[0.1, 0.3, 0.2], [0.4, 0.3, 0.4]])
   records = [
     {"epoch": 1 + i, "validation_accuracy": c.mean(), "validation_accuracy_per_seed": c.tolist()}
@@ -252,13 +252,13 @@ def test_seeds_at_once_have_their_best_epochs_each():
   assert results.find_best_epochs(records) == [2, 1]
 
 
-def test_another_protocol_is_no_result_of_ours(tmp_path, add):
+def test_a_run_with_another_protocol_does_not_count(tmp_path, add):
   add(name="pyramid", protocol="published")
   add(name="pyramid-published", protocol="honest")
   assert read_cells(tmp_path, "B2", "batch")[4:6] == ["not run", "not run"]
 
 
-def test_another_network_is_no_result_of_a_row(tmp_path, add):
+def test_a_run_of_another_network_does_not_count(tmp_path, add):
   (path,) = add(name="pyramid")
   content = json.loads(path.read_text())
   content["config"]["model"]["name"] = "skip"
@@ -270,13 +270,13 @@ def test_another_network_is_no_result_of_a_row(tmp_path, add):
   "flags",
   ["num_seeds=2", "compute_dtype=bfloat16", "data.dir=x", "log.pictures=False", "name=x seed=1"],
 )
-def test_an_override_that_leaves_the_recipe_or_renames_it_is_taken(add, flags):
+def test_an_override_that_keeps_or_renames_the_recipe_is_accepted(add, flags):
   words = " ".join(f"--config.{flag}" for flag in flags.split())
   (path,) = add(command=f"python main.py --config=configs/x.py {words}")
   assert json.loads(path.read_text())["command"].endswith(words)
 
 
-def test_the_runs_say_what_it_takes_to_repeat_them(tmp_path, add):
+def test_the_table_of_runs_shows_how_to_repeat_each(tmp_path, add):
   add(name="pyramid-published-seed-3", seed=3)
   add(name="pyramid", command="", commit=COMMIT + "+", force=True)
   assert read_cells(tmp_path, "pyramid-published") == [
@@ -288,7 +288,7 @@ def test_the_runs_say_what_it_takes_to_repeat_them(tmp_path, add):
   assert (cells[2], cells[6], cells[-2]) == ("", "85.00 (n = 1)", "0123456+")
 
 
-def test_runs_that_are_no_repetition_are_not_averaged(tmp_path, add):
+def test_runs_with_different_configs_are_not_averaged(tmp_path, add):
   add(name="pyramid", seed=0)
   (path,) = add(name="pyramid", seed=1)
   path.write_text(path.read_text().replace('"batch_size": 128', '"batch_size": 64'))
@@ -298,7 +298,7 @@ def test_runs_that_are_no_repetition_are_not_averaged(tmp_path, add):
     results.write_page(tmp_path)
 
 
-def test_a_seed_counts_once(tmp_path, add):
+def test_a_seed_that_occurs_twice_is_refused(tmp_path, add):
   add(name="pyramid", seed=0, tests=[0.8, 0.9])
   add(name="pyramid-seed-1", seed=1)
   with pytest.raises(errors.UserError, match="seed 1 of pyramid twice"):
@@ -331,7 +331,7 @@ def test_a_file_holds_the_result_and_a_line_for_each_epoch(tmp_path, add):
     ({"epochs": 2}, "its result and its epochs differ"),
   ],
 )
-def test_what_nobody_could_repeat_is_refused(tmp_path, add, changes, message):
+def test_a_run_that_cannot_be_repeated_is_refused(tmp_path, add, changes, message):
   with pytest.raises(errors.UserError, match=message):
     add(**changes)
   assert not (tmp_path / "results").exists()
@@ -347,13 +347,13 @@ def test_a_path_is_found_anywhere(text):
   assert results.ABSOLUTE_PATH.search(text)
 
 
-def test_force_takes_any_commit_but_no_path(add):
+def test_force_accepts_any_commit_but_no_absolute_path(add):
   add(commit=COMMIT + "+", force=True)
   with pytest.raises(errors.UserError, match="absolute path"):
     add(seed=1, command="/x", force=True)
 
 
-def test_a_trial_is_no_result(add):
+def test_a_trial_is_refused(add):
   with pytest.raises(errors.UserError, match="is a trial: it has no test accuracy"):
     add(protocol="trial", force=True)
 
@@ -366,7 +366,7 @@ def test_a_file_is_replaced_only_by_force(add):
   assert json.loads(path.read_text())["test_accuracy"] == 0.9
 
 
-def test_weights_that_are_kept_are_of_the_run_beside_them():
+def test_weights_in_the_repository_belong_to_the_result_beside_them():
   paths = list((results.DOCS / "results").glob("*.safetensors"))
   assert paths
   for path in paths:
@@ -379,7 +379,7 @@ def test_weights_that_are_kept_are_of_the_run_beside_them():
     assert sum(sizes) == content["parameters"]
 
 
-def test_what_is_no_finished_run_is_refused(tmp_path):
+def test_an_unfinished_run_is_refused(tmp_path):
   with pytest.raises(errors.UserError, match=r"no result\.json"):
     results.add([tmp_path], tmp_path, force=True)
   (tmp_path / "result.json").write_text("{}")
@@ -387,7 +387,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
     results.add([tmp_path], tmp_path, force=True)
 
 
-def test_all_are_added_or_none(tmp_path):
+def test_all_runs_are_added_or_none(tmp_path):
   good = write_folder(tmp_path / "good", *create_content())
   with pytest.raises(errors.UserError, match=r"no result\.json"):
     results.add([good, tmp_path / "nothing"], tmp_path, force=False)

@@ -1,6 +1,6 @@
 """The PyTorch networks of the benchmark against the Flax networks, with the same weights.
 
-What is compared is what a training step reads and writes: logits, gradients, running statistics.
+The tests compare logits, gradients and running statistics.
 """
 
 import math
@@ -14,7 +14,7 @@ import pytest
 
 from flax_cifar import models
 from flax_cifar.models import layer_table
-from tests.models import test_models
+from tests import reference
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; only benchmarks need it")
 
@@ -28,7 +28,7 @@ LABELS = np.random.default_rng(2).integers(10, size=8)
 
 def create_flax(name):
   norm_changes = {"train_scale": False} if name == "ghost" else {}
-  return test_models.create(name, norm=test_models.NORMS[name], dropout_rate=0.0, **norm_changes)
+  return reference.create_model(name, norm=reference.NORMS[name], dropout_rate=0.0, **norm_changes)
 
 
 def get_layers(network):
@@ -38,7 +38,7 @@ def get_layers(network):
 
 
 def get_paths(model):
-  """Paths of their Flax counterparts in the order in which they run."""
+  """Paths of the corresponding Flax layers in the order in which they run."""
   rows = layer_table.get_layer_table(model, (32, 32, 3))
   return [row.name.split("/") for row in rows if "Pool" not in row.kind]
 
@@ -50,7 +50,7 @@ def get(tree, path):
 
 
 def to_torch(kernel):
-  """HWIO -> OIHW, and IO -> OI, where what was flattened as HWC is then flattened as CHW."""
+  """HWIO -> OIHW and IO -> OI; flattened inputs of `keras_base` are reordered from HWC to CHW."""
   kernel = np.asarray(kernel)
   if kernel.ndim == 4:
     return torch.tensor(kernel.transpose(3, 2, 0, 1))
@@ -73,9 +73,9 @@ def repeat(layer, stats):
 
 
 def create_pair(name):
-  """A Flax network, its variables and a PyTorch network that holds the same."""
+  """A Flax network, its variables and a PyTorch network with the same values."""
   model, network = create_flax(name), torch_networks.TORCH_NETWORKS[name](dropout=0.0)
-  variables = test_models.draw_variables(model)
+  variables = reference.draw_variables(model)
   layers, paths = get_layers(network), get_paths(model)
   with torch.no_grad():
     for layer, path in zip(layers, paths, strict=True):
@@ -94,14 +94,14 @@ def assert_close(actual, expected):
 
 
 def compare_gradients(actual, expected):
-  """In the Euclidean norm: a ReLU that rounding switches changes a few elements by much."""
+  """The relative error in the Euclidean norm: a ReLU flipped by rounding changes few elements."""
   assert actual.shape == expected.shape
   difference = np.linalg.norm(np.asarray(actual) - np.asarray(expected))
   return difference / np.linalg.norm(expected)
 
 
 def run_torch_step(network, images):
-  """In float64: PyTorch's own float32 gradients are off by up to 1 % where ReLUs switch."""
+  """Runs in float64: PyTorch's float32 gradients are off by up to 1 % where a ReLU flips."""
   network.double().train()
   logits = network(torch.tensor(images).permute(0, 3, 1, 2).double())
   torch.nn.functional.cross_entropy(logits, torch.tensor(LABELS)).backward()
@@ -127,7 +127,7 @@ def run_flax_step(model, variables, images):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_parameters_add_up_to_the_published_total(name):
   parameters = list(torch_networks.TORCH_NETWORKS[name]().parameters())
-  assert sum(parameter.numel() for parameter in parameters) == test_models.TOTALS[name]
+  assert sum(parameter.numel() for parameter in parameters) == reference.TOTALS[name]
   fixed = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
   assert fixed == (496 if name == "ghost" else 0)
 
@@ -142,7 +142,7 @@ def test_dropout_has_the_published_rate(name):
   assert rates == expected[name]
 
 
-def test_every_network_is_here():
+def test_every_network_has_a_pytorch_version():
   assert set(torch_networks.TORCH_NETWORKS) == set(models.MODELS)
 
 
@@ -159,30 +159,30 @@ def test_evaluation_gives_the_same_logits(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_gives_the_same_logits_gradients_and_statistics(name):
-  off = [compare_training_steps(name, images) for images in (IMAGES, *OTHER_IMAGES)]
-  # Rounding, which processors do differently, may switch a ReLU, but not for all of the images; in
-  # `dilated`, which has most of them, it does and is off by 2e-3; the others by less than 2e-5.
-  assert min(off) <= (1e-2 if name == "dilated" else 2e-4)
+  gradient_errors = [compare_training_steps(name, images) for images in (IMAGES, *OTHER_IMAGES)]
+  # Rounding differs between processors and may flip a ReLU, but not in every batch of images. In
+  # `dilated`, which has the most ReLUs, it does: the error is 2e-3. Others are below 2e-5.
+  assert min(gradient_errors) <= (1e-2 if name == "dilated" else 2e-4)
 
 
 def compare_training_steps(name, images):
-  """How far the gradient is off that is off most; logits and statistics must agree."""
+  """The largest relative error of a gradient; logits and statistics must agree."""
   model, variables, network = create_pair(name)
   expected = run_torch_step(network, images)
   logits, gradients, stats = run_flax_step(model, variables, images)
   assert_close(logits, expected)
-  off = []
+  gradient_errors = []
   for layer, path in zip(get_layers(network), get_paths(model), strict=True):
     for parameter, gradient in pair_parameters(layer, get(gradients, path)):
       if parameter.requires_grad:
-        off.append(compare_gradients(gradient, parameter.grad))
+        gradient_errors.append(compare_gradients(gradient, parameter.grad))
       else:
         assert (gradient == 0).all()
     if isinstance(layer, torch.nn.BatchNorm2d):
       splits = getattr(layer, "num_splits", 1)
       assert_close(get(stats, path)["mean"], layer.running_mean.view(splits, -1).mean(0))
       assert_close(get(stats, path)["var"], layer.running_var.view(splits, -1).mean(0))
-  return max(off)
+  return max(gradient_errors)
 
 
 def test_ghost_uses_the_ghost_norm():

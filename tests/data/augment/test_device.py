@@ -1,4 +1,4 @@
-"""Device augmentation against Albumentations: pixels, distributions; and what a draw depends on."""
+"""Device augmentation against Albumentations: pixels, distributions, and the inputs of a draw."""
 
 import functools
 import inspect
@@ -25,7 +25,7 @@ MEAN = (0.49139968, 0.48215841, 0.44653091)
 S9_OPS = ("horizontal_flip", "shift_scale_rotate", "coarse_dropout")
 WILD = {"shift": 0.5, "scale": 0.5, "rotate": 180.0}
 STRONG = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.5}
-COLOURED = {"border": "fill", "fill": (125, 30, 200)}
+COLORED = {"border": "fill", "fill": (125, 30, 200)}
 DRAWS = 2000
 
 
@@ -51,7 +51,7 @@ def create_s9():
 
 @functools.cache
 def make_images(count=200, height=32, width=32):
-  """Half of them noise, half of them blurred, with some noise, as photographs are."""
+  """One half is noise; the other half is blurred with a little noise, like photographs."""
   rng = np.random.default_rng(0)
   shape = (count // 2, height, width, 3)
   noise = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -61,7 +61,7 @@ def make_images(count=200, height=32, width=32):
 
 
 def run_host(name, images, **changes):
-  """What Albumentations makes of the images, and the parameters it drew, as arrays."""
+  """The images as Albumentations augments them, and the parameters it drew, as arrays."""
   transform = host_lib.OPS[name](**get_arguments(name, **changes))
   compose, outputs, drawn = A.Compose([transform]), [], []
   for number, image in enumerate(images):
@@ -128,13 +128,13 @@ def difference(one, other):
   [
     ("horizontal_flip", {"p": 1.0}, (32, 32)),
     ("random_crop", {"padding": 4, "border": "reflect"}, (32, 32)),
-    ("random_crop", {"padding": 9, **COLOURED}, (24, 40)),
+    ("random_crop", {"padding": 9, **COLORED}, (24, 40)),
     ("random_crop", {"padding": 11, "border": "reflect"}, (5, 4)),  # reflected more than once
     ("coarse_dropout", {"p": 1.0}, (32, 32)),
     ("coarse_dropout", {"p": 1.0, "holes": 3, "height": 5, "fill": (1, 2, 3)}, (24, 40)),
   ],
 )
-def test_pixels_are_albumentations(name, changes, size):
+def test_pixels_match_albumentations(name, changes, size):
   images = make_images(200, *size)
   expected, params = run_host(name, images, **changes)
   np.testing.assert_array_equal(apply_on_device(name, images, params, **changes), expected)
@@ -144,15 +144,15 @@ def test_pixels_are_albumentations(name, changes, size):
   ("name", "changes", "size"),
   [
     ("shift_scale_rotate", {"border": "reflect"}, (32, 32)),
-    ("shift_scale_rotate", COLOURED, (24, 40)),
+    ("shift_scale_rotate", COLORED, (24, 40)),
     ("shift_scale_rotate", {"border": "reflect", **WILD}, (24, 40)),
-    ("shift_scale_rotate", {**COLOURED, **WILD}, (32, 32)),
+    ("shift_scale_rotate", {**COLORED, **WILD}, (32, 32)),
     ("rotate", {"border": "reflect", "limit": 6.0}, (32, 32)),
-    ("rotate", {**COLOURED, "limit": 90.0}, (32, 32)),
-    ("rotate", {**COLOURED, "limit": 8.0, "interpolation": "nearest"}, (32, 32)),
+    ("rotate", {**COLORED, "limit": 90.0}, (32, 32)),
+    ("rotate", {**COLORED, "limit": 8.0, "interpolation": "nearest"}, (32, 32)),
   ],
 )
-def test_affine_pixels_are_albumentations(name, changes, size):
+def test_affine_pixels_match_albumentations(name, changes, size):
   images = make_images(200, *size)
   expected, params = run_host(name, images, p=1.0, **changes)
   found = difference(apply_on_device(name, images, params, p=1.0, **changes), expected)
@@ -161,8 +161,8 @@ def test_affine_pixels_are_albumentations(name, changes, size):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-def test_nearest_rotation_is_that_of_torchvision(size):
-  """Which rotates by PIL."""
+def test_nearest_rotation_matches_torchvision(size):
+  """torchvision rotates with PIL."""
   images = make_images(200, *size)
   angles = np.random.default_rng(0).uniform(-180, 180, len(images))
   expected = [Image.fromarray(i).rotate(a) for i, a in zip(images, angles, strict=True)]
@@ -172,8 +172,8 @@ def test_nearest_rotation_is_that_of_torchvision(size):
 
 
 @pytest.mark.parametrize("kept", [*STRONG, "all"])
-def test_jitter_pixels_are_albumentations(kept):
-  """Each part by itself is exact; where several meet, float32 may fall beside a whole number."""
+def test_jitter_pixels_match_albumentations(kept):
+  """Each part alone is exact; several together may be off by one where float32 rounds."""
   images = make_images()
   changes = {key: value if kept in (key, "all") else 0.0 for key, value in STRONG.items()}
   expected, params = run_host("color_jitter", images, p=1.0, **changes)
@@ -183,7 +183,7 @@ def test_jitter_pixels_are_albumentations(kept):
   assert (found > 1).mean() < 1e-4
 
 
-def test_identity_leaves_every_bit():
+def test_identity_changes_no_bit():
   images = make_images()
   zero, one = np.zeros(len(images)), np.ones(len(images))
   params = {"shift_x": zero, "shift_y": zero, "scale_x": one, "scale_y": one, "angle": zero}
@@ -192,7 +192,7 @@ def test_identity_leaves_every_bit():
     np.testing.assert_array_equal(found, images)
 
 
-def test_packing_is_undone():
+def test_unpack_reverses_pack():
   images = make_images()
   np.testing.assert_array_equal(
     device_pixels.unpack(device_pixels.pack(jnp.asarray(images))), images
@@ -203,7 +203,7 @@ def test_packing_is_undone():
 
 
 def draw_on_device(name, *, epoch=0, **changes):
-  """Which of DRAWS examples the op is applied to, and with what parameters."""
+  """For each of DRAWS examples: whether the op is applied, and its parameters."""
   op = device_lib.DEVICE_OPS[name](**get_arguments(name, **changes))
   key, example = jax.random.key(5), jnp.arange(DRAWS)
   uniforms = device_random.draw_uniforms(
@@ -214,7 +214,7 @@ def draw_on_device(name, *, epoch=0, **changes):
 
 
 def as_columns(params):
-  """One number per example and parameter; a permutation is read as a number of base 4."""
+  """One number per example and parameter; a permutation is read as a number in base 4."""
   columns = {}
   for key, values in params.items():
     if key == "order":
@@ -265,7 +265,7 @@ def test_probability_is_kept(name, p):
 
 
 def test_ops_are_applied_independently():
-  """On a picture whose colours tell which ops have been applied."""
+  """The colors of the image tell which ops were applied."""
   image = np.full((32, 32, 3), 50, np.uint8)
   image[:, 16:] = 200
   augment = create(S9_OPS, coarse_dropout={"fill": (0, 255, 0)})
@@ -294,11 +294,11 @@ def test_uniforms_are_uniform_and_never_one():
   np.testing.assert_array_equal(first[:, 3], second[:, 3])
 
 
-# ---- What a draw depends on
+# ---- The inputs of a draw
 
 
-def test_key_epoch_and_example_decide_alone():
-  """Not the place in the batch, nor what else is in it, nor its size."""
+def test_a_draw_depends_only_on_key_epoch_and_example():
+  """The position in the batch, the other images and the batch size have no effect."""
   augment, images = create_s9(), make_images()[:64]
   key, example = jax.random.key(1), np.arange(64) * 700
   whole = np.asarray(augment(images, key, 3, example))
@@ -310,7 +310,7 @@ def test_key_epoch_and_example_decide_alone():
 
 
 @pytest.mark.parametrize(("seed", "epoch", "first"), [(2, 3, 0), (1, 4, 0), (1, 3, 1)])
-def test_another_key_epoch_or_example_draws_anew(seed, epoch, first):
+def test_another_key_epoch_or_example_gives_another_draw(seed, epoch, first):
   augment, images = create_s9(), make_images()[:64]
   one = np.asarray(augment(images, jax.random.key(1), 3, np.arange(64)))
   other = np.asarray(augment(images, jax.random.key(seed), epoch, first + np.arange(64)))
@@ -318,7 +318,7 @@ def test_another_key_epoch_or_example_draws_anew(seed, epoch, first):
   assert (one != other).any((1, 2, 3)).mean() > 0.8
 
 
-def test_a_batch_split_over_devices_gives_the_same_and_stays_there():
+def test_a_batch_split_over_devices_gives_the_same_without_communication():
   mesh, images, key = parallel.create_mesh(4), make_images()[:64], jax.random.key(1)
   augment = device_lib.create_device_augment(ops=S9_OPS, mean=MEAN, **get_all_arguments({}))
   split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
@@ -344,14 +344,14 @@ def test_an_image_without_a_batch_axis_is_refused():
     create_s9()(make_images()[0], jax.random.key(0), 0, np.arange(1))
 
 
-def test_probability_zero_leaves_every_bit():
+def test_probability_zero_changes_no_bit():
   augment = create(S9_OPS, **{name: {"p": 0.0} for name in S9_OPS})
   images = make_images()[:64]
   np.testing.assert_array_equal(augment(images, jax.random.key(0), 0, np.arange(64)), images)
 
 
 def test_ops_are_applied_in_their_order():
-  """A hole at the border is filled before the crop moves it, or after."""
+  """The crop moves a part of the hole out of the image only if it comes after the hole."""
   white = np.full((64, 32, 32, 3), 255, np.uint8)
   changes = {
     "random_crop": {"padding": 4, "border": "fill", "fill": (9, 9, 9)},
@@ -365,7 +365,7 @@ def test_ops_are_applied_in_their_order():
   assert (holes[1] < 900).any()
 
 
-def test_alternating_flip_shows_both_sides_in_turn():
+def test_alternating_flip_alternates_with_the_epochs():
   augment, images = create(("alternating_flip",)), make_images()
   key, example = jax.random.key(4), np.arange(len(images))
   epochs = [np.asarray(augment(images, key, epoch, example)) for epoch in range(3)]
@@ -378,7 +378,7 @@ def test_alternating_flip_shows_both_sides_in_turn():
   assert (other != epochs[0]).any()
 
 
-# ---- The two backends take the same
+# ---- Both backends take the same arguments
 
 
 def test_backends_have_the_same_ops_and_arguments():
@@ -389,7 +389,7 @@ def test_backends_have_the_same_ops_and_arguments():
     assert arguments == set(common.get_config().augment[name]), name
 
 
-def test_no_ops_is_none():
+def test_without_ops_there_is_no_augmentation():
   assert device_lib.create_device_augment(ops=(), mean=MEAN, **get_all_arguments({})) is None
 
 

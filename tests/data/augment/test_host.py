@@ -1,4 +1,4 @@
-"""Host augmentation: the drawn parameters' distributions, pixels against OpenCV, the streams."""
+"""Host augmentation: distributions of the drawn parameters, pixels against OpenCV, streams."""
 
 import albumentations as A
 import cv2
@@ -24,12 +24,12 @@ def image(seed=0):
   return np.random.default_rng(seed).integers(1, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def test_no_ops_is_none():
+def test_without_ops_there_is_no_augmentation():
   assert create(()) is None
 
 
 def test_ops_are_applied_independently():
-  """Seeding each transform alike would give all or none of them, never some."""
+  """With the same seed for each transform, either all of them or none would be applied."""
   flip_only = create(("horizontal_flip", "coarse_dropout"))
   seen = {}
   source = image()
@@ -46,7 +46,7 @@ def test_ops_are_applied_independently():
   assert all(abs(count - 100) < 43 for count in seen.values()), seen
 
 
-def test_result_depends_on_the_stream_alone():
+def test_the_result_depends_only_on_the_stream():
   augment, other = create(S9_OPS), create(S9_OPS)
   forward = [augment(image(), (0, 1, i)) for i in range(20)]
   backward = [other(image(), (0, 1, i)) for i in reversed(range(20))][::-1]
@@ -103,12 +103,12 @@ def test_fills(fill, expected):
 
 
 def inverse_warp(source, matrix):
-  """The image that `matrix` (source to target, pixel centres at whole numbers) makes, by OpenCV."""
+  """Warps `source` with OpenCV; `matrix` maps source to target, with pixel centers at integers."""
   return cv2.warpAffine(source, matrix[:2], (32, 32), borderMode=cv2.BORDER_REFLECT_101)
 
 
 def affine(tx, ty, sx, sy, degrees):
-  """Scale, rotate counter-clockwise as displayed, then shift, all about the centre."""
+  """Scale, rotate counter-clockwise as displayed, then shift, all about the center."""
   a, c = np.deg2rad(degrees), 15.5
   to, back = np.eye(3), np.eye(3)
   to[:2, 2], back[:2, 2] = -c, c + np.array([tx, ty])
@@ -156,7 +156,7 @@ def test_shift_scale_rotate_stays_within_its_limits(changes, parameters):
 
 
 @pytest.mark.parametrize("border", ["reflect", "fill"])
-def test_rotation_is_about_the_centre_within_its_limit(border):
+def test_rotation_is_about_the_center_within_its_limit(border):
   smooth = cv2.GaussianBlur(image(3), (7, 7), 2)
   augment = create(("rotate",), rotate={"p": 1.0, "limit": 8.0, "border": border})
   mode = {"reflect": cv2.BORDER_REFLECT_101, "fill": cv2.BORDER_CONSTANT}[border]
@@ -173,8 +173,8 @@ def test_rotation_is_about_the_centre_within_its_limit(border):
 
 
 @pytest.mark.parametrize("border", ["reflect", "fill"])
-def test_crop_is_what_pad_and_random_crop_make(border):
-  """One of the 9 x 9 crops that they can give, from all rows and all columns."""
+def test_crop_matches_pad_and_random_crop(border):
+  """Each result is one of the 9 x 9 possible crops, and every row and column occurs."""
   fill, mode = (9.0, 8.0, 7.0), {"reflect": cv2.BORDER_REFLECT_101, "fill": cv2.BORDER_CONSTANT}
   padded = A.Pad(4, border_mode=mode[border], fill=fill, p=1)(image=image())["image"]
   augment = create(("random_crop",), random_crop={"border": border, "fill": fill})
@@ -183,7 +183,7 @@ def test_crop_is_what_pad_and_random_crop_make(border):
   assert {y for y, _ in starts} == {x for _, x in starts} == set(range(9))
 
 
-def test_alternating_flip_shows_both_sides_in_turn():
+def test_alternating_flip_alternates_with_the_epochs():
   augment = create(("alternating_flip", "coarse_dropout"), coarse_dropout={"p": 0.0})
   first = np.array([is_flipped(augment, (5, 0, example)) for example in range(400)])
   assert abs(first.sum() - 200) < 5 * 10
@@ -201,13 +201,13 @@ def is_flipped(augment, stream):
 
 
 def test_jitter_stays_within_its_limits():
-  """On grey pictures brightness is all that shows; its factor lies in 0.7 to 1.3."""
-  grey = np.full((32, 32, 3), 100, np.uint8)
+  """On gray images only the brightness has an effect; its factor lies between 0.7 and 1.3."""
+  gray = np.full((32, 32, 3), 100, np.uint8)
   limits = {"brightness": 0.3, "contrast": 0.5, "saturation": 0.5, "hue": 0.1, "p": 1.0}
   augment = create(("color_jitter",), color_jitter=limits)
   values = []
   for example in range(300):
-    out = augment(grey, (0, 0, example)).astype(int)
+    out = augment(gray, (0, 0, example)).astype(int)
     assert np.ptp(out) <= 1
     values.append(out.mean())
   assert 68 <= min(values) < 75

@@ -1,4 +1,4 @@
-"""Mixing: the distributions of the source, and that targets follow the pixels exactly."""
+"""Mixing: distributions match the sources, and targets follow the pixels exactly."""
 
 import functools
 
@@ -23,13 +23,13 @@ def create(name, alpha):
 
 @pytest.fixture(scope="module")
 def batch():
-  """Images whose every value names the example, and smoothed targets."""
+  """Images filled with the number of the example, counted from 1, and smoothed targets."""
   images = np.broadcast_to(np.arange(1.0, N + 1)[:, None, None, None], (N, 16, 8, 3))
   labels = np.arange(N) % CLASSES
   return np.float32(images), np.float32(0.9 * np.eye(CLASSES)[labels] + 0.1 / CLASSES)
 
 
-def test_none_is_none():
+def test_the_mixing_called_none_is_none():
   assert mixing_lib.create_mixing(**common.get_config().mixing.to_dict()) is None
 
 
@@ -50,29 +50,29 @@ def test_shares_are_beta_distributed():
 
 
 def folded_beta(alpha):
-  """The distribution function of the smaller one of a share and its complement."""
+  """The cumulative distribution function of min(share, 1 - share)."""
   return lambda share: 2 * stats.beta(alpha, alpha).cdf(np.minimum(share, 0.5))
 
 
 def test_mixup_has_its_own_alpha(batch):
-  """Two examples, 0 and 1: unless both met themselves, the second becomes the share."""
+  """Mixes the examples 0 and 1: unless each is its own partner, the second becomes the share."""
   step = jax.jit(jax.vmap(create("mixup", 0.2), (None, None, 0)))
   pair = np.float32([0, 1])[:, None, None, None]
   mixed, _ = step(pair, batch[1][:2], jax.random.split(jax.random.key(1), 4000))
   first, second = np.asarray(mixed)[:, :, 0, 0, 0].T
-  met = (first != 0) & (second != 1)
-  assert 0.4 < met.mean() < 0.55
-  assert stats.ks_1samp(np.minimum(first, second)[met], folded_beta(0.2)).pvalue > 1e-4
+  mixed_pair = (first != 0) & (second != 1)
+  assert 0.4 < mixed_pair.mean() < 0.55
+  assert stats.ks_1samp(np.minimum(first, second)[mixed_pair], folded_beta(0.2)).pvalue > 1e-4
 
 
-def test_mixup_is_one_share_and_a_permutation(batch):
+def test_mixup_uses_one_share_and_a_permutation(batch):
   images, targets = batch
   mixup = create("mixup", 1.0)
   rng = np.random.default_rng(0)
   noise = np.float32(rng.normal(size=images.shape))
   for seed in range(5):
     mixed, mixed_targets = mixup(noise, targets, jax.random.key(seed))
-    # Each mixed example lies in the plane of two; least squares tells which, and the share.
+    # Each mixed example lies in the plane of two; least squares finds these and the share.
     flat = noise.reshape(N, -1)
     weights = np.linalg.lstsq(flat.T, np.asarray(mixed).reshape(N, -1).T, rcond=None)[0].T
     np.testing.assert_allclose(mixed_targets, weights @ targets, atol=1e-5)
@@ -89,11 +89,11 @@ def test_cutmix_targets_follow_the_areas(batch):
   for seed in range(20):
     mixed, mixed_targets = map(np.asarray, cutmix(images, targets, jax.random.key(seed)))
     counts = np.stack([(mixed[..., 0] == n + 1).sum((1, 2)) for n in range(N)], 1)
-    assert (counts.sum(1) == 16 * 8).all(), "a pixel of nobody"
+    assert (counts.sum(1) == 16 * 8).all(), "a pixel belongs to no example"
     np.testing.assert_allclose(mixed_targets, counts / (16 * 8) @ targets, atol=1e-6)
 
 
-def test_cutmix_takes_one_box_for_the_whole_batch_from_the_same_place():
+def test_cutmix_pastes_one_box_at_the_same_place_in_the_whole_batch():
   noise = np.float32(np.random.default_rng(0).normal(size=(N, 16, 8, 3)))
   cutmix = create("cutmix", 1.0)
   for seed in range(10):
@@ -116,8 +116,8 @@ def draw_boxes(key, share):
   return mixing_lib.draw_box(key, share, (32, 16))
 
 
-def test_box_has_the_drawn_area_before_it_is_cut_off():
-  """Against the reference code's own formula, with the same centre."""
+def test_a_box_that_is_not_clipped_has_the_drawn_area():
+  """Compares with the formula of the reference code, for the same center."""
   keys = jax.random.split(jax.random.key(2), 4000)
   shares = jnp.linspace(0, 1, len(keys))
   top, bottom, left, right = map(np.asarray, draw_boxes(keys, shares))
@@ -133,14 +133,14 @@ def test_box_has_the_drawn_area_before_it_is_cut_off():
   assert (right <= 16).all()
 
 
-def test_box_centres_are_uniform():
+def test_box_centers_are_uniform():
   keys = jax.random.split(jax.random.key(3), 4000)
   share = jnp.full(len(keys), 0.97)
   top, bottom, left, right = map(np.asarray, draw_boxes(keys, share))
   for low, high, length in ((top, bottom, 32), (left, right, 16)):
     half = int(length * np.sqrt(0.03)) // 2
-    centre = np.where(low == 0, high - half, low + half)
-    assert stats.chisquare(np.bincount(centre, minlength=length)).pvalue > 1e-4
+    center = np.where(low == 0, high - half, low + half)
+    assert stats.chisquare(np.bincount(center, minlength=length)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])

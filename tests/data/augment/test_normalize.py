@@ -7,7 +7,7 @@ from flax_cifar import errors
 from flax_cifar.data.augment import normalize
 
 
-def test_normalize_is_albumentations():
+def test_normalize_matches_albumentations():
   A = pytest.importorskip("albumentations")
   mean, std = (0.49, 0.48, 0.44), (0.24, 0.25, 0.26)
   images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)

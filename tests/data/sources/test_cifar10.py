@@ -1,4 +1,4 @@
-"""CIFAR-10 from archives, prepared directories and mirrors, with a tiny stand-in of it."""
+"""CIFAR-10 from archives, prepared directories and mirrors, with a tiny substitute for the data."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ from tests import cifar10_files
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-  """CIFAR-10 with four images per batch, and no way to the network."""
+  """CIFAR-10 with four images per batch, and without mirrors."""
   monkeypatch.setattr(cifar10_archive, "BATCH_SIZE", cifar10_files.PER_BATCH)
   monkeypatch.setattr(cifar10_download, "MIRRORS", ())
   monkeypatch.delenv("FLAX_CIFAR_MIRROR", raising=False)
@@ -93,7 +93,7 @@ def test_dir_comes_from_the_environment_when_empty(tmp_path, monkeypatch):
   assert len(cifar10.load_cifar10(dir="")[0]) == 20
 
 
-def test_going_on_when_it_cannot_be_prepared(tmp_path, capsys):
+def test_loading_works_even_if_preparing_fails(tmp_path, capsys):
   cifar10_files.write_archive(tmp_path / cifar10_archive.ARCHIVE)
   (tmp_path / "cifar10").write_text("a file where the directory should be")
   train, _, _ = cifar10.load_cifar10(dir=str(tmp_path))
@@ -239,7 +239,7 @@ def test_damaged_class_names_are_named(prepared, content):
 
 
 @pytest.mark.parametrize("file_format", ["riegeli", "parquet", "later"])
-def test_another_format_is_sound_but_not_read(prepared, file_format):
+def test_another_format_is_refused_without_advice_to_delete(prepared, file_format):
   info = prepared / "dataset_info.json"
   info.write_text(info.read_text().replace("array_record", file_format))
   with pytest.raises(
@@ -254,21 +254,21 @@ def test_another_format_is_sound_but_not_read(prepared, file_format):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-  """A local mirror: `server.answer[path]` is what it does, `server.seen` what was asked."""
+  """A local mirror: the path of a URL selects its behavior; `server.seen` lists the requests."""
   blob = cifar10_files.write_archive(tmp_path / "served" / cifar10_archive.ARCHIVE).read_bytes()
   monkeypatch.setattr(cifar10_download, "ARCHIVE_BYTES", len(blob))
   monkeypatch.setattr(cifar10_archive, "ARCHIVE_MD5", hashlib.md5(blob).hexdigest())
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-      asked = self.headers.get("Range")
-      self.server.seen.append((self.path, asked))
+      byte_range = self.headers.get("Range")
+      self.server.seen.append((self.path, byte_range))
       kind = self.path.strip("/")
       body, status = (b"x" * len(blob) if kind == "wrong" else blob), 200
       if kind == "missing":
         return self.send_error(404)
-      if asked and kind != "stubborn":
-        body, status = body[int(asked.removeprefix("bytes=").rstrip("-")) :], 206
+      if byte_range and kind != "stubborn":
+        body, status = body[int(byte_range.removeprefix("bytes=").rstrip("-")) :], 206
       self.send_response(status)
       if kind != "page":
         self.send_header("Content-Length", "all" if kind == "vague" else str(len(body)))
@@ -286,13 +286,13 @@ def server(tmp_path, monkeypatch):
     httpd.shutdown()
 
 
-def use(monkeypatch, server, *kinds):
+def use_mirrors(monkeypatch, server, *kinds):
   urls = tuple(f"http://127.0.0.1:{server.server_port}/{kind}" for kind in kinds)
   monkeypatch.setattr(cifar10_download, "MIRRORS", urls)
 
 
 def test_download_prepares_and_leaves_no_part(tmp_path, monkeypatch, server):
-  use(monkeypatch, server, "good")
+  use_mirrors(monkeypatch, server, "good")
   train, test, _ = cifar10.load_cifar10(dir=str(tmp_path / "new" / "dir"))
   expected = cifar10_archive.read_archive(tmp_path / "served" / cifar10_archive.ARCHIVE)
   assert (as_set(train), as_set(test)) == tuple(as_set(split) for split in expected)
@@ -304,22 +304,22 @@ def test_download_prepares_and_leaves_no_part(tmp_path, monkeypatch, server):
 
 
 def test_a_second_first_run_waits_for_the_first(tmp_path, monkeypatch, server):
-  use(monkeypatch, server, "good")
-  root, said = tmp_path / "new", queue.Queue()
-  monkeypatch.setattr(cifar10, "_print", said.put)
+  use_mirrors(monkeypatch, server, "good")
+  root, printed = tmp_path / "new", queue.Queue()
+  monkeypatch.setattr(cifar10, "_print", printed.put)
   splits = cifar10_archive.read_archive(tmp_path / "served" / cifar10_archive.ARCHIVE)
   with ThreadPoolExecutor(1) as pool:
     with cifar10._lock(root):
       second = pool.submit(cifar10.load_cifar10, dir=str(root))
-      assert said.get(timeout=10).startswith("Waiting for another process")
+      assert printed.get(timeout=10).startswith("Waiting for another process")
       cifar10_tfds.prepare_cifar10(train=splits[0], test=splits[1], data_dir=root)
     train, test, _ = second.result(timeout=10)
   assert (as_set(train), as_set(test)) == tuple(as_set(split) for split in splits)
-  assert said.empty()
+  assert printed.empty()
   assert server.seen == []
 
 
-def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_accepted(tmp_path, monkeypatch):
   def refuse(file, operation):
     raise OSError(errno.ENOLCK, "No locks available")
 
@@ -328,8 +328,8 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
   assert len(cifar10.load_cifar10(dir=str(tmp_path))[0]) == 20
 
 
-def test_an_archive_that_cannot_get_its_name_is_one_error(tmp_path, monkeypatch, server):
-  use(monkeypatch, server, "good")
+def test_an_archive_that_cannot_be_renamed_is_one_error(tmp_path, monkeypatch, server):
+  use_mirrors(monkeypatch, server, "good")
   (tmp_path / cifar10_archive.ARCHIVE / "x").mkdir(parents=True)
   with pytest.raises(errors.UserError, match=r"cannot be written .*make room or choose another"):
     cifar10_download.download_archive(tmp_path)
@@ -337,35 +337,35 @@ def test_an_archive_that_cannot_get_its_name_is_one_error(tmp_path, monkeypatch,
 
 def test_mirrors_fail_over_in_order(tmp_path, monkeypatch, server):
   kinds = ("missing", "wrong", "page", "vague", "good")
-  use(monkeypatch, server, *kinds, "unused")
+  use_mirrors(monkeypatch, server, *kinds, "unused")
   path = cifar10_download.download_archive(tmp_path)
   assert path.read_bytes() == server.blob
-  # None of the wrong bytes were resumed from.
+  # No request resumes from wrong bytes.
   assert server.seen == [(f"/{kind}", None) for kind in kinds]
 
 
-def test_own_mirror_comes_first(tmp_path, monkeypatch, server):
-  use(monkeypatch, server, "unused")
+def test_the_mirror_of_the_user_comes_first(tmp_path, monkeypatch, server):
+  use_mirrors(monkeypatch, server, "unused")
   monkeypatch.setenv("FLAX_CIFAR_MIRROR", f"http://127.0.0.1:{server.server_port}/own")
   cifar10_download.download_archive(tmp_path)
   assert server.seen == [("/own", None)]
 
 
 def test_broken_download_is_resumed_by_the_next_mirror(tmp_path, monkeypatch, server):
-  monkeypatch.setattr(cifar10_archive, "CHUNK_BYTES", 1000)  # what a break may lose
-  use(monkeypatch, server, "breaks", "good")
+  monkeypatch.setattr(cifar10_archive, "CHUNK_BYTES", 1000)  # a broken download loses at most this
+  use_mirrors(monkeypatch, server, "breaks", "good")
   assert cifar10_download.download_archive(tmp_path).read_bytes() == server.blob
   kept = len(server.blob) // 2 // 1000 * 1000
   assert server.seen == [("/breaks", None), ("/good", f"bytes={kept}-")]
 
 
-def test_part_of_an_earlier_run(tmp_path, monkeypatch, server):
+def test_partial_downloads_of_earlier_runs(tmp_path, monkeypatch, server):
   part = tmp_path / f"{cifar10_archive.ARCHIVE}.part"
   part.write_bytes(server.blob[:1000])
-  use(monkeypatch, server, "stubborn")  # ignores Range and answers 200 with everything
+  use_mirrors(monkeypatch, server, "stubborn")  # ignores Range and answers 200 with everything
   assert cifar10_download.download_archive(tmp_path).read_bytes() == server.blob
   part.write_bytes(b"y" * 1000)  # not the beginning of the archive
-  use(monkeypatch, server, "first", "second")
+  use_mirrors(monkeypatch, server, "first", "second")
   assert cifar10_download.download_archive(tmp_path).read_bytes() == server.blob
   assert server.seen[1:] == [("/first", "bytes=1000-"), ("/second", None)]
   part.write_bytes(server.blob)  # complete: no request at all
@@ -373,8 +373,8 @@ def test_part_of_an_earlier_run(tmp_path, monkeypatch, server):
   assert len(server.seen) == 3
 
 
-def test_all_mirrors_dead_names_reasons_and_ways_out(tmp_path, monkeypatch, server):
-  use(monkeypatch, server, "missing", "wrong")
+def test_if_all_mirrors_fail_the_error_has_reasons_and_remedies(tmp_path, monkeypatch, server):
+  use_mirrors(monkeypatch, server, "missing", "wrong")
   refused = "http://127.0.0.1:9/x"
   odd = ("no-url", "http://[bad/x", "http://ü..x/y")
   monkeypatch.setattr(cifar10_download, "MIRRORS", (*cifar10_download.MIRRORS, refused, *odd))
@@ -387,13 +387,13 @@ def test_all_mirrors_dead_names_reasons_and_ways_out(tmp_path, monkeypatch, serv
     assert part in text
   for part in ("[bad: Failed to parse", "ü..x: Failed to parse"):
     assert part in text
-  for way in (
+  for remedy in (
     cifar10_archive.ARCHIVE_MD5,
     "TFDS_DATA_DIR",
     "--config.data.name=shapes",
     str(tmp_path),
   ):
-    assert way in text
+    assert remedy in text
   assert "\n" not in text
 
 
@@ -412,7 +412,7 @@ def test_requests_get_times_out_and_does_not_retry(tmp_path, monkeypatch):
 
 
 def test_disk_and_directory_are_checked_first(tmp_path, monkeypatch, server):
-  use(monkeypatch, server, "good")
+  use_mirrors(monkeypatch, server, "good")
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.UserError, match="cannot be made"):
     cifar10_download.download_archive(tmp_path / "file" / "x")
@@ -432,7 +432,7 @@ def test_disk_and_directory_are_checked_first(tmp_path, monkeypatch, server):
 def test_order_does_not_depend_on_the_source():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
-  images[10] = images[20]  # twins with different labels
+  images[10] = images[20]  # equal images with different labels
   split = dataset.Split(images, np.arange(30, dtype=np.int32))
   order = rng.permutation(30)
   shuffled = dataset.Split(images[order], split.labels[order])

@@ -1,4 +1,4 @@
-"""What prepare_cifar10 writes is what TensorFlow Datasets reads, and is written whole or not."""
+"""TensorFlow Datasets reads the output of prepare_cifar10, which is complete or absent."""
 
 import socket
 import subprocess
@@ -60,7 +60,7 @@ def test_metadata_is_that_of_the_official_builder(prepared):
   assert " ".join(ours.features["label"].names) == names
 
 
-def test_no_network_no_noise(splits, tmp_path, monkeypatch, capfd):
+def test_preparing_uses_no_network_and_prints_nothing(splits, tmp_path, monkeypatch, capfd):
   def connect(*args):
     raise AssertionError("a connection was opened")
 
@@ -81,7 +81,7 @@ def test_interrupted_preparation_leaves_nothing_that_looks_prepared(splits, tmp_
   assert cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path).is_dir()
 
 
-FULL = """
+WRITE_WITH_A_LIMIT = """
 import resource, sys
 import numpy as np
 from flax_cifar.data.sources.cifar10_tfds import prepare_cifar10
@@ -96,21 +96,21 @@ except OSError as error:
 
 
 def test_a_write_that_fails_is_an_oserror(tmp_path):
-  """By a limit of files' sizes: what array_record makes of it is its own."""
-  command = [sys.executable, "-c", FULL, str(tmp_path)]
+  """Limits the size of files; array_record itself raises another kind of error."""
+  command = [sys.executable, "-c", WRITE_WITH_A_LIMIT, str(tmp_path)]
   done = subprocess.run(command, capture_output=True, text=True)
   assert "File too large" in done.stdout, done.stderr
   assert done.stdout.count("\n") == 1
   assert list(tmp_path.glob("cifar10/*")) == []
 
 
-def test_existing_directory_is_not_taken_for_prepared(splits, tmp_path):
+def test_an_empty_directory_is_not_mistaken_for_a_prepared_one(splits, tmp_path):
   (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
   with pytest.raises(FileExistsError, match="delete it"):
     cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path)
 
 
-def test_tfds_own_builder_stays_registered_and_tensorflow_out():
+def test_the_builder_of_tfds_stays_registered_and_tensorflow_is_not_imported():
   code = """
 import sys
 import tensorflow_datasets as tfds

@@ -8,10 +8,10 @@ from flax_cifar import errors
 from tests.data import test_load
 
 
-def save_images(folder, colours, mode="RGB", suffix="png", size=(20, 10)):
+def save_images(folder, colors, mode="RGB", suffix="png", size=(20, 10)):
   folder.mkdir(parents=True)
-  for i, colour in enumerate(colours):
-    Image.new("RGB", size, colour).convert(mode).save(folder / f"{i:02d}.{suffix}")
+  for i, color in enumerate(colors):
+    Image.new("RGB", size, color).convert(mode).save(folder / f"{i:02d}.{suffix}")
 
 
 def test_folder_with_train_and_test(tmp_path):
@@ -37,7 +37,7 @@ def test_folder_holds_out_a_fixed_sixth_of_each_class(tmp_path):
   np.testing.assert_array_equal(np.bincount(first.test.labels), [2, 3])
   np.testing.assert_array_equal(np.bincount(first.train.labels), [10, 15])
   both = np.concatenate([first.train.images, first.test.images])[:, 0, 0]
-  assert len(np.unique(both, axis=0)) == 29  # (0, 0, 0) is in either class
+  assert len(np.unique(both, axis=0)) == 29  # (0, 0, 0) is in both classes
 
 
 @pytest.mark.parametrize(
@@ -51,30 +51,30 @@ def test_folder_reads_every_mode(tmp_path, mode, suffix):
   np.testing.assert_allclose(data.train.images[1], 0, atol=3)
 
 
-def save_glass(path, mode):
-  """Left half opaque red (in "LA" grey 76), right half transparent black."""
+def save_half_transparent(path, mode):
+  """Left half opaque red (gray 76 in "LA"), right half transparent black."""
   pixels = np.zeros((8, 8, 4), np.uint8)
   pixels[:, :4] = (255, 0, 0, 255)
   Image.fromarray(pixels).convert(mode).save(path)
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("RGBA", "png"), ("LA", "png"), ("RGBA", "gif")])
-def test_what_is_transparent_shows_white(tmp_path, mode, suffix):
+def test_transparent_pixels_become_white(tmp_path, mode, suffix):
   for name in ("a", "b"):
     (tmp_path / name).mkdir()
     for i in range(2):
-      save_glass(tmp_path / name / f"{i}.{suffix}", mode)
+      save_half_transparent(tmp_path / name / f"{i}.{suffix}", mode)
   image = test_load.load(f"folder:{tmp_path}").train.images[0]
   np.testing.assert_array_equal(image[:, 4:], np.full((8, 4, 3), 255))
   opaque = (76, 76, 76) if mode == "LA" else (255, 0, 0)
   np.testing.assert_array_equal(image[:, :4], np.broadcast_to(opaque, (8, 4, 3)))
 
 
-def test_folder_scales_16_bit_grey_and_does_not_alias(tmp_path):
-  grey = np.full((8, 8), 0x8000, np.uint16)
+def test_folder_scales_16_bit_gray_and_does_not_alias(tmp_path):
+  gray = np.full((8, 8), 0x8000, np.uint16)
   stripes = np.zeros((64, 64, 3), np.uint8)
   stripes[:, ::2] = 255
-  for name, image in (("grey", grey), ("stripes", stripes)):
+  for name, image in (("gray", gray), ("stripes", stripes)):
     (tmp_path / name).mkdir()
     for i in range(2):
       Image.fromarray(image).save(tmp_path / name / f"{i}.png")

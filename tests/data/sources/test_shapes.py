@@ -1,4 +1,4 @@
-"""The drawn data set: reproducible, balanced, too hard for pixels and easy for shape features."""
+"""The shapes are reproducible, balanced, hard to classify by pixels and easy by their form."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def draw(seed=0, num_train=60, num_test=20, image_size=32):
 
 @pytest.fixture(scope="module")
 def data():
-  """Train images and labels, test images and labels."""
+  """Training images and labels, test images and labels."""
   return draw(num_train=NUM_TRAIN, num_test=NUM_TEST)[:4]
 
 
@@ -47,7 +47,7 @@ def test_classes_are_balanced_and_shuffled(data):
   _, train_labels, _, test_labels = data
   assert np.bincount(train_labels).tolist() == [NUM_TRAIN // 10] * 10
   assert np.bincount(test_labels).tolist() == [NUM_TEST // 10] * 10
-  # Neighbours share a label in a tenth of the cases.
+  # Neighbors share a label in a tenth of the cases.
   same = (train_labels[1:] == train_labels[:-1]).mean()
   assert abs(same - 0.1) < 5 * np.sqrt(0.1 * 0.9 / NUM_TRAIN)
 
@@ -86,7 +86,7 @@ def test_a_linear_classifier_on_pixels_stays_below_20_percent(data, penalty, ste
   assert ridge_accuracy(thinned, labels, test_thinned, test_labels, penalty) < 0.2
 
 
-def test_the_linear_classifier_learns_what_is_linear(data):
+def test_the_linear_classifier_learns_a_linear_task(data):
   def darken(images, labels):
     """Halves the brightness of the one of 16 tiles that belongs to the label."""
     images = images[:, ::2, ::2].copy()
@@ -101,14 +101,14 @@ def test_the_linear_classifier_learns_what_is_linear(data):
 
 
 def get_features(images):
-  """What is left of where, how large and in which colours a shape was drawn: its form."""
+  """Features of the form, which do not depend on the position, size and colors of a shape."""
   size = images.shape[1]
   y, x = np.mgrid[:size, :size].reshape(2, -1)
-  colours = images.reshape(len(images), -1, 3).astype(np.float64)
+  colors = images.reshape(len(images), -1, 3).astype(np.float64)
   # The background is bilinear; a fit to the border finds it.
   basis = np.stack([np.ones(size**2), x, y, x * y], -1)
   border = np.minimum(np.minimum(x, y), size - 1 - np.maximum(x, y)) < 3
-  difference = np.abs(colours - basis @ (np.linalg.pinv(basis[border]) @ colours[:, border]))
+  difference = np.abs(colors - basis @ (np.linalg.pinv(basis[border]) @ colors[:, border]))
   contrast = difference.sum(-1)
   mask = contrast > 0.5 * np.quantile(contrast, 0.97, axis=1, keepdims=True)
 
@@ -122,11 +122,11 @@ def get_features(images):
   return np.stack(filled + waves, -1)
 
 
-def test_features_of_the_form_tell_the_classes_apart(data):
+def test_features_of_the_form_separate_the_classes(data):
   features, labels = get_features(data[0][:2000]), data[1][:2000]
   test_features, test_labels = get_features(data[2][:500]), data[3][:500]
-  squares = (features**2).sum(-1) - 2 * test_features @ features.T
-  predicted = labels[squares.argmin(-1)]
+  squared_distances = (features**2).sum(-1) - 2 * test_features @ features.T
+  predicted = labels[squared_distances.argmin(-1)]
   for label in range(10):
     assert (predicted == test_labels)[test_labels == label].mean() > 0.5, shapes.CLASS_NAMES[label]
   assert (predicted == test_labels).mean() > 0.75

@@ -1,4 +1,4 @@
-"""Convolutions of oneDNN against the ones of JAX, in value and gradients."""
+"""Convolutions of oneDNN against those of JAX, in value and gradients."""
 
 import os
 import subprocess
@@ -120,7 +120,7 @@ def test_vmap_equals_one_by_one():
       np.testing.assert_array_equal(b[member], s)
 
 
-def test_what_onednn_refuses_is_an_error_with_its_name():
+def test_an_error_of_onednn_has_the_target_and_the_status():
   images, kernel = get_operands((1, 3, 3, 2), (3, 3, 2, 2))
   convolution.convolve(images, kernel, None, (1, 1), SAME, (1, 1), 1)  # registers the target
   no_type = 99
@@ -132,11 +132,11 @@ def test_what_onednn_refuses_is_an_error_with_its_name():
     jax.block_until_ready(ffi.call(convolution.TARGET, key, (images, kernel), like))
 
 
-def test_the_variable_chooses_it(monkeypatch):
+def test_the_variable_selects_the_backend(monkeypatch):
   images, kernel = get_operands((1, 5, 5, 2), (3, 3, 2, 2))
 
-  def trace(way):
-    monkeypatch.setenv(backend.VARIABLE, way)
+  def trace(name):
+    monkeypatch.setenv(backend.VARIABLE, name)
     return str(
       jax.make_jaxpr(
         lambda i, k: conv.conv_general_dilated(
@@ -152,12 +152,12 @@ def test_the_variable_chooses_it(monkeypatch):
 
   assert convolution.TARGET in trace("onednn")
   assert convolution.TARGET not in trace("xla")
-  # Four devices here, over which XLA cannot split a custom call.
+  # XLA cannot split a custom call over the four devices of the tests.
   assert convolution.TARGET not in trace("auto")
 
 
 def test_a_primitive_may_run_in_another_thread_than_the_one_that_created_it():
-  """XLA calls from threads of its own; oneDNN's scratch memory would be that of the creator."""
+  """XLA has its own threads, but oneDNN's scratch memory would be that of the creating thread."""
   images, kernel = get_operands((8, 12, 12, 32), (3, 3, 32, 64))
   output = jnp.sin(jnp.arange(8 * 12 * 12 * 64.0)).reshape(8, 12, 12, 64)
   key = convolution.Convolution(
@@ -178,7 +178,7 @@ def test_a_primitive_may_run_in_another_thread_than_the_one_that_created_it():
 
 
 def run_without_avx512(code):
-  """Whether `code` ends well where oneDNN believes that the processor has no AVX-512."""
+  """Whether `code` succeeds in a process where oneDNN does not use AVX-512."""
   changes = {"ONEDNN_MAX_CPU_ISA": "AVX2", backend.VARIABLE: "onednn"}
   return subprocess.run([sys.executable, "-c", code], env=os.environ | changes).returncode == 0
 
@@ -207,8 +207,8 @@ def test_a_bias_has_the_gradient_of_a_sum_where_onednn_would_copy_patches(monkey
   np.testing.assert_allclose(backward(jnp.asarray(direction))[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_processor_without_bfloat16_in_onednn_gets_it_from_xla():
-  """As those without AVX-512, which oneDNN can be made to believe of this one."""
+def test_xla_computes_bfloat16_where_onednn_does_not():
+  """oneDNN does not compute in bfloat16 without AVX-512."""
   assert run_without_avx512("""
 import jax, jax.numpy as jnp
 from flax_cifar.kernels import conv

@@ -1,4 +1,4 @@
-"""The command: see the package."""
+"""The command line of the fault tests, which the package describes."""
 
 import argparse
 import pathlib

@@ -1,4 +1,4 @@
-"""The run without faults, runs as children with the same flags, and a row of the table."""
+"""The reference run, runs in child processes with the same flags, and rows of the table."""
 
 import io
 import os
@@ -21,8 +21,8 @@ from tests.stress.faults import compare as compare_lib
 from tests.stress.faults import worker
 
 ROOT = pathlib.Path(__file__).parents[3]
-SEAL = "digests.json"
-LIMIT_SECONDS = 300  # for whatever a child does; more is a hang, and lost
+DIGESTS = "digests.json"
+LIMIT_SECONDS = 300  # for each wait; a child that takes longer hangs and is lost
 TRAIN, VALIDATION, TEST, BATCH, EPOCHS, EVERY_STEPS = 160, 40, 40, 16, 4, 3
 STEPS = EPOCHS * (TRAIN // BATCH)
 FLAGS = {
@@ -39,17 +39,17 @@ Row = dict[str, Any]
 
 
 class Child:
-  """The worker in a process of its own, and what it said on its pipe."""
+  """A worker process, and the events that it reported on its pipe."""
 
   def __init__(self, bench: "Bench", workdir: pathlib.Path, *, pause: float, limit: int):
     self.begun: int | None = None  # steps begun, with those of earlier processes
-    self.start: int | None = None  # the step that it started at
+    self.start: int | None = None  # the step at which it started
     self.phase = worker.STARTING
-    self.saved: list[int] = []  # steps of checkpoints that came to their place
+    self.saved: list[int] = []  # steps of the checkpoints that it committed
     self.deleted: list[int] = []
     self.errors: list[str] = []  # the lines on standard error
     self.seconds_to_start = 0.0
-    self._news = threading.Condition()
+    self._changed = threading.Condition()
     self._launched = time.monotonic()
     end, pipe = os.pipe()
     environment = bench.environment | {
@@ -64,7 +64,7 @@ class Child:
       cwd=ROOT,
       env=environment,
       stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,  # no file: its size may be limited too
+      stderr=subprocess.PIPE,  # not a file, whose size may be limited too
       pass_fds=[pipe],
     )
     os.close(pipe)
@@ -76,33 +76,33 @@ class Child:
   def _read(self, source: Any, take: Callable[[str], None]) -> None:
     with open(source) if isinstance(source, int) else io.TextIOWrapper(source) as lines:
       for line in lines:
-        with self._news:
+        with self._changed:
           take(line.rstrip("\n"))
-          self._news.notify_all()
+          self._changed.notify_all()
 
   def _note(self, line: str) -> None:
-    what, _, value = line.partition(" ")
-    if what == "phase":
+    event, _, value = line.partition(" ")
+    if event == "phase":
       self.phase = value
-    elif what == "saved":
+    elif event == "saved":
       self.saved.append(int(value))
-    elif what == "deleted":
+    elif event == "deleted":
       self.deleted.append(int(value))
-    elif what in ("from", "step"):
+    elif event in ("from", "step"):
       self.begun = int(value)
       if self.start is None:
         self.start, self.phase = self.begun, worker.BETWEEN
         self.seconds_to_start = time.monotonic() - self._launched
 
   def wait_until(self, condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> bool:
-    """Waits for news that meet `condition`; False where the process ended or time ran out."""
+    """Waits until `condition` holds; False if the process ended or time ran out."""
     deadline = time.monotonic() + seconds
-    with self._news:
+    with self._changed:
       while not condition():
         left = deadline - time.monotonic()
         if left <= 0 or self.process.poll() is not None:
           return False
-        self._news.wait(min(left, 0.1))
+        self._changed.wait(min(left, 0.1))
     return True
 
   def wait_for_steps(self, steps: int = 1) -> bool:
@@ -110,7 +110,7 @@ class Child:
     return self.wait_until(lambda: self.start is not None and self.begun >= self.start + steps)
 
   def wait_for_end(self, seconds: float = LIMIT_SECONDS) -> int:
-    """The exit status, -N by signal N. What takes longer than `seconds` is killed."""
+    """The exit status, -N after signal N; kills a process that takes longer than `seconds`."""
     try:
       self.process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -136,18 +136,18 @@ class Child:
     if status in statuses:
       return []
     last = self.errors[-1] if self.errors else "nothing"
-    return [f"exit status {status} instead of {' or '.join(map(str, statuses))}; said: {last}"]
+    return [f"exit status {status} instead of {' or '.join(map(str, statuses))}; last line: {last}"]
 
 
 class Bench:
-  """The folder for everything, the run without faults, and children with the same flags."""
+  """The folder for all runs, the reference run, and children with the same flags."""
 
   def __init__(self, folder: pathlib.Path, options: Namespace):
     self.folder = folder
     self.options = options
     self.random = random.Random(options.seed)
     self.reference = folder / "reference"
-    # A cache of its own: it may be torn too, and is the same for all.
+    # All children share one cache, which faults may damage too.
     self.environment = os.environ | {
       "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
       "PYTHONUNBUFFERED": "1",
@@ -155,7 +155,7 @@ class Bench:
     values = FLAGS | {"data.name": f"npz:{write_data(folder / 'shapes.npz')}"}
     self.flags = ["--config=configs/quickstart.py"]
     self.flags += [f"--config.{key}={value}" for key, value in values.items()]
-    self.seconds_to_start = 0.0  # of training, from a cache that is full
+    self.seconds_to_start = 0.0  # until training starts, with a filled cache
     self._lock = threading.Lock()
     self._folders = 0
 
@@ -164,7 +164,7 @@ class Bench:
       return self.random.randrange(2**32)
 
   def new_workdir(self, like: pathlib.Path | None = None) -> pathlib.Path:
-    """A folder that is new, or a copy of `like`."""
+    """A new folder, or a copy of `like`."""
     with self._lock:
       self._folders += 1
       workdir = self.folder / f"run-{self._folders}"
@@ -176,26 +176,26 @@ class Bench:
     return Child(self, workdir, pause=pause, limit=limit)
 
   def finish(self, workdir: pathlib.Path) -> tuple[Child, compare_lib.Problems]:
-    """Goes on without faults to the end, which must be that of the reference."""
+    """Resumes without faults until the end, which must equal that of the reference."""
     child = self.launch(workdir)
     problems = child.expect(0)
     return child, self.report(problems or self.compare(workdir))
 
   def compare(self, workdir: pathlib.Path) -> compare_lib.Problems:
-    with self._lock:  # Orbax in two threads is none of our business
+    with self._lock:  # this is no test of Orbax in two threads
       return compare_lib.compare(self.reference, workdir)
 
   def report(self, problems: compare_lib.Problems) -> compare_lib.Problems:
-    """Says problems at once: the table comes late."""
+    """Prints problems at once, because the table comes last."""
     for problem in problems:
       print(f"lost: {problem}", file=sys.stderr, flush=True)
     return problems
 
   def make_reference(self) -> None:
-    """Twice: the first fills the compilation cache, the second must already be the same.
+    """Makes it twice: the first run fills the compilation cache, the second must equal it.
 
     Raises:
-      RuntimeError: the run does not end well, or not twice in the same way, even without faults.
+      RuntimeError: the run fails, or the two runs differ, although there are no faults.
     """
     problems = self.launch(self.reference).expect(0)
     if not problems:
@@ -205,7 +205,7 @@ class Bench:
       raise RuntimeError(f"a run without faults: {'; '.join(problems)}")
 
   def stop_late(self, name: str) -> pathlib.Path:
-    """A run stopped by SIGTERM with an epoch to go and several checkpoints; made once."""
+    """A run stopped by SIGTERM one epoch before its end, with several checkpoints; made once."""
     workdir = self.folder / name
     if not workdir.exists():
       child = self.launch(workdir)
@@ -219,13 +219,13 @@ class Bench:
   def map(
     self, function: Callable[[Any], compare_lib.Problems], cases: Iterable[Any]
   ) -> list[compare_lib.Problems]:
-    """The problems of each case, several at once."""
+    """The problems of each case; several cases run in parallel."""
     with ThreadPoolExecutor(self.options.jobs) as pool:
       return list(pool.map(function, cases))
 
 
 def write_data(path: pathlib.Path) -> pathlib.Path:
-  """A slice of the embedded data, so that each of many starts need not draw all of it."""
+  """Writes a slice of the shapes data set, so that not every start has to draw all of it."""
   from flax_cifar.data.sources import shapes
 
   train, test = TRAIN + VALIDATION, TEST
@@ -250,7 +250,7 @@ def describe(scenario: str, results: Iterable[compare_lib.Problems], notes: str 
 
 
 def expect_refusal(child: Child) -> compare_lib.Problems:
-  """Exit status 2, and one line that says why."""
+  """Expects exit status 2 and one line with the reason."""
   problems = child.expect(2)
   if not problems and (len(child.errors) != 1 or not child.errors[0].startswith("error: ")):
     problems = [f"{len(child.errors)} lines instead of one error: {child.errors[:3]}"]

@@ -1,4 +1,4 @@
-"""Whether two finished runs are the same, bit for bit."""
+"""Compares two finished runs bit for bit."""
 
 import json
 import pathlib
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-CLOCKS = ("seconds", "images_per_second", "train_seconds", "date", "command", "commit")
+VARYING_FIELDS = ("seconds", "images_per_second", "train_seconds", "date", "command", "commit")
 
 Problems = list[str]  # why a fault was not survived; empty if it was
 
 
 def compare(reference: pathlib.Path, workdir: pathlib.Path) -> Problems:
-  """What differs between two finished runs, apart from clocks."""
+  """The differences between two finished runs, except in VARYING_FIELDS."""
   problems = []
   for name, read in (("metrics.jsonl", read_metrics), ("result.json", read_result)):
     try:
@@ -25,19 +25,19 @@ def compare(reference: pathlib.Path, workdir: pathlib.Path) -> Problems:
 
 
 def read_metrics(path: pathlib.Path) -> list[Any]:
-  return [drop_clocks(json.loads(line)) for line in path.read_text().splitlines()]
+  return [drop_varying_fields(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def read_result(path: pathlib.Path) -> Any:
-  return drop_clocks(json.loads(path.read_text()))
+  return drop_varying_fields(json.loads(path.read_text()))
 
 
-def drop_clocks(record: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: value for key, value in record.items() if key not in CLOCKS}
+def drop_varying_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: value for key, value in record.items() if key not in VARYING_FIELDS}
 
 
 def compare_arrays(reference: pathlib.Path, workdir: pathlib.Path) -> Problems:
-  """What differs between the last checkpoints of two runs."""
+  """The differences between the last checkpoints of two runs."""
   try:
     theirs, ours = (restore_last(folder) for folder in (reference, workdir))
   except Exception as error:  # whatever Orbax raises
@@ -53,7 +53,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def restore_last(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of the last checkpoint by name, and its step; by Orbax alone."""
+  """The arrays of the last checkpoint by name, and its step, as Orbax alone reads them."""
   import jax
   import orbax.checkpoint as ocp
 
@@ -69,7 +69,7 @@ def restore_last(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def as_numpy(leaf: Any) -> np.ndarray:
-  """A key of `jax.random` as its data."""
+  """`leaf` as a NumPy array; a random key becomes its data."""
   import jax
 
   if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -78,6 +78,6 @@ def as_numpy(leaf: Any) -> np.ndarray:
 
 
 def list_steps(workdir: pathlib.Path) -> list[int]:
-  """The steps of the checkpoints in place, in order."""
+  """The steps of the committed checkpoints, in order."""
   names = (path.name for path in (workdir / "checkpoints").glob("*"))
   return sorted(int(name) for name in names if name.isdecimal())

@@ -35,7 +35,7 @@ def damage(path: pathlib.Path, how: str) -> None:
 
 
 def list_damages(contents: Mapping[str, bytes]) -> list[tuple[str, str]]:
-  """Every (file, damage) that changes it, no two of which come to the same."""
+  """Every (file, damage) that changes the file; no two of a file give the same content."""
   damages = []
   for file, content in contents.items():
     seen = [content]
@@ -50,7 +50,7 @@ def list_damages(contents: Mapping[str, bytes]) -> list[tuple[str, str]]:
 def draw_damages(
   damages: Sequence[tuple[str, str]], number: int, draw: random.Random
 ) -> list[tuple[str, str]]:
-  """`number` of them, from the files in turn; 0 takes all."""
+  """Draws `number` damages, alternating between the files; 0 draws all."""
   by_file: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
   for damage in draw.sample(damages, len(damages)):
     by_file[damage[0]].append(damage)
@@ -62,7 +62,7 @@ def draw_damages(
 
 
 def inject_damages(bench: bench_lib.Bench) -> list[bench_lib.Row]:
-  """Each file of the newest checkpoint; and all checkpoints at once."""
+  """Damages each file of the newest checkpoint, and all checkpoints at once."""
   base = bench.stop_late("stopped")
   folder = base / "checkpoints" / str(compare.list_steps(base)[-1])
   files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -70,9 +70,9 @@ def inject_damages(bench: bench_lib.Bench) -> list[bench_lib.Row]:
   cases = draw_damages(list_damages(contents), bench.options.damages, bench.random)
   unnoticed: list[str] = []
   results = bench.map(functools.partial(damage_file, bench, base, unnoticed), cases)
-  notes = f"{len(cases) - len(unnoticed)} named, set aside, and the one before used"
+  notes = f"{len(cases) - len(unnoticed)} named, moved to `damaged/`, and the one before used"
   if unnoticed:
-    notes += f"; {len(unnoticed)} in files that Orbax restores without: {name_files(unnoticed)}"
+    notes += f"; {len(unnoticed)} in files that Orbax does not need: {name_files(unnoticed)}"
   rows = [bench_lib.describe("a file of the newest checkpoint damaged", results, notes)]
   return [
     *rows,
@@ -83,7 +83,7 @@ def inject_damages(bench: bench_lib.Bench) -> list[bench_lib.Row]:
 def damage_file(
   bench: bench_lib.Bench, base: pathlib.Path, unnoticed: list[str], case: tuple[str, str]
 ) -> compare.Problems:
-  """Damages a file; what nobody noticed is added to `unnoticed`, and harmless if all is equal."""
+  """Damages a file, and adds it to `unnoticed` if no warning names the checkpoint."""
   name, how = case
   workdir = bench.new_workdir(base)
   step = compare.list_steps(workdir)[-1]
@@ -92,9 +92,9 @@ def damage_file(
   if not is_named(child, step):
     unnoticed.append(name)
   elif not problems and child.start == step:
-    problems = [f"step {step} was named as damaged, and yet used"]
+    problems = [f"step {step} was named as damaged, but was used"]
   elif not problems and not list((workdir / "damaged").glob("*")):
-    problems = [f"step {step} was not set aside"]
+    problems = [f"step {step} was not moved to damaged/"]
   return [f"{name} {how}: {problem}" for problem in problems]
 
 
@@ -109,7 +109,7 @@ def name_files(names: Iterable[str]) -> str:
 
 
 def damage_all(bench: bench_lib.Bench, base: pathlib.Path) -> compare.Problems:
-  """The run must refuse, and leave what it has."""
+  """Damages all checkpoints: the run must refuse, and leave its metrics as they are."""
   workdir = bench.new_workdir(base)
   for step in compare.list_steps(workdir):
     files = (workdir / "checkpoints" / str(step)).glob("*/d/*")

@@ -1,4 +1,4 @@
-"""No room for what a run writes."""
+"""Disks without room for the output of a run."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ ROOM = 100 * 2**10  # left on it; less than a checkpoint
 
 
 def inject_full_disk(bench: bench_lib.Bench) -> list[bench_lib.Row]:
-  """No file may grow; and, where we may mount one, a disk that is full."""
+  """Limits the size of files; where mounting is permitted, also fills a disk."""
   base = bench.stop_late("stopped")
   rows = [bench_lib.describe("files limited (RLIMIT_FSIZE)", [limit_files(bench, base)])]
   with mount_disk(bench.folder / "disk") as disk:
@@ -55,7 +55,7 @@ def mount_disk(folder: pathlib.Path) -> Iterator[pathlib.Path | None]:
 
 
 def fill_disk(bench: bench_lib.Bench, disk: pathlib.Path) -> compare.Problems:
-  """Fills it after the first checkpoint, and makes room again."""
+  """Fills the disk after the first checkpoint, then makes room again."""
   workdir, filler = disk / "run", disk / "filler"
   child = bench.launch(workdir)
   child.wait_until(lambda: bool(child.saved))

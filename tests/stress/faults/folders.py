@@ -1,4 +1,4 @@
-"""What else lies in the folder of a run, or works in it, or takes it away."""
+"""Leftovers in the folder of a run, a second process in it, and its removal."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ from tests.stress.faults import compare
 
 
 def inject_leftovers(bench: bench_lib.Bench) -> list[bench_lib.Row]:
-  """What may lie in the folder besides whole checkpoints."""
+  """Adds leftovers to the folder of a run that has stopped."""
   base = bench.stop_late("stopped")
   rows = []
   for scenario, prepare in LEFTOVERS.items():
@@ -26,7 +26,7 @@ def inject_leftovers(bench: bench_lib.Bench) -> list[bench_lib.Row]:
 
 
 def copy_newest(workdir: pathlib.Path, name: str, without: str) -> None:
-  """A copy of the newest checkpoint called `name` that lacks the files that match `without`."""
+  """Copies the newest checkpoint to `name`, without the files that match `without`."""
   folder = workdir / "checkpoints"
   newest = folder / str(compare.list_steps(workdir)[-1])
   shutil.copytree(newest, folder / name, ignore=shutil.ignore_patterns(without))
@@ -38,7 +38,7 @@ def cut_metrics(workdir: pathlib.Path) -> None:
 
 
 def move_checkpoints(workdir: pathlib.Path) -> None:
-  """Elsewhere, with a link in their place."""
+  """Moves the checkpoints elsewhere, and leaves a link in their place."""
   folder, elsewhere = workdir / "checkpoints", workdir.with_name(f"{workdir.name}-elsewhere")
   folder.rename(elsewhere)
   folder.symlink_to(elsewhere)
@@ -47,13 +47,13 @@ def move_checkpoints(workdir: pathlib.Path) -> None:
 LEFTOVERS: dict[str, Sequence[Callable[[pathlib.Path], None]]] = {
   "an unfinished folder of a later step": (
     lambda workdir: (workdir / "checkpoints" / "9999").mkdir(),
-    functools.partial(copy_newest, name="9998", without=bench_lib.SEAL),
+    functools.partial(copy_newest, name="9998", without=bench_lib.DIGESTS),
     functools.partial(copy_newest, name="9997", without="d"),
   ),
   "a temporary folder left over": (
     functools.partial(copy_newest, name="39.orbax-checkpoint-tmp", without="d"),
     functools.partial(copy_newest, name="9999.orbax-checkpoint-tmp", without="*"),
-    functools.partial(copy_newest, name="9999.orbax-checkpoint-tmp-17", without=bench_lib.SEAL),
+    functools.partial(copy_newest, name="9999.orbax-checkpoint-tmp-17", without=bench_lib.DIGESTS),
   ),
   "metrics.jsonl cut or deleted": (
     cut_metrics,
@@ -65,7 +65,7 @@ LEFTOVERS: dict[str, Sequence[Callable[[pathlib.Path], None]]] = {
 
 
 def inject_removal(bench: bench_lib.Bench) -> list[bench_lib.Row]:
-  """The folder vanishes while the run trains; it may end, or create its folder again and go on."""
+  """Removes the folder of a run in training, which may end, or create it again and continue."""
   workdir = bench.new_workdir()
   child = bench.launch(workdir)
   child.wait_until(lambda: bool(child.saved))
@@ -87,7 +87,7 @@ def inject_twins(bench: bench_lib.Bench) -> list[bench_lib.Row]:
 
 
 def start_twins(bench: bench_lib.Bench, delay: float) -> compare.Problems:
-  """Exactly one must do the work; the other names it."""
+  """Exactly one process must train; the other must refuse and name it."""
   workdir = bench.new_workdir()
   children = [bench.launch(workdir)]
   time.sleep(delay)

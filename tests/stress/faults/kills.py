@@ -15,19 +15,16 @@ PAUSE = 0.012  # mean of the sleeps in a save: stretches it to about a second
 
 @dataclasses.dataclass
 class Round:
-  """A run from its start to its end, however often it is killed."""
+  """A run from start to end, with all its processes and kills."""
 
   workdir: pathlib.Path
-  phases: list[str] = dataclasses.field(default_factory=list)  # each kill fell in
-  steps: int = 0  # begun, by all its processes
-  kept: set[int] = dataclasses.field(default_factory=set)  # checkpoints that must be there
+  phases: list[str] = dataclasses.field(default_factory=list)  # of each kill
+  steps: int = 0  # begun by all its processes
+  kept: set[int] = dataclasses.field(default_factory=set)  # checkpoints that must exist
   problems: compare.Problems = dataclasses.field(default_factory=list)
 
   def add(self, child: bench_lib.Child) -> None:
-    """Takes notice of a process that has ended.
-
-    Raises nothing; a start at an earlier step than the last checkpoint is a problem.
-    """
+    """Adds a process that has ended; its start before the last checkpoint is a problem."""
     if self.kept and child.start is not None and child.start < max(self.kept):
       self.problems.append(f"started at step {child.start}, though {max(self.kept)} was saved")
     self.steps += child.steps
@@ -35,19 +32,19 @@ class Round:
 
 
 def inject_kills(bench: bench_lib.Bench) -> list[bench_lib.Row]:
-  """SIGKILL at random moments, with a new run whenever one has come to its end."""
+  """Kills runs at random moments; whenever a run has finished, a new one starts."""
   rounds, kills = [Round(bench.new_workdir())], 0
   while kills < bench.options.kills:
-    now = rounds[-1]
-    child = bench.launch(now.workdir, pause=PAUSE)
+    current = rounds[-1]
+    child = bench.launch(current.workdir, pause=PAUSE)
     kill_at_random(child, bench)
     problems = child.expect(0, -signal.SIGKILL)
-    now.add(child)
+    current.add(child)
     if child.process.returncode == -signal.SIGKILL:
       kills += 1
-      now.phases.append(child.phase)
+      current.phases.append(child.phase)
     else:
-      now.problems += problems or bench.compare(now.workdir)
+      current.problems += problems or bench.compare(current.workdir)
       rounds.append(Round(bench.new_workdir()))
     show_progress(f"{kills} of {bench.options.kills} kills, round {len(rounds)}")
   if rounds[-1].phases:
@@ -60,10 +57,10 @@ def inject_kills(bench: bench_lib.Bench) -> list[bench_lib.Row]:
 def kill_at_random(child: bench_lib.Child, bench: bench_lib.Bench) -> None:
   """Kills after a random time from the start of the process or of training, or within a save."""
   draw = bench.random
-  way = draw.choices(("process", "training", "save"), (1, 1, 2))[0]
-  if way == "process":
+  moment = draw.choices(("process", "training", "save"), (1, 1, 2))[0]
+  if moment == "process":
     child.wait_until(lambda: False, draw.uniform(0, 1.5 * bench.seconds_to_start))
-  elif way == "training":
+  elif moment == "training":
     child.wait_for_steps()
     child.wait_until(lambda: False, draw.uniform(0, 4))
   else:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and a second one while it does."""
+"""Signals that stop a run, and a second signal while it saves."""
 
 import pathlib
 import re
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tests.stress.faults import bench as bench_lib
 from tests.stress.faults import compare, worker
 
-SECOND_SIGNAL_SECONDS = 2.0  # within which it must end the process
+SECOND_SIGNAL_SECONDS = 2.0  # the process must end within this time
 LONG_PAUSE = 0.05
 
 
@@ -20,7 +20,7 @@ def inject_signals(bench: bench_lib.Bench) -> list[bench_lib.Row]:
 
 
 def inject_signal(bench: bench_lib.Bench, signum: signal.Signals) -> bench_lib.Row:
-  """Random moments of training; the same run goes on until its end, then a new one starts."""
+  """Signals at random moments of training; when a run has finished, a new one starts."""
   results: list[compare.Problems] = []
   seconds: list[float] = []
   workdir = bench.new_workdir()
@@ -45,15 +45,15 @@ def inject_signal(bench: bench_lib.Bench, signum: signal.Signals) -> bench_lib.R
 
 
 def check_saved(child: bench_lib.Child, workdir: pathlib.Path) -> compare.Problems:
-  """The step that a stopped run named must be the last checkpoint, and sealed."""
+  """The step that a stopped run printed must be its last checkpoint, with digests."""
   match = re.search(r"saved at step ([\d,]+)", "\n".join(child.errors))
   if not match:
-    return [f"said no step: {child.errors}"]
+    return [f"printed no step: {child.errors}"]
   step = int(match[1].replace(",", ""))
   if compare.list_steps(workdir)[-1:] != [step]:
-    return [f"said step {step}, left checkpoints {compare.list_steps(workdir)}"]
-  sealed = (workdir / "checkpoints" / str(step) / bench_lib.SEAL).exists()
-  return [] if sealed else [f"the checkpoint of step {step} is not sealed"]
+    return [f"printed step {step}, left checkpoints {compare.list_steps(workdir)}"]
+  complete = (workdir / "checkpoints" / str(step) / bench_lib.DIGESTS).exists()
+  return [] if complete else [f"the checkpoint of step {step} has no digests"]
 
 
 def describe_seconds(seconds: Sequence[float]) -> str:
@@ -63,7 +63,7 @@ def describe_seconds(seconds: Sequence[float]) -> str:
 
 
 def inject_second_signals(bench: bench_lib.Bench) -> list[bench_lib.Row]:
-  """A second signal within the save that the first one asked for ends the process at once."""
+  """A second signal within the save that the first one requested ends the process at once."""
   seconds: list[float] = []
   results = []
   for _ in range(bench.options.signals):
@@ -71,7 +71,7 @@ def inject_second_signals(bench: bench_lib.Bench) -> list[bench_lib.Row]:
     child = bench.launch(workdir, pause=LONG_PAUSE)
     child.wait_for_steps(bench_lib.EVERY_STEPS + 2)
     child.signal(signal.SIGTERM)
-    # It says when it has seen the first one: two that wait at once are one.
+    # The process prints that it got the first one; two pending signals would count as one.
     child.wait_until(lambda child=child: bool(child.errors) and child.phase in worker.SAVE_PHASES)
     sent = time.monotonic()
     child.signal(signal.SIGTERM)

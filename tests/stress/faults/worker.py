@@ -2,14 +2,14 @@
 
 Command     python -m tests.stress.faults.worker [flags of main.py]
 
-Wraps, in this process alone, what a save does to the disk: each such call first says on a pipe
-where the save is, and sleeps before and after, so that a kill falls between any two of them. Also
-said is each step that begins. Environment:
+In this process alone, it wraps the calls by which a save changes the disk. Each such call first
+reports the phase of the save on a pipe, and sleeps before and after, so that a kill can strike
+between any two calls. It also reports each step that begins. Environment:
 
-  FAULTS_PIPE   file descriptor that the lines go to, see `Trace`
-  FAULTS_SEED   of the sleeps
-  FAULTS_PAUSE  their mean in seconds; 0 sleeps not at all
-  FAULTS_LIMIT  bytes that a file may have, as on a full disk; 0 is no limit
+  FAULTS_PIPE   file descriptor of the pipe, see `Trace`
+  FAULTS_SEED   seed of the sleeps
+  FAULTS_PAUSE  mean sleep in seconds; 0 means no sleep
+  FAULTS_LIMIT  maximum bytes of a file, as on a full disk; 0 means no limit
 """
 
 import contextlib
@@ -29,20 +29,20 @@ from typing import Any
 from flax_cifar import environment
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-SEAL = "digests"  # digests.json, and digests.part before it
-CALLS = (  # what pathlib, shutil and Orbax come down to
+DIGESTS = "digests"  # digests.json, and digests.part before it
+CALLS = (  # the functions that pathlib, shutil and Orbax call
   *((os, name) for name in ("mkdir", "rename", "replace", "unlink", "remove", "fsync")),
   *((shutil, "rmtree"), (pathlib.Path, "write_text")),
 )
-# Where a run is. All but the first two are within a save.
+# The phases of a run. All but the first two are within a save.
 STARTING, BETWEEN = "starting", "between saves"
-WRITING, SEALING = "writing", "sealing"
+WRITING, WRITING_DIGESTS = "writing", "writing the digests"
 BEFORE_RENAME, AFTER_RENAME, DELETING = (
   "before the rename",
   "after the rename",
   "deleting an old one",
 )
-SAVE_PHASES = (WRITING, SEALING, BEFORE_RENAME, AFTER_RENAME, DELETING)
+SAVE_PHASES = (WRITING, WRITING_DIGESTS, BEFORE_RENAME, AFTER_RENAME, DELETING)
 
 Phases = tuple[str, str, str | None]  # during a call, for a while after it, and from then on
 
@@ -65,8 +65,8 @@ def main() -> None:
 class Trace:
   """Writes lines to the pipe: `phase NAME`, `saved STEP`, `deleted STEP`, `from STEP`, `step STEP`.
 
-  `from` is where training starts or goes on, `step` counts the steps begun. A pipe keeps what was
-  written when its writer is killed.
+  `from` is the step at which training starts or resumes, `step` counts the steps begun. The lines
+  stay in the pipe when the writer is killed.
   """
 
   def __init__(self, pipe: int, seed: int, pause: float):
@@ -75,8 +75,8 @@ class Trace:
     self._pause = pause
     self._deleting = threading.local()
 
-  def say(self, line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more
+  def report(self, line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads any more
       os.write(self._pipe, f"{line}\n".encode())
 
   def pause(self) -> None:
@@ -94,7 +94,7 @@ class Trace:
 
 
 def wrap(call: Callable[..., Any], name: str, trace: Trace) -> Callable[..., Any]:
-  """`call`, which says where it is and sleeps if it concerns a checkpoint."""
+  """Wraps `call` so that it reports its phase and sleeps if it concerns a checkpoint."""
 
   @functools.wraps(call)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -121,11 +121,11 @@ def run_in_phases(
   name: str,
   trace: Trace,
 ) -> Any:
-  """Calls `call` and says which phases that leads through."""
+  """Calls `call` and reports the phases during and after it."""
   during, after, then = phases
-  trace.say(f"phase {during}")
+  trace.report(f"phase {during}")
   if name == "rmtree":
-    trace.say(f"deleted {paths[0].name}")
+    trace.report(f"deleted {paths[0].name}")
   trace.pause()
   trace.deletes = name == "rmtree"
   try:
@@ -133,23 +133,24 @@ def run_in_phases(
   finally:
     trace.deletes = False
   if after == AFTER_RENAME:
-    trace.say(f"saved {paths[1].name}")
-  trace.say(f"phase {after}")
+    trace.report(f"saved {paths[1].name}")
+  trace.report(f"phase {after}")
   trace.pause()
   if then:
-    trace.say(f"phase {then}")
+    trace.report(f"phase {then}")
   return result
 
 
 def name_phases(name: str, path: pathlib.PurePath) -> Phases | None:
-  """The phases of the function `name`, called on `path`; None if no save does it."""
+  """The phases of the function `name`, called on `path`; None if it is no part of a save."""
   if "checkpoints" not in path.parts:
     return None
-  top = path.parent.name == "checkpoints"  # the folder of a checkpoint, none in it
+  top = path.parent.name == "checkpoints"  # the folder of a checkpoint, not one in it
   if name == "mkdir" and top and TEMPORARY in path.name:
     return WRITING, WRITING, None
-  if path.stem == SEAL:
-    return SEALING, BEFORE_RENAME if name in ("rename", "replace") else SEALING, None
+  if path.stem == DIGESTS:
+    after = BEFORE_RENAME if name in ("rename", "replace") else WRITING_DIGESTS
+    return WRITING_DIGESTS, after, None
   if name in ("rename", "replace") and top and TEMPORARY in path.name:
     return BEFORE_RENAME, AFTER_RENAME, BETWEEN
   if name == "rmtree" and top and path.name.isdecimal():
@@ -158,21 +159,23 @@ def name_phases(name: str, path: pathlib.PurePath) -> Phases | None:
 
 
 def report_steps(trace: Trace) -> None:
-  """Makes the feeds say each step that begins."""
+  """Makes the feeds report each step that begins."""
   from flax_cifar.data import device_feed, host_feed
 
   for feed in (device_feed.DeviceFeed, host_feed.HostFeed):
-    feed.chunks = report_calls(feed.chunks, trace)
+    feed.chunks = report_chunks(feed.chunks, trace)
 
 
-def report_calls(calls: Callable[..., Iterator[Any]], trace: Trace) -> Callable[..., Iterator[Any]]:
-  @functools.wraps(calls)
+def report_chunks(
+  chunks: Callable[..., Iterator[Any]], trace: Trace
+) -> Callable[..., Iterator[Any]]:
+  @functools.wraps(chunks)
   def reported(self: Any, steps: range) -> Iterator[Any]:
     begun = steps.start
-    trace.say(f"from {begun}")
-    for length, inputs in calls(self, steps):
+    trace.report(f"from {begun}")
+    for length, inputs in chunks(self, steps):
       begun += length
-      trace.say(f"step {begun}")
+      trace.report(f"step {begun}")
       yield length, inputs
 
   return reported
