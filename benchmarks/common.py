@@ -3,10 +3,8 @@
 import argparse
 import datetime
 import itertools
-import json
 import pathlib
 import runpy
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from flax_cifar import environment
+from flax_cifar import environment, files
 from flax_cifar.run import tables
 
 Row = Mapping[str, Any]
@@ -70,21 +68,20 @@ def write_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes the rows with versions, hardware, commit, date and command."""
   record = {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "command": get_command(sys.orig_argv[1:]),
+    "command": environment.get_command(leave_out_paths(sys.orig_argv[1:])),
     "commit": environment.get_commit(),
     "hardware": environment.get_hardware(len(jax.local_devices())),
     "versions": environment.get_versions(),
     "rows": list(rows),
   }
-  pathlib.Path(path).write_text(json.dumps(record, indent=2) + "\n")
+  files.write_json(pathlib.Path(path).expanduser(), record)
 
 
-def get_command(arguments: Sequence[str]) -> str:
-  """The command to repeat it, without PATH_FLAGS and their values."""
+def leave_out_paths(arguments: Sequence[str]) -> list[str]:
+  """The arguments of a command line without PATH_FLAGS and their values."""
   pairs = itertools.pairwise(["", *arguments])
-  kept = [
+  return [
     word
     for before, word in pairs
     if before not in PATH_FLAGS and word.split("=")[0] not in PATH_FLAGS
   ]
-  return shlex.join(["python", *kept])

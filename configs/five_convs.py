@@ -13,7 +13,7 @@ Variants    published   our reading of the source: the recipe of configs/keras_f
 
 from ml_collections import ConfigDict
 
-from configs import common, recipes, variants
+from flax_cifar.configs import common, recipes, variants
 
 
 def get_config(arg: str = "") -> ConfigDict:

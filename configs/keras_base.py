@@ -15,7 +15,7 @@ Variants    published   our reading, after the Keras examples of that time: Adam
 
 from ml_collections import ConfigDict
 
-from configs import common, recipes, variants
+from flax_cifar.configs import common, recipes, variants
 
 
 def get_config(arg: str = "") -> ConfigDict:

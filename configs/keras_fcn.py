@@ -16,7 +16,7 @@ Variants    published   our reading of "augmentation, light dropout, one schedul
 
 from ml_collections import ConfigDict
 
-from configs import common, recipes, variants
+from flax_cifar.configs import common, recipes, variants
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -10,7 +10,7 @@ Variants    those of every config: see configs/variants.py
 
 from ml_collections import ConfigDict
 
-from configs import common, variants
+from flax_cifar.configs import common, variants
 
 
 def get_config(arg: str = "") -> ConfigDict:

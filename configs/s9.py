@@ -21,8 +21,8 @@ Variants    long        ours for the 51 epochs of the source, with cutout in hal
 
 from ml_collections import ConfigDict
 
-from configs import common, variants
-from configs import recipes as recipes_lib
+from flax_cifar.configs import common, variants
+from flax_cifar.configs import recipes as recipes_lib
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -14,7 +14,7 @@ Variants    published   replays the source: trains on all 50,000 images, and the
 
 from ml_collections import ConfigDict
 
-from configs import common, recipes, variants
+from flax_cifar.configs import common, recipes, variants
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -14,7 +14,7 @@ Variants    published   our reading of the source, which gives the epochs and "A
 
 from ml_collections import ConfigDict
 
-from configs import common, recipes, variants
+from flax_cifar.configs import common, recipes, variants
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -4,14 +4,18 @@ Nothing here imports JAX when it is imported: the settings must come first.
 """
 
 import importlib.metadata
+import io
 import os
 import pathlib
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from flax_cifar import errors
+
+PACKAGE = "flax_cifar"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "albumentations")
 XLA_FLAGS = {
   # Switched off, XLA:CPU orders a step for memory, which halves it and is faster too.
@@ -27,11 +31,38 @@ MALLOC = {
   "mmap_threshold": 2**40,  # from the heap, whatever the size
   "trim_threshold": 2**40,  # and the heap keeps what is freed
 }
+
+
+def find_cache() -> str:
+  """The folder for compiled programs; "", no cache, where there is no home directory to write to.
+
+  A container may run as a user without one. A folder in /tmp would be no substitute: another user
+  could put programs there.
+  """
+  try:
+    cache = pathlib.Path.home() / ".cache" / PACKAGE / "xla"
+  except RuntimeError:
+    return ""
+  existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+  return str(cache) if os.access(existing, os.W_OK) else ""
+
+
 VARIABLES = {
-  "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache" / "flax_cifar" / "xla"),
+  "JAX_COMPILATION_CACHE_DIR": find_cache(),
   # Many small programs make up a start, and all are worth keeping.
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
+}
+
+# Settings of JAX that would change results, or end a run. Each has JAX's own default here, whatever
+# the user has set for other programs.
+FIXED_VARIABLES = {
+  "JAX_ENABLE_X64": "0",
+  "JAX_DEFAULT_DTYPE_BITS": "64",
+  "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+  "JAX_NUMPY_RANK_PROMOTION": "allow",
+  "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
+  "JAX_THREEFRY_PARTITIONABLE": "1",
 }
 
 
@@ -41,8 +72,13 @@ VARIABLES = {
 def apply_settings() -> None:
   """Sets the variables that the user has not set, and restarts Python where one needs that.
 
-  glibc reads GLIBC_TUNABLES when a process starts; only Linux has glibc.
+  glibc reads GLIBC_TUNABLES when a process starts; only Linux has glibc. A letter that the screen
+  cannot show, such as the ± of a result, becomes a question mark.
   """
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="replace")
+  os.environ.update(FIXED_VARIABLES)
   missing = {name: value for name, value in VARIABLES.items() if name not in os.environ}
   if not _has_glibc():
     missing.pop("GLIBC_TUNABLES", None)
@@ -58,6 +94,20 @@ def _has_glibc() -> bool:
   return platform.libc_ver()[0] == "glibc"
 
 
+def check_devices() -> None:
+  """Raises a UserError where JAX cannot start, as JAX_PLATFORMS names devices that are not here."""
+  import jax
+
+  try:
+    jax.devices()
+  except Exception as error:  # RuntimeError, or AssertionError of a plugin
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    raise errors.UserError(
+      f"JAX finds no devices for JAX_PLATFORMS={platforms!r} ({errors.shorten(error)}); unset it "
+      "to use the devices that are here."
+    ) from error
+
+
 def describe_settings(environment: Mapping[str, str]) -> str:
   """One line for the banner: the settings that hold."""
   names = [*VARIABLES, "XLA_FLAGS", "OMP_NUM_THREADS"]
@@ -69,8 +119,13 @@ def describe_settings(environment: Mapping[str, str]) -> str:
 
 def get_versions() -> dict[str, str]:
   """Version of Python and of the packages that a result depends on."""
-  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-  return {"python": platform.python_version(), **versions}
+  versions = {"python": platform.python_version()}
+  for name in PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = "absent"
+  return versions
 
 
 def get_hardware(num_devices: int) -> str:
@@ -91,21 +146,32 @@ def count_cores() -> int:
 
 def _processor() -> str:
   try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
   except OSError:
     return platform.processor() or platform.machine()
   names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.machine()
 
 
-def get_command() -> str:
-  """The command line of this process, as it was typed after the name of the interpreter."""
-  return shlex.join(["python", *sys.argv])
+def get_command(arguments: Sequence[str] | None = None) -> str:
+  """The command line as it was typed, without the places of the interpreter and the program.
+
+  Args:
+    arguments: those after the interpreter; None means those of this process.
+  """
+  arguments = sys.orig_argv[1:] if arguments is None else arguments
+  if arguments and pathlib.Path(arguments[0]).name == PACKAGE:  # the console script
+    return shlex.join([PACKAGE, *arguments[1:]])
+  return shlex.join(["python", *arguments])
 
 
 def get_commit() -> str:
-  """The checkout's commit, with "+" where tracked files differ from it; "unknown" outside git."""
+  """The checkout's commit, with "+" where tracked files differ from it; "unknown" outside git.
+
+  An installed package may lie in the repository of another project, which does not track it.
+  """
   try:
+    _git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
     return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
   except (OSError, subprocess.CalledProcessError):
     return "unknown"

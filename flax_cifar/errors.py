@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +41,16 @@ def list_differences(there: Mapping[str, object], here: Mapping[str, object]) ->
     if theirs != ours:
       lines.append(f"{key} is {theirs!r} there and {ours!r} here")
   return lines
+
+
+def list_some(items: Sequence[object], most: int = 5) -> str:
+  """The first `most` items, and how many more there are.
+
+  >>> list_some(["a", "b", "c"], most=2)
+  'a, b and 1 more'
+  """
+  more = f" and {len(items) - most} more" if len(items) > most else ""
+  return ", ".join(map(str, items[:most])) + more
 
 
 def shorten(error: object) -> str:

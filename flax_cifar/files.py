@@ -3,9 +3,10 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 
@@ -38,8 +39,25 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes `content` as indented JSON, whole or not at all."""
-  write_text(path, json.dumps(content, indent=2) + "\n")
+  """Writes `content` as indented JSON, see `encode_json`, whole or not at all."""
+  write_text(path, encode_json(content, indent=2) + "\n")
+
+
+def encode_json(content: Any, *, indent: int | None = None) -> str:
+  """`content` as JSON, which has no numbers that are not finite: they become null.
+
+  >>> encode_json({"loss": float("nan"), "accuracy": [0.5, 0.25]})
+  '{"loss": null, "accuracy": [0.5, 0.25]}'
+  """
+  return json.dumps(_finite_or_none(content), indent=indent, allow_nan=False)
+
+
+def _finite_or_none(content: Any) -> Any:
+  if isinstance(content, Mapping):
+    return {key: _finite_or_none(value) for key, value in content.items()}
+  if isinstance(content, list | tuple):
+    return [_finite_or_none(value) for value in content]
+  return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def lock(file: IO[Any], *, wait: bool) -> bool:

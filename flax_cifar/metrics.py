@@ -112,6 +112,7 @@ def create_record(
   *,
   epoch: int,
   step: int,
+  total_epochs: int,
   learning_rate: np.ndarray | float,
   train: Totals,
   validation: Mapping[str, np.ndarray | float] | None,
@@ -121,6 +122,7 @@ def create_record(
   Args:
     epoch: counted from 1.
     step: steps done.
+    total_epochs: of the run, on which the learning rate may depend.
     learning_rate: of the epoch's last step, () or (seeds,).
     train: totals of the epoch.
     validation: `loss` and `accuracy`, () or (seeds,); None without a validation split.
@@ -132,10 +134,16 @@ def create_record(
     "seconds": train["seconds"],
     "images_per_second": train["count"].sum() / train["seconds"],
   }
-  record: Record = {"epoch": epoch, "step": step}
+  record: Record = {"epoch": epoch, "step": step, "total_epochs": total_epochs}
   for name, value in values.items():
     record |= describe_seeds(name, value)
   return record
+
+
+def get_earlier_totals(records: Sequence[Record], total_epochs: int) -> list[int]:
+  """The other totals of epochs under which a run was trained before it was extended, in order."""
+  totals = (record.get("total_epochs", total_epochs) for record in records)
+  return [total for total in dict.fromkeys(totals) if total != total_epochs]
 
 
 def describe_seeds(name: str, values: Any) -> dict[str, Any]:

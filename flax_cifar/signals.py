@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType, TracebackType
 from typing import Any
@@ -37,7 +38,12 @@ def never() -> bool:
 def install_handlers(
   handler: Callable[[int, FrameType | None], None], signums: Iterable[int]
 ) -> Handlers:
-  """Lets `handler` handle each of `signums`; returns the handlers before it."""
+  """Lets `handler` handle each of `signums`; returns the handlers before it.
+
+  In a thread other than the main one it does nothing: Python handles signals in that one alone.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    return {}
   return {signum: signal.signal(signum, handler) for signum in signums}
 
 

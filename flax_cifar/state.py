@@ -119,6 +119,15 @@ def name_leaves(tree: Any) -> dict[str, Any]:
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def count_parameters(params: Any) -> int:
+  """The number of values in `params`, counted by clu where that can be imported."""
+  try:
+    from clu import parameter_overview
+  except ImportError:  # it is hardly maintained
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+  return int(parameter_overview.count_parameters(params))
+
+
 def all_finite(tree: Any) -> jax.Array:
   """Whether every number of every array is finite: bool ().
 

@@ -44,14 +44,13 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     Interrupted: a signal came; the state was saved.
   """
   config_lib.check_values(config)
-  workdir_lib.check_workdir(workdir, config.to_dict())
-  result = workdir_lib.read_result(workdir)
-  if result and result["epochs"] >= config.total_epochs:
-    print(result_lib.format_finished(result, workdir))
-    return result
-
+  workdir_lib.check_config(workdir, config.to_dict())
+  if finished := result_lib.report_finished(config, workdir):
+    return finished
+  workdir_lib.check_writable(workdir)
   #### Data
   splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
+  workdir_lib.check_data(workdir, splits.fingerprint)
   config_lib.check_numbers(config, has_validation=len(splits.validation) > 0)
   mesh, num_seeds = parallel.create_mesh(config.num_devices), config.num_seeds
   parallel.check_batch_size("batch_size", config.batch_size, mesh)
@@ -116,8 +115,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     stack.enter_context(contextlib.closing(checkpoints))
     start = state_lib.Progress(0, state, metrics.create_totals(num_seeds), [])
     progress = checkpoints.restore_or(start, mesh)
-    config_lib.check_epochs(config.total_epochs, progress.step, feed.steps_per_epoch)
-    workdir_lib.write_start(workdir, config.to_dict(), layers)
+    config_lib.check_progress(progress, config.total_epochs, feed.steps_per_epoch)
+    workdir_lib.write_start(workdir, config.to_dict(), splits.fingerprint, layers)
     log = log_lib.RunLog(
       workdir,
       records=progress.records,
@@ -128,7 +127,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     stack.enter_context(contextlib.closing(log))
     facts = result_lib.get_facts(progress.state.params, num_seeds, mesh)
     log.banner(result_lib.describe_run(config, splits, facts, workdir))
-    log.print_resumed(progress.step, feed.steps_per_epoch)
+    log.print_resumed(progress.step, feed.steps_per_epoch, progress.records)
     stack.enter_context(contextlib.closing(feed))
     stack.enter_context(checkpoints.save_when_stopped(progress, guard))
     stack.enter_context(nonfinite.dump_and_explain(feed, num_seeds, workdir))
@@ -153,6 +152,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       record = metrics.create_record(
         epoch=epoch + 1,
         step=progress.step,
+        total_epochs=config.total_epochs,
         learning_rate=config.optimizer.learning_rate * factor,
         train=progress.totals,
         validation=validation,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import common
 from flax_cifar import models
+from flax_cifar.configs import common
 
 # The norm with which each network was published, and its parameters with that norm.
 NORMS = {

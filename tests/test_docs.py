@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from configs import common
+from flax_cifar.configs import common
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("benchmarks", "configs", "flax_cifar", "tests")
@@ -21,7 +21,7 @@ PAGES = {
   path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 }
 HEADERS = {
-  f"configs/{path.name}": f"configs.{path.stem}"
+  f"configs/{path.name}": f"flax_cifar.configs.{path.stem}"
   for path in ROOT.glob("configs/*.py")
   if path.stem != "__init__"
 }
@@ -149,7 +149,7 @@ def test_dotted_names_exist(name):
 @pytest.mark.parametrize("name", ALL)
 def test_named_configs_load(name):
   for system, variant in find_variants(read(name)):
-    config = importlib.import_module(f"configs.{system}").get_config(variant)
+    config = importlib.import_module(f"flax_cifar.configs.{system}").get_config(variant)
     assert config.name.startswith(system)
 
 

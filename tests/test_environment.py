@@ -31,15 +31,19 @@ def test_hardware_counts_the_cores_this_process_may_use(monkeypatch):
 
 
 def test_command_can_be_pasted_into_a_shell(monkeypatch):
-  monkeypatch.setattr(
-    environment_lib.sys, "argv", ["main.py", "--config=a.py", "--config.ops=('b',)"]
-  )
+  arguments = ["main.py", "--config=a.py", "--config.ops=('b',)"]
+  monkeypatch.setattr(environment_lib.sys, "orig_argv", ["/usr/bin/python3", *arguments])
   command = environment_lib.get_command()
   assert shlex.split(command) == ["python", "main.py", "--config=a.py", "--config.ops=('b',)"]
 
 
+def test_the_command_of_the_console_script_has_no_path():
+  arguments = ["/home/me/.venv/bin/flax_cifar", "--config=s9"]
+  assert environment_lib.get_command(arguments) == "flax_cifar --config=s9"
+
+
 def test_the_commit_is_that_of_git(monkeypatch):
-  answers = {"rev-parse": "abc123", "status": ""}
+  answers = {"rev-parse": "abc123", "status": "", "ls-files": "environment.py"}
   monkeypatch.setattr(environment_lib, "_git", lambda command, *_: answers[command])
   assert environment_lib.get_commit() == "abc123"
   answers["status"] = " M main.py"
@@ -111,6 +115,87 @@ def test_flags_of_the_user_stay_and_ours_are_added_once():
   assert run(XLA_FLAGS=theirs)["environ"]["XLA_FLAGS"].split() == [theirs, *others]
   theirs = "--xla_force_host_platform_device_count=2"
   assert run(XLA_FLAGS=theirs)["environ"]["XLA_FLAGS"].split() == [theirs, own, *others]
+
+
+def test_the_repository_around_an_installed_package_is_not_ours(monkeypatch):
+  def refuse_to_list(command, *_):
+    if command == "ls-files":
+      raise subprocess.CalledProcessError(1, "git")
+    return "abc123"
+
+  monkeypatch.setattr(environment_lib, "_git", refuse_to_list)
+  assert environment_lib.get_commit() == "unknown"
+
+
+def test_settings_of_jax_that_change_results_are_reset():
+  environ = run(JAX_ENABLE_X64="1", JAX_NUMPY_RANK_PROMOTION="raise")["environ"]
+  assert environ["JAX_ENABLE_X64"] == "0"
+  assert environment_lib.FIXED_VARIABLES.items() <= environ.items()
+
+
+def test_the_fixed_settings_are_the_defaults_of_jax():
+  import jax
+
+  code = "import jax, json; print(json.dumps({n: str(getattr(jax.config, n)) for n in NAMES}))"
+  names = [
+    name.lower() for name in environment_lib.FIXED_VARIABLES if hasattr(jax.config, name.lower())
+  ]
+  unset = {k: v for k, v in os.environ.items() if k not in environment_lib.FIXED_VARIABLES}
+  values = [
+    json.loads(
+      subprocess.run(
+        [sys.executable, "-c", code.replace("NAMES", repr(names))],
+        env={**unset, **given},
+        capture_output=True,
+        text=True,
+        check=True,
+      ).stdout
+    )
+    for given in ({}, environment_lib.FIXED_VARIABLES)
+  ]
+  assert len(names) >= 5
+  assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("home", [None, "missing", "read-only"])
+def test_without_a_home_to_write_to_there_is_no_cache(monkeypatch, tmp_path, home):
+  def find_home():
+    if home is None:
+      raise RuntimeError("Could not determine home directory.")
+    return tmp_path / home
+
+  monkeypatch.setattr(pathlib.Path, "home", find_home)
+  monkeypatch.setattr(os, "access", lambda path, mode: home == "missing")
+  cache = environment_lib.find_cache()
+  assert cache == (str(tmp_path / "missing/.cache/flax_cifar/xla") if home == "missing" else "")
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "gpu", "tpu", "bogus", "bogus,cuda"])
+def test_devices_that_are_not_here_are_one_error(platforms):
+  code = "from flax_cifar import environment; environment.check_devices()"
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env={**os.environ, "JAX_PLATFORMS": platforms},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith("flax_cifar.errors.UserError: JAX finds no devices for")
+  assert f"JAX_PLATFORMS={platforms!r}" in last
+  assert "unset it" in last
+
+
+def test_a_screen_that_is_not_utf_8_shows_question_marks():
+  code = "from flax_cifar import environment as e; e.apply_settings(); print('1 ± 2')"
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert (done.stdout, done.stderr) == ("1 ? 2\n", "")
 
 
 def test_the_banner_has_the_variables_that_are_set():

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
 from flax_cifar import errors, models, optim, train
 from flax_cifar import state as state_lib
+from flax_cifar.configs import common
 from flax_cifar.data import dataset, load
 from flax_cifar.data.augment import arguments, device, device_pixels, host
 from flax_cifar.data.augment import normalize as normalize_lib

@@ -86,7 +86,7 @@ def draw_params(shapes):
 
 def create_state_and_step(name):
   """A state with random parameters, and a jitted step, of the config `name`."""
-  config = importlib.import_module(f"configs.{name}").get_config()
+  config = importlib.import_module(f"flax_cifar.configs.{name}").get_config()
   config.schedule.one_cycle.initial = 0.5  # so that the first step moves the parameters
   # Small steps: at the full rate a ReLU flipped by rounding would change the tenth step.
   config.optimizer.learning_rate /= 100

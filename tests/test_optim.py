@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
 from flax_cifar import errors, optim
+from flax_cifar.configs import common
 from flax_cifar.models import norms
 
 RATE, DECAY = 0.1, 0.01

@@ -383,13 +383,13 @@ def test_a_run_in_a_folder_with_any_name_starts_no_shell(tmp_path, monkeypatch, 
 
 def test_the_recorded_command_is_safe_to_paste(monkeypatch):
   arguments = ["main.py", f"--workdir={NASTY}", f"--config.name={NASTY}"]
-  monkeypatch.setattr(sys, "argv", arguments)
+  monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", *arguments])
   assert shlex.split(environment.get_command()) == ["python", *arguments]
 
 
 def test_a_sweep_passes_strings_on_unchanged(tmp_path, processes):
   spec = sweep.Sweep(f"configs/{NASTY}.py", {}, [f"--config.name={NASTY}"], tmp_path / NASTY)
-  arguments = sweep.get_command(spec, {"norm": NASTY})[2:]
+  arguments = sweep.get_command(spec, {"norm": NASTY})[3:]
   program = "import json, sys; json.dump(sys.argv[2:], open(sys.argv[1], 'w'))"
   seen = tmp_path / "seen"
   jobs.run_jobs(

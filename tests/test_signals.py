@@ -1,5 +1,6 @@
 """The first signal is recorded, the second ends the process."""
 
+import concurrent.futures
 import os
 import signal
 import subprocess
@@ -31,6 +32,18 @@ def test_a_screen_that_nobody_reads_changes_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stderr", broken)
     signal.raise_signal(signal.SIGINT)
     assert guard.signum == signal.SIGINT
+
+
+def test_in_another_thread_signals_are_left_alone():
+  """Python handles signals in the main thread alone."""
+  before = signal.getsignal(signal.SIGTERM)
+
+  def guard():
+    with signals.InterruptGuard() as guard:
+      return guard.is_caught(), signal.getsignal(signal.SIGTERM)
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    assert pool.submit(guard).result() == (False, before)
 
 
 @pytest.mark.parametrize("second", signals.SIGNALS)

@@ -1,7 +1,10 @@
 """A run of a tiny network learns, repeats, resumes, shards, and stops at non-finite numbers."""
 
+import concurrent.futures
 import functools
 import json
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -221,13 +224,64 @@ def test_more_epochs_continue_a_finished_run(tmp_path, data):
   assert [line["epoch"] for line in runs.lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
+def change_data(path):
+  """Replaces a training image of the archive at `path`."""
+  arrays = dict(np.load(path))
+  arrays["train_images"][0] = 255
+  np.savez(path, **arrays)
+
+
+def test_a_finished_run_on_changed_data_is_refused(tmp_path, data):
+  runs.run(tmp_path / "run", data, total_epochs=1)
+  change_data(data.removeprefix("npz:"))
+  for epochs in (1, 2):
+    with pytest.raises(errors.UserError, match=r"a run on other data: .*_sha256 is "):
+      runs.run(tmp_path / "run", data, total_epochs=epochs)
+  (tmp_path / "run" / "data.json").unlink()  # as the message says
+  assert runs.run(tmp_path / "run", data, total_epochs=2)["epochs"] == 2
+
+
+def test_a_finished_run_whose_data_are_gone_still_prints_its_result(tmp_path, data, capsys):
+  result = runs.run(tmp_path / "run", data, total_epochs=1)
+  pathlib.Path(data.removeprefix("npz:")).unlink()
+  capsys.readouterr()
+  assert runs.run(tmp_path / "run", data, total_epochs=1) == result
+  shown = capsys.readouterr()
+  assert "is finished: test accuracy" in shown.out
+  assert shown.err.startswith("warning: the data of the run cannot be compared")
+
+
+def test_a_finished_run_in_a_folder_without_write_permission_prints_its_result(
+  tmp_path, data, monkeypatch
+):
+  result = runs.run(tmp_path / "run", data, total_epochs=1)
+  monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+  assert runs.run(tmp_path / "run", data, total_epochs=1) == result
+  with pytest.raises(errors.UserError, match="not writable"):
+    runs.run(tmp_path / "run", data, total_epochs=2)
+
+
+def test_an_older_run_whose_epochs_have_become_shorter_is_refused(tmp_path, data):
+  runs.run(tmp_path / "run", data, total_epochs=1)
+  (tmp_path / "run" / "data.json").unlink()  # older runs have none
+  tiny.write_data(data.removeprefix("npz:"), train=48)
+  with pytest.raises(errors.UserError, match=r"step 5 after 1 epochs, .* 2 steps an epoch"):
+    runs.run(tmp_path / "run", data, total_epochs=2)
+
+
+def test_a_run_in_another_thread_is_the_same(tmp_path, data):
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    result = pool.submit(runs.run, tmp_path / "a", data, total_epochs=1).result()
+  assert result["test_loss"] == runs.run(tmp_path / "b", data, total_epochs=1)["test_loss"]
+
+
 def test_fewer_epochs_than_the_run_has_begun_are_refused(tmp_path, data, monkeypatch):
   with monkeypatch.context() as patch:
     runs.interrupt_at(patch, runs.STEPS_PER_EPOCH + 2)
     with pytest.raises(signals.Interrupted, match="saved at step 8;"):
       runs.run(tmp_path / "run", data)
   config = (tmp_path / "run" / "config.json").read_bytes()
-  with pytest.raises(errors.UserError, match=r"total_epochs=1 is not valid.* 2 or more.*to step 8"):
+  with pytest.raises(errors.UserError, match=r"total_epochs=1 is not valid.* 2 or more.* step 8"):
     runs.run(tmp_path / "run", data, total_epochs=1)
   assert (tmp_path / "run" / "config.json").read_bytes() == config
   assert not (tmp_path / "run" / "result.json").exists()

@@ -7,7 +7,7 @@ import flax.linen as nn
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import common
+from flax_cifar.configs import common
 from flax_cifar.models import blocks, norms
 
 IMAGE_SIZE, CLASSES = 8, 3

@@ -59,8 +59,8 @@ def create_epoch(network: str, batch_size: int) -> Any:
   import numpy as np
 
   from benchmarks.speed import step_worker
-  from configs import s9
   from flax_cifar import metrics, parallel, signals, train
+  from flax_cifar.configs import s9
   from flax_cifar.data import dataset, feeds
   from flax_cifar.data.augment import arguments
 

@@ -121,9 +121,9 @@ def create_naive(network: str, batch_size: int) -> Step:
 
 def create_parts(network: str, dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
   """A state and the arguments of train_step, for the network as it was published."""
-  from configs import common
   from flax_cifar import optim
   from flax_cifar import state as state_lib
+  from flax_cifar.configs import common
   from flax_cifar.data.augment import normalize
   from flax_cifar.run import config as config_lib
 

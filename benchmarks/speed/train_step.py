@@ -159,7 +159,7 @@ def describe(
 
 def count_multiply_adds(network: str) -> int:
   """Multiply-adds of one image's forward pass; a training step takes three times as many."""
-  from configs import common
+  from flax_cifar.configs import common
   from flax_cifar.models import layer_table
   from flax_cifar.run import config as config_lib
 

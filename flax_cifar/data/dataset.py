@@ -7,6 +7,8 @@ import numpy as np
 from flax_cifar import errors
 
 MAX_CLASSES = 10_000  # a label far too high must not create that many names and logits
+# Names of a validation split, in files and folders; the first one that is there counts.
+VALIDATION_NAMES = ("validation", "val", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,29 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A training and a test split; label `i` means `class_names[i]`."""
+  """The splits of a data set; label `i` means `class_names[i]`.
 
-  name: str
+  Attributes:
+    train: the training images.
+    test: the test images.
+    class_names: the name of each label.
+    validation: the data set's own validation images; None where it has none.
+    test_is_held_out: whether the data set has no test images of its own, so that some training
+      images were held out in their place.
+  """
+
   train: Split
   test: Split
   class_names: tuple[str, ...]
+  validation: Split | None = None
+  test_is_held_out: bool = False
+
+
+def gray_to_rgb(images: np.ndarray) -> np.ndarray:
+  """Turns gray images (N, H, W) or (N, H, W, 1) into (N, H, W, 3); returns others as they are."""
+  if images.ndim == 3:
+    images = images[..., None]
+  return np.repeat(images, 3, axis=-1) if images.ndim == 4 and images.shape[-1] == 1 else images
 
 
 def check_split(split: Split, *, num_classes: int, where: str) -> None:
@@ -49,11 +68,18 @@ def check_split(split: Split, *, num_classes: int, where: str) -> None:
     )
   if images.ndim != 4 or images.shape[-1] != 3:
     raise errors.UserError(
-      f"{where}: images have shape {images.shape}; (N, height, width, 3) is needed. Turn "
-      "channels-first into channels-last with images.transpose(0, 2, 3, 1), and repeat the "
-      "channel of gray images with np.repeat(images[..., None], 3, axis=-1)."
+      f"{where}: images have shape {images.shape}; (N, height, width, 3) or, for gray ones, "
+      f"(N, height, width) is needed. {_get_remedy(images.shape)}"
     )
   _check_labels(labels, num_images=len(images), num_classes=num_classes, where=where)
+
+
+def _get_remedy(shape: tuple[int, ...]) -> str:
+  if len(shape) == 4 and shape[1] in (1, 3, 4):
+    return "Turn channels-first into channels-last: images = images.transpose(0, 2, 3, 1)."
+  if len(shape) == 4 and shape[-1] == 4:
+    return "Leave out the alpha channel: images = images[..., :3]."
+  return "Save one image per row of the first axis."
 
 
 def _check_labels(labels: np.ndarray, *, num_images: int, num_classes: int, where: str) -> None:
@@ -72,3 +98,9 @@ def _check_labels(labels: np.ndarray, *, num_images: int, num_classes: int, wher
       f"{where}: labels lie in {low}..{high} but there are {num_classes} classes; number them "
       f"from 0 to {num_classes - 1}."
     )
+
+
+def find_unseen(split: Split, class_names: tuple[str, ...]) -> list[str]:
+  """The names of the classes that no image of `split` shows."""
+  counts = np.bincount(split.labels, minlength=len(class_names))
+  return [name for name, count in zip(class_names, counts, strict=True) if not count]

@@ -4,6 +4,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -84,7 +85,13 @@ def create_host_feed(
     UserError: a value out of range, or not possible with Albumentations.
   """
   # Imported here, because the import takes most of a second.
-  from flax_cifar.data.augment import host
+  try:
+    from flax_cifar.data.augment import host
+  except ImportError as error:  # its last version is of May 2025
+    raise errors.UserError(
+      f"augment.backend='albumentations' cannot be used, as Albumentations cannot be imported "
+      f"({errors.shorten(error)}); set augment.backend=device."
+    ) from error
 
   backend = "where augment.backend='albumentations'"
   errors.require(steps_per_call in (0, 1), "steps_per_call", steps_per_call, f"0 or 1 {backend}")
@@ -120,6 +127,9 @@ def iterate_batches(
   if workers:
     if not flags.FLAGS.is_parsed():  # grain's workers read absl flags; a notebook parses none
       flags.FLAGS.mark_as_parsed()
+    # Batches come through pipes: grain leaves some of those in shared memory behind.
+    pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    stream = grain.experimental.WithOptionsIterDataset(stream, pipes)
     options = grain.MultiprocessingOptions(num_workers=workers)
     stream = stream.mp_prefetch(options, worker_init_fn=_follow_parent)
   return stream.__iter__()

@@ -11,8 +11,6 @@ from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.data.augment import arguments
 from flax_cifar.data.sources import folder, npz, shapes
 
-Loaded = tuple[dataset_lib.Split, dataset_lib.Split, tuple[str, ...]]  # train, test, class names
-
 
 def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset:
   """Loads `cifar10`, `shapes`, `npz:PATH` or `folder:PATH`.
@@ -39,38 +37,44 @@ def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset
   )
   found = errors.get_path("data.name", path)
   try:
-    train, test, class_names = loader(path=found, dir=dir, image_size=image_size)
+    dataset = loader(path=found, dir=dir, image_size=image_size)
   except OSError as error:  # no permission to read a folder or file
     raise errors.UserError(
       f"{name} cannot be read ({error}); check its path and permissions."
     ) from error
-  return _checked(dataset_lib.Dataset(name, train, test, tuple(class_names)), image_size)
+  _check_class_names(name, dataset.class_names)
+
+  def check(part: str, split: dataset_lib.Split) -> dataset_lib.Split:
+    return _check_split(split, dataset.class_names, image_size, where=f"{name} {part}")
+
+  return dataclasses.replace(
+    dataset,
+    train=check("train", dataset.train),
+    validation=None if dataset.validation is None else check("validation", dataset.validation),
+    test=check("test", dataset.test),
+  )
 
 
-def _checked(dataset: dataset_lib.Dataset, image_size: int) -> dataset_lib.Dataset:
-  """Checks both splits and the class names, and converts the labels to int32."""
-  names = dataset.class_names
-  for part, split in (("train", dataset.train), ("test", dataset.test)):
-    dataset_lib.check_split(split, num_classes=len(names), where=f"{dataset.name} {part}")
-    _check_size(split, image_size, where=f"{dataset.name} {part}")
+def _check_split(
+  split: dataset_lib.Split, class_names: tuple[str, ...], image_size: int, *, where: str
+) -> dataset_lib.Split:
+  """Returns `split` with three channels and int32 labels, after its checks."""
+  split = dataclasses.replace(split, images=dataset_lib.gray_to_rgb(split.images))
+  dataset_lib.check_split(split, num_classes=len(class_names), where=where)
+  _check_size(split, image_size, where=where)
+  return dataclasses.replace(split, labels=split.labels.astype(np.int32))
+
+
+def _check_class_names(where: str, names: tuple[str, ...]) -> None:
   if len(names) < 2:
-    raise errors.UserError(
-      f"{dataset.name}: there is one class only, {names}; at least two are needed."
-    )
+    raise errors.UserError(f"{where}: there is one class only, {names}; at least two are needed.")
   odd = [name for name in names if not name.isprintable()]
   if odd:  # the plots at the end of a run could not show them
-    raise errors.UserError(
-      f"{dataset.name}: the class names {odd[:3]} are not printable; rename them."
-    )
+    raise errors.UserError(f"{where}: the class names {odd[:3]} are not printable; rename them.")
   if len(names) > dataset_lib.MAX_CLASSES:
     raise errors.UserError(
-      f"{dataset.name}: there are {len(names):,} classes; at most {dataset_lib.MAX_CLASSES:,} fit."
+      f"{where}: there are {len(names):,} classes; at most {dataset_lib.MAX_CLASSES:,} fit."
     )
-  train, test = (
-    dataset_lib.Split(split.images, split.labels.astype(np.int32))
-    for split in (dataset.train, dataset.test)
-  )
-  return dataclasses.replace(dataset, train=train, test=test)
 
 
 def _check_size(split: dataset_lib.Split, image_size: int, *, where: str) -> None:
@@ -87,7 +91,7 @@ def _check_size(split: dataset_lib.Split, image_size: int, *, where: str) -> Non
   )
 
 
-def _load_cifar10(*, path: Path, dir: str, image_size: int) -> Loaded:
+def _load_cifar10(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
   del path
   # Imported here, because tensorflow_datasets takes most of a second to import.
   from flax_cifar.data.sources import cifar10, cifar10_archive
@@ -98,44 +102,34 @@ def _load_cifar10(*, path: Path, dir: str, image_size: int) -> Loaded:
     image_size,
     "32 for cifar10",
   )
-  return cifar10.load_cifar10(dir=dir)
+  return dataset_lib.Dataset(*cifar10.load_cifar10(dir=dir))
 
 
-def _load_shapes(*, path: Path, dir: str, image_size: int) -> Loaded:
+def _load_shapes(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
   del path, dir
   expected = f"at most {shapes.MAX_SIZE} for shapes"
   errors.require(image_size <= shapes.MAX_SIZE, "data.image_size", image_size, expected)
   train_images, train_labels, test_images, test_labels, class_names = shapes.make_shapes(
     num_train=shapes.NUM_TRAIN, num_test=shapes.NUM_TEST, image_size=image_size, seed=shapes.SEED
   )
-  return (
+  return dataset_lib.Dataset(
     dataset_lib.Split(train_images, train_labels),
     dataset_lib.Split(test_images, test_labels),
     tuple(class_names),
   )
 
 
-def _load_npz(*, path: Path, dir: str, image_size: int) -> Loaded:
+def _load_npz(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
   del dir, image_size
-  (train_x, train_y, test_x, test_y), names = npz.read_npz(path)
-  train, test = (
-    dataset_lib.Split(train_x, npz.flatten_labels(train_y)),
-    dataset_lib.Split(test_x, npz.flatten_labels(test_y)),
-  )
-  return train, test, names or npz.number_classes(path, (train.labels, test.labels))
+  return npz.load_npz(path)
 
 
-def _load_folder(*, path: Path, dir: str, image_size: int) -> Loaded:
+def _load_folder(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
   del dir
-  if not path.is_dir():
-    raise errors.UserError(f"folder:{path} is not a directory.")
-  train_files, test_files = folder.list_files(path)
-  class_names = tuple(sorted(train_files))
-  train = folder.read_images(train_files, class_names, image_size)
-  return train, folder.read_images(test_files, class_names, image_size), class_names
+  return folder.load_folder(path, image_size)
 
 
-LOADERS: dict[str, Callable[..., Loaded]] = {
+LOADERS: dict[str, Callable[..., dataset_lib.Dataset]] = {
   "cifar10": _load_cifar10,
   "shapes": _load_shapes,
   "npz:PATH": _load_npz,

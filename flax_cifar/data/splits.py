@@ -1,7 +1,10 @@
 """The splits of a run: which images train it, which choose a network, and which test it."""
 
 import dataclasses
+import functools
+import hashlib
 import math
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +17,10 @@ PROTOCOLS = {
   "published": "trains on all training images and validates on the test split, as the source did",
   "trial": "validation images are held out of training; the test split is never read",
 }
+
+
+SPLITS = ("train", "validation", "test")
+DIGEST_DIGITS = 16  # hexadecimal; enough to tell data sets apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,26 @@ class Splits:
     """The split that scores the finished network."""
     return self.validation if self.final_split_name == "validation" else self.test
 
+  @functools.cached_property
+  def fingerprint(self) -> dict[str, Any]:
+    """The class names, and for each split its number of images and a digest of its arrays.
+
+    A run or weights of the same data have the same one.
+    """
+    fingerprint: dict[str, Any] = {"class_names": list(self.class_names)}
+    for name in SPLITS:
+      split = getattr(self, name)
+      fingerprint |= {f"{name}_images": len(split), f"{name}_sha256": _digest(split)}
+    return fingerprint
+
+
+def _digest(split: dataset_lib.Split) -> str:
+  digest = hashlib.sha256()
+  for array in (split.images, split.labels):
+    digest.update(f"{array.dtype.str} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+  return digest.hexdigest()[:DIGEST_DIGITS]
+
 
 def load_splits(
   *, protocol: str, name: str, dir: str, image_size: int, validation_size: int, limit: int
@@ -60,7 +87,8 @@ def load_splits(
     name: of the data set.
     dir: where CIFAR-10 is.
     image_size: height and width in pixels.
-    validation_size: number of training images held out, unless the protocol is "published".
+    validation_size: number of training images held out, unless the protocol is "published" or the
+      data set has validation images of its own, which are then used, all of them.
     limit: number of images to keep of each split, chosen at random but always the same ones; 0
       keeps all.
 
@@ -79,10 +107,18 @@ def load_splits(
   mean, std = channel_stats(dataset.train.images)
   if protocol == "published":
     train, validation = dataset.train, dataset.test
+  elif dataset.validation is not None:
+    train, validation = dataset.train, dataset.validation
   else:
     train, validation = split_validation(dataset.train, validation_size=validation_size)
+  train = _limit(train, limit)
+  if unseen := dataset_lib.find_unseen(train, dataset.class_names):
+    errors.warn(
+      f"{name}: {len(unseen)} of {len(dataset.class_names)} classes have no training image, with "
+      f"validation_size={validation_size} and limit={limit}: {errors.list_some(unseen)}"
+    )
   return Splits(
-    train=_limit(train, limit),
+    train=train,
     validation=_limit(validation, limit),
     test=_limit(dataset.test, limit),
     final_split_name="validation" if is_trial else "test",

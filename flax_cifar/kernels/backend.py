@@ -15,7 +15,7 @@ from flax_cifar.kernels.onednn import convolution, library
 VARIABLE = "FLAX_CIFAR_KERNELS"
 BACKENDS = {
   "auto": "onednn on a single CPU device, if it is installed; else xla on CPUs, else definition",
-  "onednn": "kernels of oneDNN, from the extra `onednn`",
+  "onednn": "kernels of oneDNN",
   "xla": "operations of XLA, put together for CPUs",
   "definition": "the plain operations of JAX",
 }
@@ -30,7 +30,7 @@ def select_backend() -> str:
   name = os.environ.get(VARIABLE) or "auto"
   errors.choose(VARIABLE, name, BACKENDS)
   available = jax.default_backend() == "cpu" and convolution.is_available()
-  expected = "auto unless `.[onednn]` is installed and fits this JAX"
+  expected = "auto unless onednn-cpu-gomp is installed and fits this JAX"
   errors.require(available or name != "onednn", VARIABLE, name, expected)
   if name != "auto":
     return name
@@ -51,5 +51,5 @@ def _get_hint() -> str:
   if not installable or jax.default_backend() != "cpu" or convolution.is_available():
     return ""
   if library.load_library() is None:
-    return "; oneDNN would be faster: pip install -e .[onednn]"
+    return "; oneDNN would be faster: pip install onednn-cpu-gomp"
   return "; oneDNN is installed but does not fit this version of JAX"

@@ -9,6 +9,7 @@ import flax.linen as nn
 from ml_collections import ConfigDict
 
 from flax_cifar import errors, models
+from flax_cifar import state as state_lib
 from flax_cifar.data.augment import arguments
 
 # A resumed run may change these: its results stay the same.
@@ -16,8 +17,8 @@ FREE_KEYS = (
   *("log", "checkpoint", "data.dir"),
   *("augment.workers", "steps_per_call", "num_devices", "eval_batch_size"),
 )
-# A longer run also goes on where the shorter one ended.
-RESUME_KEYS = (*FREE_KEYS, "total_epochs")
+# A longer run also goes on where the shorter one ended; its name may say how long it is.
+RESUME_KEYS = (*FREE_KEYS, "total_epochs", "name")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -64,8 +65,15 @@ def check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
   )
 
 
-def check_epochs(total_epochs: int, step: int, steps_per_epoch: int) -> None:
-  """Raises a UserError unless `total_epochs` include `step`, which the run has reached."""
+def check_progress(progress: state_lib.Progress, total_epochs: int, steps_per_epoch: int) -> None:
+  """Raises a UserError unless a run can go on from `progress` to the end of `total_epochs`."""
+  step, epochs = progress.step, len(progress.records)
+  if not epochs * steps_per_epoch <= step <= (epochs + 1) * steps_per_epoch:
+    raise errors.UserError(
+      f"the run has come to step {step:,} after {epochs} epochs, which does not fit "
+      f"{steps_per_epoch:,} steps an epoch: its data have changed. Restore them, or choose another "
+      "--workdir."
+    )
   least = math.ceil(step / steps_per_epoch)
   expected = f"{least} or more, as the run has reached step {step:,}"
   errors.require(total_epochs >= least, "total_epochs", total_epochs, expected)

@@ -7,9 +7,8 @@ import hashlib
 import json
 import pathlib
 import shutil
-import sys
 
-from flax_cifar import files
+from flax_cifar import errors, files
 
 DIGESTS = "digests.json"
 REPLACED = ".replaced"  # ends the name of a checkpoint while another one is written in its place
@@ -28,7 +27,7 @@ def write_digests(path: pathlib.Path) -> None:
 def find_damage(path: pathlib.Path) -> str | None:
   """A few words on the damage of the checkpoint at `path`; None if it is as it was saved."""
   try:
-    digests = dict(json.loads((path / DIGESTS).read_text()))
+    digests = dict(json.loads((path / DIGESTS).read_text(encoding="utf-8")))
   except FileNotFoundError:
     return "it was not written to its end"
   except (OSError, ValueError, TypeError) as error:
@@ -65,7 +64,7 @@ def quarantine(folder: pathlib.Path, damaged: pathlib.Path) -> list[str]:
       damaged.mkdir(exist_ok=True)
       path.rename(target)
       lines.append(f"checkpoint {str(path)!r} is damaged ({reason}); it is now {str(target)!r}")
-      print(f"warning: {lines[-1]}", file=sys.stderr, flush=True)
+      errors.warn(lines[-1])
   return lines
 
 

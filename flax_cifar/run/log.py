@@ -1,9 +1,9 @@
 """The log of a run: metrics.jsonl (the truth), TensorBoard, and the screen."""
 
 import contextlib
-import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from flax_cifar import files, metrics
+from flax_cifar import errors, files, metrics
 
 LINE_SECONDS = 60  # between two progress lines where no terminal shows a bar
 Report = Callable[[metrics.Totals, int], None]  # the epoch's totals, and how many steps are new
@@ -31,7 +31,7 @@ class Screen(Console):
   """A console that falls silent once its output is closed (`| head`); rich would exit."""
 
   def on_broken_pipe(self) -> None:
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
       os.dup2(nowhere.fileno(), self.file.fileno())
 
 
@@ -51,10 +51,11 @@ class RunLog:
     total_epochs: int,
     tensorboard: bool,
   ):
-    self.console = Screen(highlight=False)
+    # Not where FORCE_COLOR asks for it: escapes do not belong into a log file.
+    self.console = Screen(highlight=False, force_terminal=sys.stdout.isatty())
     self._path = workdir / "metrics.jsonl"
     self._total_epochs = total_epochs
-    files.write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))
+    files.write_text(self._path, "".join(files.encode_json(record) + "\n" for record in records))
     self._events = _open_events(workdir / "tensorboard", step) if tensorboard else None
 
   def print(self, text: str) -> None:
@@ -67,10 +68,18 @@ class RunLog:
     for name, value in facts.items():
       self.print(f"{name.ljust(width)}  {value}")
 
-  def print_resumed(self, step: int, steps_per_epoch: int) -> None:
+  def print_resumed(
+    self, step: int, steps_per_epoch: int, records: Sequence[metrics.Record]
+  ) -> None:
     """Prints where a run resumes; nothing for a new run."""
     if step:
       self.print(f"resumed at step {step:,}, epoch {step / steps_per_epoch:.2f}")
+    earlier = metrics.get_earlier_totals(records, self._total_epochs)
+    if earlier:
+      self.print(
+        f"extended from {errors.list_some(earlier)} to {self._total_epochs} epochs; the earlier "
+        "ones followed the shorter schedule"
+      )
 
   @contextlib.contextmanager
   def progress(self, epoch: int, *, done: int, total: int) -> Iterator[Report]:
@@ -113,7 +122,7 @@ class RunLog:
   def write(self, record: metrics.Record) -> None:
     """Appends the record of an epoch to the file, TensorBoard and the screen."""
     with self._path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(record) + "\n")
+      file.write(files.encode_json(record) + "\n")
     if self._events:
       self._events.write_event(_create_event(record))
       self._events.flush()
@@ -152,7 +161,7 @@ def _open_events(folder: pathlib.Path, step: int) -> EventsWriter:
 
 def _create_event(record: metrics.Record) -> Event:
   """The means of a record, tagged "train/loss" and so on."""
-  names = [name for name in record if name not in ("epoch", "step")]
+  names = [name for name in record if name not in ("epoch", "step", "total_epochs")]
   means = {name: record[name] for name in names if not isinstance(record[name], list)}
   points = [
     Summary.Value(tag=name.replace("_", "/", 1), simple_value=mean) for name, mean in means.items()

@@ -4,13 +4,20 @@ matplotlib is imported when the first one is drawn: it takes half a second, whic
 first step.
 """
 
+import contextlib
+import functools
+import itertools
+import os
 import pathlib
-from collections.abc import Sequence
+import sys
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_cifar import files
+from flax_cifar import errors, files
 from flax_cifar.data import dataset, feeds
 
 if TYPE_CHECKING:
@@ -18,6 +25,46 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 DPI = 120
+EAST_ASIAN_FONTS = (
+  *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "IPAGothic", "NanumGothic"),
+  *("Droid Sans Fallback", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Arial Unicode MS"),
+)
+
+SaveFunction = Callable[..., None]  # (path of the plot, what to draw)
+
+
+def warn_on_failure(save: SaveFunction) -> SaveFunction:
+  """Makes `save(path, ...)` warn instead of raising, and draw in matplotlib's own style.
+
+  A plot is no reason to lose a run, and the user's style or backend must not change it.
+  """
+
+  @functools.wraps(save)
+  def wrapped(path: pathlib.Path, *args: Any, **kwargs: Any) -> None:
+    try:
+      _import_matplotlib()
+      import matplotlib.style
+
+      with warnings.catch_warnings(), matplotlib.style.context("default"):
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
+        save(path, *args, **kwargs)
+    except Exception as error:  # of matplotlib, Pillow or the disk
+      errors.warn(f"{str(path)!r} is not drawn ({errors.shorten(error)})")
+
+  return wrapped
+
+
+def _import_matplotlib() -> None:
+  """Imports matplotlib, even where MPLBACKEND names a backend that is not installed here."""
+  if "matplotlib" in sys.modules:
+    return
+  backend = os.environ.pop("MPLBACKEND", None)
+  import matplotlib
+
+  if backend is not None:
+    os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):  # files need no backend, but what the user draws may
+      matplotlib.rcParams["backend"] = backend
 
 
 def save_images(
@@ -27,14 +74,43 @@ def save_images(
   rows = max(1, -(-len(images) // columns))
   figure = create_figure(1.7 * columns, 1.9 * rows)
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
+  fonts = find_fonts("".join(titles))
   for axis in axes:
     axis.set_axis_off()
   for axis, image, title in zip(axes, images, titles, strict=False):
     axis.imshow(image, interpolation="nearest")
-    axis.set_title(title, fontsize=8, parse_math=False)  # a class may be called $x$
+    text = "\n".join(map(shorten_name, title.split("\n")))
+    axis.set_title(
+      text, fontsize=8, fontfamily=fonts, parse_math=False
+    )  # a class may be called $x$
   save_figure(figure, path)
 
 
+def shorten_name(name: str, most: int = 22) -> str:
+  """`name` cut to the width of `most` Latin letters, which an image has room for.
+
+  >>> shorten_name("staffordshire_bull_terrier")
+  'staffordshire_bull_te…'
+  """
+  widths = [2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name]
+  if sum(widths) <= most:
+    return name
+  ends = itertools.accumulate(widths)
+  return name[: sum(end < most for end in ends)] + "…"
+
+
+def find_fonts(text: str) -> list[str]:
+  """The font families that draw `text`; those for East Asian letters come where it has some."""
+  families = ["DejaVu Sans"]
+  if any(unicodedata.east_asian_width(letter) in "WF" for letter in text):
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    families += [family for family in EAST_ASIAN_FONTS if family in installed]
+  return families
+
+
+@warn_on_failure
 def save_first_batch(path: pathlib.Path, feed: feeds.Feed, class_names: Sequence[str]) -> None:
   """Writes the first training batch of the run, unless the file exists."""
   if not path.exists():
@@ -49,6 +125,7 @@ def save_augmented(
   save_images(path, batch["image"][:count], titles)
 
 
+@warn_on_failure
 def save_misclassified(
   path: pathlib.Path,
   split: dataset.Split,
@@ -60,10 +137,12 @@ def save_misclassified(
   """Writes the first wrongly classified images, titled `predicted / actual`."""
   predictions = logits.argmax(-1)
   wrong = np.flatnonzero(predictions != split.labels)[:count]
-  titles = [f"{class_names[predictions[i]]} / {class_names[split.labels[i]]}" for i in wrong]
+  pairs = [(class_names[predictions[i]], class_names[split.labels[i]]) for i in wrong]
+  titles = [f"{a} / {b}" if len(a + b) < 20 else f"{a} /\n{b}" for a, b in pairs]
   save_images(path, split.images[wrong], titles)
 
 
+@warn_on_failure
 def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   """Writes loss and accuracy per epoch, for train and validation."""
   figure = create_figure(9, 3.5)
@@ -79,6 +158,7 @@ def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   save_figure(figure, path)
 
 
+@warn_on_failure
 def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   """Writes the learning rate at the end of each epoch."""
   figure = create_figure(4.5, 3.5)

@@ -9,21 +9,22 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flax_cifar import environment, files, metrics, parallel
+from flax_cifar import environment, errors, files, metrics, parallel
+from flax_cifar import state as state_lib
 from flax_cifar.data import dataset, feeds
 from flax_cifar.data import splits as splits_lib
 from flax_cifar.kernels import backend
 from flax_cifar.run import log as log_lib
 from flax_cifar.run import plots, tables, weights
+from flax_cifar.run import workdir as workdir_lib
 
 
 def get_facts(params: Any, num_seeds: int, mesh: Mesh) -> dict[str, Any]:
   """The number of `parameters` of one seed, and the `hardware`."""
-  parameters = int(parameter_overview.count_parameters(params)) // num_seeds
+  parameters = state_lib.count_parameters(params) // num_seeds
   return {"parameters": parameters, "hardware": environment.get_hardware(mesh.size)}
 
 
@@ -92,9 +93,10 @@ def finish_run(
     image_shape=splits.image_shape,
     mean=mean,
     std=std,
+    data=splits.fingerprint,
   )
   scores = score(splits.final_split_name, splits.final_split, logits)
-  result = {**scores, **summarize(config, records), **facts}
+  result = {**scores, **summarize(config, records), **facts, "data": splits.fingerprint}
   if config.log.pictures:
     first = parallel.select_seed(logits, config.num_seeds)
     plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
@@ -173,10 +175,31 @@ def get_final_split_name(result: Mapping[str, Any]) -> str:
 def format_score(result: Mapping[str, Any], metric: str, spec: str) -> str:
   """The final `metric` in the format `spec`; of several seeds as mean ± sd (n = k)."""
   name = f"{get_final_split_name(result)}_{metric}"
+  if result[name] is None:
+    return "not finite"
   if result["num_seeds"] == 1:
     return format(result[name], spec)
   sample = {"mean": result[name], "sd": result[f"{name}_sd"], "n": result["num_seeds"]}
   return tables.format_sample(sample, spec)
+
+
+def report_finished(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Prints and returns the result if the run has finished; otherwise returns None.
+
+  Raises:
+    UserError: it has finished, and its data have changed since.
+  """
+  result = workdir_lib.read_result(workdir)
+  if result is None or result["epochs"] < config.total_epochs:
+    return None
+  try:
+    splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
+  except errors.UserError as error:  # the result does not need the data
+    errors.warn(f"the data of the run cannot be compared with those of now: {error}")
+  else:
+    workdir_lib.check_data(workdir, splits.fingerprint)
+  print(format_finished(result, workdir))
+  return result
 
 
 def format_finished(result: Mapping[str, Any], workdir: pathlib.Path) -> str:

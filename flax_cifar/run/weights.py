@@ -40,6 +40,7 @@ class Weights:
     image_shape: (H, W, C).
     mean: per channel; the network takes (uint8 / 255 - mean) / std.
     std: per channel, in the same units of [0, 1].
+    data: fingerprint of the data, see `splits.Splits.fingerprint`; empty in older files.
   """
 
   variables: dict[str, Any]
@@ -48,6 +49,7 @@ class Weights:
   image_shape: tuple[int, int, int]
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def save_weights(
@@ -59,6 +61,7 @@ def save_weights(
   image_shape: tuple[int, int, int],
   mean: Sequence[float],
   std: Sequence[float],
+  data: Mapping[str, Any],
 ) -> None:
   """Writes one network to `path`, whole or not at all; see `Weights` for the arguments.
 
@@ -80,6 +83,7 @@ def save_weights(
     "image_shape": image_shape,
     "mean": mean,
     "std": std,
+    "data": data,
   }
   blob = safetensors.numpy.save(tensors, metadata={KEY: json.dumps(content)})
   try:
@@ -137,6 +141,7 @@ def _create(tensors: dict[str, np.ndarray], content: dict[str, Any]) -> Weights:
     image_shape=(height, width, channels),
     mean=tuple(float(value) for value in content["mean"]),
     std=tuple(float(value) for value in content["std"]),
+    data=dict(content.get("data", {})),
   )
 
 

@@ -17,7 +17,7 @@ from flax_cifar.models import layer_table
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import tables
 
-LOCK = "lock"
+CONFIG, DATA, LOCK = "config.json", "data.json", "lock"
 FIRST_FILES = (LOCK, "config.part")  # the only files of a run that was killed right after its start
 MIN_FREE_BYTES = 100 * 2**20  # over ten times the checkpoints of the largest network
 
@@ -37,14 +37,69 @@ def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
   return pathlib.Path("runs") / f"{name}-{digest}"
 
 
-def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Checks that `workdir` is new or holds a run of `config`; writes nothing.
+def find_workdir(config: Mapping[str, Any]) -> pathlib.Path:
+  """The default folder of `config`, or that of a shorter run of it, which then goes on."""
+  own = default_workdir(config)
+  if own.exists():
+    return own
+  shorter = []
+  for path in own.parent.glob(f"*/{CONFIG}"):
+    with contextlib.suppress(errors.UserError):  # damaged, but of no concern here
+      saved = _read_json(path) or {}
+      epochs = saved.get("total_epochs", 0)
+      if epochs <= config["total_epochs"] and not _compare_configs(saved, config):
+        shorter.append((epochs, path.parent))
+  return max(shorter, default=(0, own))[1]
+
+
+def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Raises a UserError unless `workdir` is new or holds a run of `config`, of any length."""
+  saved = _read_json(workdir / CONFIG)
+  if saved is None:
+    found = [workdir] if workdir.is_file() else list(workdir.glob("*"))
+    if any(file.name not in FIRST_FILES for file in found):
+      raise errors.UserError(
+        f"workdir {str(workdir)!r} holds files that are no run of ours; choose another --workdir."
+      )
+    return
+  if changes := _compare_configs(saved, config):
+    raise errors.UserError(
+      f"workdir {str(workdir)!r} holds a run of another config: {'; '.join(changes[:5])}. "
+      "Choose another --workdir, or delete this one to start again."
+    )
+
+
+def _compare_configs(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+  """A line for each key in which a resumed run may not differ, but does."""
+  return errors.list_differences(
+    config_lib.without(config_lib.flatten(saved), config_lib.RESUME_KEYS),
+    config_lib.without(config_lib.flatten(config), config_lib.RESUME_KEYS),
+  )
+
+
+def check_data(workdir: pathlib.Path, fingerprint: Mapping[str, Any]) -> None:
+  """Raises a UserError if the run in `workdir` was started on other data.
+
+  Args:
+    workdir: of the run.
+    fingerprint: of the data now, see `splits.Splits.fingerprint`.
+  """
+  saved = _read_json(workdir / DATA)
+  changes = [] if saved is None else errors.list_differences(saved, fingerprint)
+  if changes:
+    raise errors.UserError(
+      f"workdir {str(workdir)!r} holds a run on other data: {errors.list_some(changes, 3)}. "
+      "Restore the data or choose another --workdir. If the images are the same, read by another "
+      f"version of a library, delete {DATA} there to go on."
+    )
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+  """Checks that a run can go on in `workdir`; writes nothing.
 
   Raises:
-    UserError: it holds a run of another config, something that is no run, or another process
-      trains there; it cannot be written to, or the disk is full.
+    UserError: another process trains there, it cannot be written to, or the disk is full.
   """
-  _check_config(workdir, config)
   folder = next(p for p in (workdir, *workdir.absolute().parents) if p.is_dir())
   if not os.access(folder, os.W_OK):
     raise errors.UserError(f"{str(folder)!r} is not writable; choose another --workdir.")
@@ -75,20 +130,24 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[N
   """
   workdir.mkdir(parents=True, exist_ok=True)
   with _lock(workdir) as file:
-    _check_config(workdir, config)
+    check_config(workdir, config)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    if not (workdir / "config.json").exists():
-      files.write_json(workdir / "config.json", config)
+    if not (workdir / CONFIG).exists():
+      files.write_json(workdir / CONFIG, config)
     yield
 
 
 def write_start(
-  workdir: pathlib.Path, config: Mapping[str, Any], layers: Sequence[layer_table.Row]
+  workdir: pathlib.Path,
+  config: Mapping[str, Any],
+  fingerprint: Mapping[str, Any],
+  layers: Sequence[layer_table.Row],
 ) -> None:
-  """Writes config.json and summary.txt of the run that starts or goes on in `workdir`."""
-  files.write_json(workdir / "config.json", config)
+  """Writes config.json, data.json and summary.txt of the run that goes on in `workdir`."""
+  files.write_json(workdir / CONFIG, config)
+  files.write_json(workdir / DATA, fingerprint)
   files.write_text(workdir / "summary.txt", tables.format_layer_table(layers))
 
 
@@ -135,23 +194,3 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     raise errors.UserError(
       f"{str(path)!r} is damaged ({error}); restore it or choose another --workdir."
     ) from error
-
-
-def _check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-  saved = _read_json(workdir / "config.json")
-  if saved is None:
-    found = [workdir] if workdir.is_file() else list(workdir.glob("*"))
-    if any(file.name not in FIRST_FILES for file in found):
-      raise errors.UserError(
-        f"workdir {str(workdir)!r} holds files that are no run of ours; choose another --workdir."
-      )
-    return
-  changes = errors.list_differences(
-    config_lib.without(config_lib.flatten(saved), config_lib.RESUME_KEYS),
-    config_lib.without(config_lib.flatten(config), config_lib.RESUME_KEYS),
-  )
-  if changes:
-    raise errors.UserError(
-      f"workdir {str(workdir)!r} holds a run of another config: {'; '.join(changes[:5])}. "
-      "Choose another --workdir, or delete this one to start again."
-    )

@@ -1,15 +1,20 @@
 """The command line of every program: the --config flag, and one line for any error."""
 
 import argparse
+import contextlib
 import functools
+import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from flax_cifar import errors, signals
+from flax_cifar import configs, environment, errors, signals
+
+CONFIGS = pathlib.Path(configs.__file__).parent
+NO_CONFIGS = ("__init__", "common", "recipes", "variants")  # shared by the configs
 
 
 def leave(message: str, status: int) -> NoReturn:
@@ -25,6 +30,41 @@ def explain(error: Exception) -> str:
   text = str(error.args[0] if error.args else error).strip()
   text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
   return f"unknown config key {text}" if isinstance(error, KeyError) else text or repr(error)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+  """Ends the process with one line and a status where its work raises what a user can cause.
+
+  2: a mistake in what was asked for; 128 + N: stopped by signal N.
+  """
+  try:
+    yield
+  except errors.UserError as error:
+    leave(f"error: {explain(error)}", 2)
+  except signals.Interrupted as stop:
+    leave(str(stop), 128 + stop.signum)
+  except KeyboardInterrupt:
+    leave("stopped at once; the same command goes on from what is saved", 130)
+
+
+def find_config(text: str) -> str:
+  """The path of a config that the user names, with its variant: FILE, or NAME of our configs.
+
+  >>> find_config("s9:smoke").endswith("configs/s9.py:smoke")
+  True
+
+  Raises:
+    UserError: there is none; the message lists ours.
+  """
+  name, colon, variant = text.partition(":")
+  path = errors.get_path("--config", name)
+  if not path.is_file():
+    configs = {file.stem: file for file in sorted(CONFIGS.glob("*.py"))}
+    ours = {key: value for key, value in configs.items() if key not in NO_CONFIGS}
+    is_ours = path.parent in (pathlib.Path(), pathlib.Path("configs"))
+    path = errors.choose("--config", path.stem if is_ours else name, ours)
+  return f"{path}{colon}{variant}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,14 +93,9 @@ def run(main: Callable[[ConfigDict], None]) -> None:
   def guarded(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.FATAL)  # Orbax logs the traceback of what it raises as well
-    try:
+    with one_line_errors():
+      environment.check_devices()
       main(config.value)
-    except errors.UserError as error:
-      leave(f"error: {explain(error)}", 2)
-    except signals.Interrupted as stop:
-      leave(str(stop), 128 + stop.signum)
-    except KeyboardInterrupt:
-      leave("stopped at once; the same command goes on from the last checkpoint", 130)
 
   sys.unraisablehook = report_unraisable
   app.run(guarded, flags_parser=functools.partial(parse_flags, config))
@@ -75,7 +110,7 @@ def report_unraisable(problem: Any) -> None:
 def parse_flags(config: flags.FlagHolder, argv: list[str]) -> list[str]:
   """Parses the command line, of which `config` is a flag; an error in it becomes one line."""
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(_find_configs(argv))
     if len(rest) > 1:
       raise ValueError(f"{rest[1]!r} is not a flag; write --config=FILE and --config.KEY=VALUE.")
     if config.value is None:
@@ -85,6 +120,19 @@ def parse_flags(config: flags.FlagHolder, argv: list[str]) -> list[str]:
   except Exception as error:  # a config file or an override may raise anything
     leave(f"error: {explain(error)}", 2)
   return rest
+
+
+def _find_configs(argv: Sequence[str]) -> list[str]:
+  """Replaces the value of --config, written as --config=VALUE or --config VALUE, by its path."""
+  found = []
+  for number, argument in enumerate(argv):
+    flag, equals, value = argument.partition("=")
+    if flag in ("--config", "-config") and equals and value:
+      argument = f"--config={find_config(value)}"
+    elif number and argv[number - 1] in ("--config", "-config"):
+      argument = find_config(argument)
+    found.append(argument)
+  return found
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:

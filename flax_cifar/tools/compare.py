@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from configs import variants
 from flax_cifar import errors, metrics
+from flax_cifar.configs import variants
 from flax_cifar.run import plots, tables
 from flax_cifar.run import workdir as workdir_lib
 
@@ -144,6 +144,7 @@ def format_table(rows: Sequence[Summary]) -> str:
   return text
 
 
+@plots.warn_on_failure
 def save_curves(path: pathlib.Path, groups: Mapping[str, Sequence[Run]]) -> None:
   """Writes loss and accuracy by epoch: a color per combination, a band of ± sd over its seeds."""
   figure = plots.create_figure(11, 4.5)

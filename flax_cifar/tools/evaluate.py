@@ -4,7 +4,8 @@
 
 The file names its data set, protocol and normalisation, so the images are those of the run. The
 test split is to be read once, when all has been chosen: the run itself has done so, and this
-program reads it only for --split=test, or where the run held no images out.
+program reads it only for --split=test, or where the run held no images out. With --data it scores
+other data of the same classes: their test split, or all images where they have none.
 """
 
 import argparse
@@ -14,16 +15,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flax_cifar import environment, errors
+from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.tools import command_line
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
 
-  from flax_cifar.data import splits as splits_lib
   from flax_cifar.run import weights as weights_lib
 
-SPLITS = ("validation", "test")
+SPLITS = ("validation", "test", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +52,10 @@ class Score:
 
 
 def main() -> None:
-  try:
-    score = evaluate_weights(parse(sys.argv[1:]))
-  except errors.UserError as error:
-    command_line.leave(f"error: {error}", 2)
-  except KeyboardInterrupt:
-    command_line.leave("stopped", 130)
+  with command_line.one_line_errors():
+    options = parse(sys.argv[1:])
+    environment.check_devices()
+    score = evaluate_weights(options)
   print(f"data      {score.data}: {score.count:,} {score.split} images")
   peeked = " (on the test split)" if score.peeked else ""
   print(f"{score.split} accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}")
@@ -72,15 +73,17 @@ def parse(arguments: Sequence[str]) -> Options:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument("--weights", type=pathlib.Path, required=True, help="weights.safetensors")
+  parser.add_argument("--weights", required=True, help="weights.safetensors")
   parser.add_argument("--data", help="cifar10, shapes, npz:PATH or folder:PATH; default: the run's")
   parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
   parser.add_argument(
     "--split",
     choices=SPLITS,
-    help="default: validation, where the run held images out; the test split is to be read once",
+    help="default: validation, where the run held images out, or test; with --data: test or all",
   )
-  return Options(**vars(parser.parse_args(arguments)))
+  options = vars(parser.parse_args(arguments))
+  weights = errors.get_path("--weights", options.pop("weights"))
+  return Options(weights, **options)
 
 
 def evaluate_weights(options: Options) -> Score:
@@ -98,13 +101,8 @@ def evaluate_weights(options: Options) -> Score:
 
   weights = weights_lib.load_weights(options.weights)
   model, config = weights_lib.create_network(weights), weights.config
-  splits = _load_splits(weights, options)
-  name = options.split or ("validation" if len(splits.validation) else "test")
-  split = {"validation": splits.validation, "test": splits.test}[name]
-  if not len(split):
-    raise errors.UserError(
-      "--split='validation' is empty: the run held no images out; try --split=test."
-    )
+  load = _load_other_split if options.data else _load_own_split
+  name, split = load(weights, options)
   mesh = _create_mesh(config)
   eval_step = evaluate.create_eval_step(
     model=model,
@@ -124,26 +122,72 @@ def evaluate_weights(options: Options) -> Score:
   )
 
 
-def _load_splits(weights: "weights_lib.Weights", options: Options) -> "splits_lib.Splits":
-  """The splits of the run, or of the data set asked for, which must have the same classes."""
+def _load_own_split(
+  weights: "weights_lib.Weights", options: Options
+) -> tuple[str, dataset_lib.Split]:
+  """The split of the run's data that is asked for, and its name."""
   from flax_cifar.data import splits as splits_lib
 
   data = dict(weights.config["data"])
-  data |= {"name": options.data or data["name"], "dir": options.data_dir or data["dir"]}
-  protocol = weights.config["protocol"]
-  if options.split == "test":
-    # The run's validation size may exceed a small data set.
-    protocol, data["validation_size"] = "honest", 0
-  splits = splits_lib.load_splits(protocol=protocol, **data)
+  data["dir"] = options.data_dir or data["dir"]
+  splits = splits_lib.load_splits(protocol=weights.config["protocol"], **data)
+  name = options.split or ("validation" if len(splits.validation) else "test")
+  if name == "all":
+    raise errors.UserError("--split='all' needs --data: the run has trained on images of its own.")
+  split = {"validation": splits.validation, "test": splits.test}[name]
+  if not len(split):
+    raise errors.UserError(
+      "--split='validation' is empty: the run held no images out; try --split=test."
+    )
+  _check_classes(weights, splits.class_names, data["name"])
+  keys = (f"{name}_images", f"{name}_sha256")
+  changes = errors.list_differences(
+    {key: weights.data[key] for key in keys if key in weights.data},
+    {key: splits.fingerprint[key] for key in keys if key in weights.data},
+  )
+  if changes:
+    raise errors.UserError(
+      f"the {name} images of {data['name']} are not those of the run: {'; '.join(changes)}. "
+      f"Restore them, or evaluate other data with --data={data['name']}."
+    )
+  return name, split
+
+
+def _load_other_split(
+  weights: "weights_lib.Weights", options: Options
+) -> tuple[str, dataset_lib.Split]:
+  """The split of other data that is asked for, and its name."""
+  from flax_cifar.data import load
+
+  name, data = options.data or "", weights.config["data"]
+  found = load.load_dataset(
+    name=name, dir=options.data_dir or data["dir"], image_size=weights.image_shape[0]
+  )
+  _check_classes(weights, found.class_names, name)
+  split_name = options.split or ("all" if found.test_is_held_out else "test")
+  if split_name == "all":
+    return split_name, _join(found)
+  split = {"validation": found.validation, "test": found.test}[split_name]
+  if split is None or found.test_is_held_out:
+    raise errors.UserError(f"{name} has no {split_name} split of its own; try --split=all.")
+  return split_name, split
+
+
+def _join(data: dataset_lib.Dataset) -> dataset_lib.Split:
+  """All images of `data` as one split."""
+  splits = [split for split in (data.train, data.validation, data.test) if split is not None]
+  return dataset_lib.Split(
+    np.concatenate([split.images for split in splits]),
+    np.concatenate([split.labels for split in splits]),
+  )
+
+
+def _check_classes(weights: "weights_lib.Weights", class_names: Sequence[str], name: str) -> None:
   differences = errors.list_differences(
-    {"class_names": weights.class_names, "image_shape": weights.image_shape},
-    {"class_names": splits.class_names, "image_shape": splits.image_shape},
+    {"class_names": weights.class_names}, {"class_names": class_names}
   )
   if differences:
-    raise errors.UserError(
-      f"the weights are of other data than {data['name']}: {'; '.join(differences)}."
-    )
-  return splits
+    raise errors.UserError(f"the weights are of other classes than {name}: {differences[0]}.")
 
 
 def _create_mesh(config: Mapping[str, Any]) -> "Mesh":

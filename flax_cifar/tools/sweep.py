@@ -24,8 +24,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from configs import common, variants
 from flax_cifar import environment, errors, files
+from flax_cifar.configs import common, variants
 from flax_cifar.tools import command_line
 from flax_cifar.tools import jobs as jobs_lib
 
@@ -48,14 +48,11 @@ class Sweep:
 
 
 def main() -> None:
-  try:
-    run_sweep(parse(sys.argv[1:]))
-  except errors.UserError as error:
-    command_line.leave(f"error: {error}", 2)
-  except jobs_lib.JobFailed as failure:
-    command_line.leave(f"error: {failure}", failure.status)
-  except KeyboardInterrupt:
-    command_line.leave("stopped between two runs; the same command goes on from there", 130)
+  with command_line.one_line_errors():
+    try:
+      run_sweep(parse(sys.argv[1:]))
+    except jobs_lib.JobFailed as failure:
+      command_line.leave(f"error: {failure}", failure.status)
 
 
 def run_sweep(sweep: Sweep) -> None:
@@ -109,23 +106,24 @@ def parse(arguments: Sequence[str]) -> Sweep:
   parser = command_line.Parser(
     "sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument("--config", help="a file of configs/; variants may follow it after a colon")
+  parser.add_argument("--config", help="a config; variants may follow it after a colon")
   parser.add_argument("--over", action="append", default=[], metavar="KEY=VALUE,VALUE")
-  parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/NAME-sweep-KEYS-HASH")
+  parser.add_argument("--workdir", help="default: runs/NAME-sweep-KEYS-HASH")
   parser.add_argument("--jobs", type=int, default=1, help="runs at once, on cores of their own")
   options, overrides = parser.parse_known_args(arguments)
   if not options.config:
     raise errors.UserError("--config is missing; try --config=configs/pyramid.py")
-  if not pathlib.Path(options.config.split(":")[0]).is_file():
-    raise errors.UserError(
-      f"--config={options.config!r} is no file here; call from the repository root."
-    )
+  command_line.find_config(options.config)  # its errors
   over = parse_over(options.over)
   check_overrides(overrides, over)
   cores = environment.count_cores()
   expected = f"from 1 to {cores}, the cores that this process may use"
   errors.require(1 <= options.jobs <= cores, "--jobs", options.jobs, expected)
-  workdir = options.workdir or default_workdir(options.config, list(over), overrides)
+  workdir = (
+    errors.get_path("--workdir", options.workdir)
+    if options.workdir
+    else default_workdir(options.config, list(over), overrides)
+  )
   return Sweep(options.config, over, overrides, workdir, options.jobs)
 
 
@@ -216,7 +214,7 @@ def get_command(sweep: Sweep, settings: variants.Settings) -> list[str]:
   arg = variants.format_settings(settings)
   config = f"{sweep.config}{',' if ':' in sweep.config else ':'}{arg}"
   workdir = f"--workdir={get_workdir(sweep, settings)}"
-  return [sys.executable, "main.py", f"--config={config}", *sweep.overrides, workdir]
+  return [sys.executable, "-m", "flax_cifar", f"--config={config}", *sweep.overrides, workdir]
 
 
 def create_job(sweep: Sweep, settings: variants.Settings) -> jobs_lib.Job:

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from configs import common, variants
 from flax_cifar import models, optim
+from flax_cifar.configs import common, variants
 from flax_cifar.data.augment import host
 from flax_cifar.models import norms
 from flax_cifar.run import config as config_lib
@@ -17,7 +17,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHA
 
 
 def load(name, arg=""):
-  return importlib.import_module(f"configs.{name}").get_config(arg)
+  return importlib.import_module(f"flax_cifar.configs.{name}").get_config(arg)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,7 +32,7 @@ def test_config_is_usable(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_header_gives_its_command(name):
-  docstring = importlib.import_module(f"configs.{name}").__doc__
+  docstring = importlib.import_module(f"flax_cifar.configs.{name}").__doc__
   assert f"python main.py --config=configs/{name}.py" in docstring
 
 

@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from ml_collections import config_flags
 
-from configs import common
 from flax_cifar import errors, models, signals, train
+from flax_cifar.configs import common
 from flax_cifar.data import feeds
 from flax_cifar.data.augment import arguments as arguments_lib
 from flax_cifar.data.sources import cifar10_download, shapes

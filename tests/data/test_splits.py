@@ -114,6 +114,65 @@ def test_limit_keeps_all_classes(tmp_path, protocol):
   assert indices(first.test) == sorted(indices(first.test))
 
 
+def write_archive(path, train_labels, **extra):
+  """One pixel per image, of the value of its index."""
+
+  def draw(count):
+    return np.tile(np.arange(count, dtype=np.uint8)[:, None, None, None], (1, 8, 8, 3))
+
+  labels = np.asarray(train_labels)
+  parts = {"train_images": draw(len(labels)), "train_labels": labels}
+  np.savez(path, **parts, test_images=draw(4), test_labels=np.arange(4) % 2, **extra)
+  return f"npz:{path}"
+
+
+def test_the_validation_split_of_a_data_set_is_used_whatever_the_size_asked_for(tmp_path):
+  own = {"val_images": np.full((5, 8, 8, 3), 99, np.uint8), "val_labels": np.arange(5) % 2}
+  archive = write_archive(tmp_path / "a.npz", np.arange(30) % 2, **own)
+  for protocol in ("honest", "trial"):
+    splits = load(archive, protocol=protocol, validation_size=20)
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [30, 5, 4]
+    assert indices(splits.validation) == [99] * 5
+  assert indices(load(archive, protocol="published").validation) == [0, 1, 2, 3]
+
+
+def test_classes_that_training_never_sees_are_named(tmp_path, capsys):
+  names = {"class_names": ["cat", "dog", "emu"]}
+  archive = write_archive(tmp_path / "a.npz", np.arange(30) % 2, **names)
+  load(archive, validation_size=5)
+  warning = "1 of 3 classes have no training image, with validation_size=5 and limit=0: emu"
+  assert warning in capsys.readouterr().err
+  load(archive, validation_size=5, limit=1)
+  assert "2 of 3 classes" in capsys.readouterr().err
+  rare = write_archive(tmp_path / "b.npz", [0] * 29 + [1])
+  held = np.random.default_rng(0).permutation(30)[-20:]
+  assert 29 in held  # so that validation has the only image of class 1
+  load(rare, validation_size=20)
+  assert "1 of 2 classes have no training image" in capsys.readouterr().err
+  load(rare, validation_size=0)
+  assert capsys.readouterr().err == ""
+
+
+def test_the_fingerprint_changes_with_every_change_of_the_data(tmp_path):
+  labels = np.arange(30) % 2
+  same = [
+    load(write_archive(tmp_path / "a.npz", labels), validation_size=5).fingerprint for _ in range(2)
+  ]
+  assert same[0] == same[1]
+  assert same[0]["class_names"] == ["0", "1"]
+  sizes = [same[0][f"{part}_images"] for part in ("train", "validation", "test")]
+  assert sizes == [25, 5, 4]
+  others = [
+    load(write_archive(tmp_path / "b.npz", labels[::-1]), validation_size=5).fingerprint,
+    load(write_archive(tmp_path / "c.npz", labels[1:]), validation_size=5).fingerprint,
+    load(
+      write_archive(tmp_path / "d.npz", labels, class_names=["b", "a"]), validation_size=5
+    ).fingerprint,
+    load(write_archive(tmp_path / "e.npz", labels), validation_size=6).fingerprint,
+  ]
+  assert all(other != same[0] for other in others)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [

@@ -170,7 +170,7 @@ def apply(conv, variables, x):
 )
 def test_conv_equals_that_of_flax(options, dtype, backend_name, monkeypatch):
   if backend_name == "onednn" and library.load_library() is None:
-    pytest.skip("oneDNN is not installed: pip install .[onednn]")
+    pytest.skip("oneDNN is not installed: pip install onednn-cpu-gomp")
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9, 8, 6)), dtype)
   options = {
     "features": 12,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from flax_cifar import models
+from flax_cifar.configs import common
 from flax_cifar.models import blocks, layer_table, norms
 from flax_cifar.run import tables
 

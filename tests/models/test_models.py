@@ -591,7 +591,7 @@ def test_every_network_is_tested_here():
   test_configs.NAMES,
 )
 def test_every_config_names_a_network_and_a_norm_that_are_tested_here(name):
-  config = importlib.import_module(f"configs.{name}").get_config()
+  config = importlib.import_module(f"flax_cifar.configs.{name}").get_config()
   assert config.model.name in PUBLISHED
   assert config.model.norm in (*NORMS_WITH_PARAMETERS, "none")
   model = config_lib.create_model(config, num_classes=10)

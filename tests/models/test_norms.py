@@ -9,8 +9,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from configs import common
 from flax_cifar import errors, models, parallel
+from flax_cifar.configs import common
 from flax_cifar.kernels import norm_relu
 from flax_cifar.models import norms
 

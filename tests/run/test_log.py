@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -24,7 +25,12 @@ TRAIN = {
 
 def write(log, epoch, validation=None):
   record = metrics.create_record(
-    epoch=epoch, step=10 * epoch, learning_rate=0.1, train=TRAIN, validation=validation
+    epoch=epoch,
+    step=10 * epoch,
+    total_epochs=12,
+    learning_rate=0.1,
+    train=TRAIN,
+    validation=validation,
   )
   log.write(record)
 
@@ -47,6 +53,7 @@ def test_a_line_has_the_means(tmp_path):
     {
       "epoch": 1,
       "step": 10,
+      "total_epochs": 12,
       "learning_rate": 0.1,
       "train_loss": 1.5,
       "train_accuracy": 0.75,
@@ -65,7 +72,7 @@ def test_seeds_are_averaged_and_listed(tmp_path, capsys):
   train["correct"] = np.array([15.0, 10.0])
   rates, validation = np.array([0.1, 0.3]), {"loss": np.ones(2), "accuracy": np.array([0.5, 0.9])}
   record = metrics.create_record(
-    epoch=1, step=10, learning_rate=rates, train=train, validation=validation
+    epoch=1, step=10, total_epochs=12, learning_rate=rates, train=train, validation=validation
   )
   log.write(record)
   with log.progress(2, done=0, total=8) as report:
@@ -189,6 +196,42 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, monkeypatch):
     log.close()
     print("neither", flush=True)
   assert [line["epoch"] for line in lines(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"])
+def test_a_log_file_gets_no_escapes_whatever_the_environment_asks_for(tmp_path, name):
+  code = f"""
+import pathlib
+from tests.run import test_log
+log = test_log.open_log(pathlib.Path({str(tmp_path)!r}))
+with log.progress(2, done=0, total=8) as report:
+  report(test_log.TRAIN, 1)
+test_log.write(log, 1)
+log.close()
+"""
+  command = [sys.executable, "-c", code]
+  done = subprocess.run(command, env={**os.environ, name: "1"}, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "\x1b" not in done.stdout
+  assert done.stdout.startswith("epoch  1/12")
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+  log = open_log(tmp_path)
+  write(log, 1, {"loss": float("nan"), "accuracy": np.array([np.inf, 0.5])})
+  log.close()
+  text = (tmp_path / "metrics.jsonl").read_text()
+  (record,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+  assert record["validation_loss"] is None
+  assert record["validation_accuracy_per_seed"] == [None, 0.5]
+
+
+def test_an_extended_run_says_so(tmp_path, capsys):
+  records = [{"epoch": 1, "step": 4, "total_epochs": 2}, {"epoch": 2, "step": 8}]
+  log = open_log(tmp_path, records)
+  log.print_resumed(8, 4, records)
+  log.close()
+  assert "extended from 2 to 12 epochs; the earlier ones followed" in capsys.readouterr().out
 
 
 def test_on_a_terminal_progress_is_a_bar(tmp_path):

@@ -1,5 +1,10 @@
 """The plots of a run: their files, titles and curves."""
 
+import os
+import subprocess
+import sys
+
+import matplotlib
 import matplotlib.axes
 import numpy as np
 import pytest
@@ -82,3 +87,53 @@ def test_curves_have_a_line_per_split_and_metric(tmp_path, monkeypatch):
     ([2], [50.0]),
     ([1, 2], [0.1, 0.1]),
   ]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", ""])
+def test_plots_need_no_backend(tmp_path, backend):
+  code = f"""
+import pathlib, numpy as np
+from flax_cifar.run import plots
+record = {{"epoch": 1, "learning_rate": 0.1}}
+plots.save_learning_rate(pathlib.Path({str(tmp_path)!r}) / "l.png", [record])
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env={**os.environ, "MPLBACKEND": backend},
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert (tmp_path / "l.png").stat().st_size > 1000
+
+
+def test_the_style_and_backend_of_the_user_neither_matter_nor_change(tmp_path):
+  records = [{"epoch": 1, "learning_rate": 0.1}, {"epoch": 2, "learning_rate": 0.2}]
+  plots.save_learning_rate(tmp_path / "plain.png", records)
+  with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "savefig.dpi": 9}):
+    before = dict(matplotlib.rcParams)
+    plots.save_learning_rate(tmp_path / "styled.png", records)
+    assert dict(matplotlib.rcParams) == before
+  assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "styled.png").read_bytes()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError("odd"), MemoryError()])
+def test_a_plot_that_fails_is_a_warning(tmp_path, monkeypatch, capsys, error):
+  def fail(figure, path):
+    raise error
+
+  monkeypatch.setattr(plots, "save_figure", fail)
+  split = dataset.Split(images(3), np.array([0, 1, 2]))
+  plots.save_misclassified(tmp_path / "m.png", split, np.eye(3)[[1, 1, 1]], NAMES)
+  stderr = capsys.readouterr().err
+  assert stderr.startswith(f"warning: {str(tmp_path / 'm.png')!r} is not drawn (")
+  assert stderr.count("\n") == 1
+
+
+def test_long_and_chinese_names_fit_and_give_no_warning(tmp_path, titles, recwarn):
+  names = ("american_pit_bull_terrier", "staffordshire_bull_terrier", "猫" * 30)
+  split = dataset.Split(images(3), np.array([0, 1, 2]))
+  plots.save_misclassified(tmp_path / "m.png", split, np.eye(3)[[1, 2, 0]], names)
+  assert titles[0] == "staffordshire_bull_te…\namerican_pit_bull_ter…"
+  assert titles[1].startswith("猫" * 10 + "…")
+  assert not recwarn.list

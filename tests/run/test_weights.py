@@ -23,6 +23,7 @@ METADATA = {
   "image_shape": SHAPE,
   "mean": (0.1, 1 / 3, 0.7),
   "std": (0.2, 0.25, 1e-5),
+  "data": {"class_names": ["ok"], "test_images": 3, "test_sha256": "00ff"},
 }
 
 

@@ -26,29 +26,38 @@ def config(**changes):
   return tiny.get_config("shapes", **changes).to_dict()
 
 
+def check(workdir, config):
+  """Both checks that precede the work of a run."""
+  workdir_lib.check_config(workdir, config)
+  workdir_lib.check_writable(workdir)
+
+
 def start(workdir, saved):
   workdir.mkdir()
   files.write_json(workdir / "config.json", saved)
 
 
 def test_new_and_empty_folders_are_fine(tmp_path):
-  workdir_lib.check_workdir(tmp_path / "new" / "deep", config())
-  workdir_lib.check_workdir(tmp_path, config())
+  check(tmp_path / "new" / "deep", config())
+  check(tmp_path, config())
   assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_config_may_resume(tmp_path):
   start(tmp_path / "run", config())
-  workdir_lib.check_workdir(tmp_path / "run", config())
+  check(tmp_path / "run", config())
 
 
 @pytest.mark.parametrize(
   "change",
-  [{"total_epochs": 9}, {"log.pictures": True}, {"augment.workers": 2}, {"steps_per_call": 3}],
+  [
+    {"total_epochs": 9, "name": "tiny-epochs-9"},
+    *({"log.pictures": True}, {"augment.workers": 2}, {"steps_per_call": 3}),
+  ],
 )
 def test_keys_that_do_not_affect_earlier_steps_may_change(tmp_path, change):
   start(tmp_path / "run", config())
-  workdir_lib.check_workdir(tmp_path / "run", config(**change))
+  check(tmp_path / "run", config(**change))
 
 
 @pytest.mark.parametrize(
@@ -64,34 +73,34 @@ def test_keys_that_do_not_affect_earlier_steps_may_change(tmp_path, change):
 def test_another_config_is_refused_and_the_change_named(tmp_path, change, message):
   start(tmp_path / "run", config())
   with pytest.raises(errors.UserError, match=f"another config: {message}"):
-    workdir_lib.check_workdir(tmp_path / "run", config(**change))
+    check(tmp_path / "run", config(**change))
   assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
   (tmp_path / "thesis.tex").write_text("precious")
   with pytest.raises(errors.UserError, match="no run of ours"):
-    workdir_lib.check_workdir(tmp_path, config())
+    check(tmp_path, config())
 
 
 def test_a_damaged_config_is_named(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": ')
   with pytest.raises(errors.UserError, match=r"config.json' is damaged"):
-    workdir_lib.check_workdir(tmp_path, config())
+    check(tmp_path, config())
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
   with pytest.raises(errors.UserError, match="only 3 MiB are free"):
-    workdir_lib.check_workdir(tmp_path / "run", config())
+    check(tmp_path / "run", config())
   assert not (tmp_path / "run").exists()
 
 
 def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
   with pytest.raises(errors.UserError, match="not writable"):
-    workdir_lib.check_workdir(tmp_path / "run", config())
+    check(tmp_path / "run", config())
 
 
 PINNED = json.loads((pathlib.Path(tests.__file__).parent / FILE).read_text())
@@ -101,7 +110,7 @@ PINNED = json.loads((pathlib.Path(tests.__file__).parent / FILE).read_text())
 def test_default_workdirs_are_those_of_earlier_versions(config_name):
   """In another folder, the command of an earlier run would start from scratch."""
   file, _, variant = config_name.partition(":")
-  changed = importlib.import_module(f"configs.{file}").get_config(variant)
+  changed = importlib.import_module(f"flax_cifar.configs.{file}").get_config(variant)
   assert str(workdir_lib.default_workdir(changed.to_dict())) == PINNED[config_name]
 
 
@@ -116,20 +125,57 @@ def test_default_workdir_depends_only_on_keys_that_affect_results():
   assert len(others | {base}) == 3
 
 
+def test_a_longer_run_goes_on_in_the_default_folder_of_the_shorter_one(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  short, long = config(total_epochs=2), config(total_epochs=9, name="tiny-epochs-9")
+  assert workdir_lib.find_workdir(long) == workdir_lib.default_workdir(long)
+  runs = pathlib.Path("runs")
+  runs.mkdir()
+  for number, other in enumerate((config(total_epochs=4, seed=1), config(total_epochs=10))):
+    start(runs / f"other-{number}", other)
+  (runs / "damaged").mkdir()
+  (runs / "damaged" / "config.json").write_text("{")
+  assert workdir_lib.find_workdir(long) == workdir_lib.default_workdir(long)
+  for epochs in (2, 5):
+    start(workdir_lib.default_workdir(config(total_epochs=epochs)), config(total_epochs=epochs))
+  assert workdir_lib.find_workdir(long) == workdir_lib.default_workdir(config(total_epochs=5))
+  assert workdir_lib.find_workdir(short) == workdir_lib.default_workdir(short)
+  start(workdir_lib.default_workdir(long), long)
+  assert workdir_lib.find_workdir(long) == workdir_lib.default_workdir(long)
+
+
+FINGERPRINT = {"class_names": ["a", "b"], "train_images": 4, "train_sha256": "00ff"}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"class_names": ["b", "a"]}, r"class_names is \['a', 'b'\] there and \['b', 'a'\] here"),
+    ({"train_images": 5, "train_sha256": "11"}, "train_images is 4 there and 5 here, train_sha256"),
+  ],
+)
+def test_a_run_on_other_data_is_refused_and_the_change_named(tmp_path, change, message):
+  workdir_lib.check_data(tmp_path, FINGERPRINT)  # a new run, or one of an earlier version
+  files.write_json(tmp_path / "data.json", FINGERPRINT)
+  workdir_lib.check_data(tmp_path, FINGERPRINT)
+  with pytest.raises(errors.UserError, match=f"on other data: {message}.*another --workdir"):
+    workdir_lib.check_data(tmp_path, FINGERPRINT | change)
+
+
 def test_only_one_process_may_use_a_folder(tmp_path):
   """Neither the check before loading data nor the start itself lets another one in."""
   with workdir_lib.open_workdir(tmp_path / "run", config()):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     owner = f"in use by process {os.getpid()} on "
     with pytest.raises(errors.UserError, match=owner):
-      workdir_lib.check_workdir(tmp_path / "run", config())
+      check(tmp_path / "run", config())
     with (
       pytest.raises(errors.UserError, match=owner),
       workdir_lib.open_workdir(tmp_path / "run", config()),
     ):
       pass
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
-  workdir_lib.check_workdir(tmp_path / "run", config())
+  check(tmp_path / "run", config())
 
 
 def test_a_dead_process_leaves_no_lock(tmp_path):
@@ -143,7 +189,7 @@ with open_workdir(pathlib.Path({str(tmp_path / "run")!r}), {config()!r}):
   done = subprocess.run([sys.executable, "-c", code], timeout=60)
   assert done.returncode == -signal.SIGKILL
   assert (tmp_path / "run" / "lock").read_text().startswith("process ")
-  workdir_lib.check_workdir(tmp_path / "run", config())
+  check(tmp_path / "run", config())
   with workdir_lib.open_workdir(tmp_path / "run", config()):
     assert f"process {os.getpid()} on" in (tmp_path / "run" / "lock").read_text()
 
@@ -154,13 +200,13 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 
   monkeypatch.setattr(fcntl, "flock", refuse)
   with workdir_lib.open_workdir(tmp_path / "run", config()):
-    workdir_lib.check_workdir(tmp_path / "run", config())
+    check(tmp_path / "run", config())
   assert "run' cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_a_config_written_meanwhile_is_noticed(tmp_path):
   """Another run may begin and end there while this one loads its data."""
-  workdir_lib.check_workdir(tmp_path / "run", config())
+  check(tmp_path / "run", config())
   start(tmp_path / "run", config(seed=1))
   with (
     pytest.raises(errors.UserError, match="another config"),
@@ -174,7 +220,7 @@ def test_a_config_written_meanwhile_is_noticed(tmp_path):
 def test_a_run_killed_at_its_start_may_start_again(tmp_path, left):
   for name in left:
     (tmp_path / name).write_text("{")
-  workdir_lib.check_workdir(tmp_path, config())
+  check(tmp_path, config())
   with workdir_lib.open_workdir(tmp_path, config()):
     assert json.loads((tmp_path / "config.json").read_text())["name"] == "tiny"
 
@@ -185,7 +231,7 @@ def test_json_that_is_not_an_object_is_damage(tmp_path, content):
     content if isinstance(content, bytes) else content.encode()
   )
   with pytest.raises(errors.UserError, match=r"config.json' is damaged"):
-    workdir_lib.check_workdir(tmp_path, config())
+    check(tmp_path, config())
 
 
 def test_failed_writes_say_what_to_do(tmp_path):

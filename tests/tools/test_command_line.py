@@ -10,16 +10,18 @@ import time
 
 import pytest
 
+from flax_cifar import errors
+from flax_cifar.tools import command_line
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUICK = "--config=configs/quickstart.py"
 
 
-def call(*arguments, **environment):
+def call(*arguments, cwd=ROOT, **environment):
   done = subprocess.run(
     [sys.executable, *arguments],
-    cwd=ROOT,
+    cwd=cwd,
     env=os.environ | environment,
     capture_output=True,
     text=True,
@@ -32,7 +34,7 @@ def call(*arguments, **environment):
   ("arguments", "message"),
   [
     ((), "--config is missing"),
-    (("--config=configs/nope.py",), "configs/nope.py"),
+    (("--config=configs/nope.py",), "--config='nope' is unknown; choose one of five_convs,"),
     ((f"{QUICK}:smoky",), "'smoky' is unknown; choose from ours, smoke"),
     ((QUICK, "--config.optimzer.name=sgd"), "'optimzer' Did you mean \"optimizer\""),
     ((QUICK, "--config.optimizer.learning_rat=1"), 'Did you mean "learning_rate"'),
@@ -47,6 +49,71 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message):
   assert message in stderr
   assert stderr.startswith("error: ")
   assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("text", "found"),
+  [
+    ("s9", "s9.py"),
+    ("s9.py", "s9.py"),
+    ("s9:smoke,seed=1", "s9.py:smoke,seed=1"),
+    ("configs/skip.py:full", "skip.py:full"),
+  ],
+)
+def test_our_configs_are_found_from_any_directory(tmp_path, monkeypatch, text, found):
+  monkeypatch.chdir(tmp_path)
+  path = command_line.find_config(text)
+  assert path == f"{command_line.CONFIGS}/{found}"
+  assert os.path.exists(path.split(":")[0])
+
+
+def test_a_config_of_the_user_comes_first(tmp_path, monkeypatch):
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "s9.py").touch()
+  monkeypatch.chdir(tmp_path)
+  assert command_line.find_config("configs/s9.py:a") == "configs/s9.py:a"
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert command_line.find_config("~/configs/s9.py") == f"{tmp_path}/configs/s9.py"
+
+
+@pytest.mark.parametrize("text", ["s8", "configs/common.py", "elsewhere/s9.py", "variants", ""])
+def test_an_unknown_config_lists_ours(tmp_path, monkeypatch, text):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(errors.UserError, match=r"--config='.*' is unknown; choose one of five_convs"):
+    command_line.find_config(text)
+
+
+def test_every_program_works_from_any_directory(tmp_path):
+  """Called by its path, or as a module of the installed package."""
+  environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+  for program in ((str(ROOT / "main.py"),), ("-m", "flax_cifar")):
+    status, stdout, stderr = call(
+      *program,
+      "--config=quickstart",
+      "--config.batch_size=0",
+      "--workdir=~/x",
+      cwd=tmp_path,
+      **environment,
+    )
+    assert (status, stdout) == (2, "")
+    assert "batch_size=0 is not valid" in stderr
+  assert list(tmp_path.glob("*")) == []
+  status, stdout, _ = call(
+    "-m", "flax_cifar.tools.summary", "--config=configs/s9.py", cwd=tmp_path, **environment
+  )
+  assert (status, "192,672" in stdout) == (0, True)
+  for tool in ("evaluate", "sweep"):
+    status, stdout, _ = call(
+      "-m", f"flax_cifar.tools.{tool}", "--help", cwd=tmp_path, **environment
+    )
+    assert (status, f"usage: {tool}" in stdout) == (0, True)
+
+
+def test_devices_that_are_not_here_are_one_line():
+  for program in (("main.py",), ("-m", "flax_cifar.tools.summary")):
+    status, _, stderr = call(*program, QUICK, JAX_PLATFORMS="tpu")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith("error: JAX finds no devices for JAX_PLATFORMS='tpu' (")
 
 
 def test_an_unknown_choice_is_one_line_and_writes_nothing(tmp_path):

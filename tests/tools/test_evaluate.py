@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from flax_cifar import errors, models, parallel, train
@@ -46,6 +47,7 @@ def run(workdir, data, monkeypatch, **changes):
       image_shape=splits.image_shape,
       mean=config.augment.mean or splits.mean,
       std=config.augment.std or splits.std,
+      data=splits.fingerprint,
     )
     return predict(eval_step, variables, *rest, **options)
 
@@ -86,7 +88,7 @@ def test_weights_of_several_seeds_have_the_scores_of_the_first(tmp_path, data, m
   assert test.loss == pytest.approx(result["test_loss_per_seed"][0], rel=1e-5)
 
 
-def make_weights(path, data, *, split=None, **changes):
+def make_weights(path, data, *, split=None, fingerprint=None, **changes):
   """Saves weights without training; returns the options that evaluate them."""
   config = tiny.get_config(data, **changes)
   shape = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
@@ -99,6 +101,7 @@ def make_weights(path, data, *, split=None, **changes):
     image_shape=shape,
     mean=(0.5,) * 3,
     std=(0.25,) * 3,
+    data=fingerprint or {},
   )
   return evaluate.Options(path, split=split)
 
@@ -140,6 +143,56 @@ def test_other_data_of_the_same_classes_can_be_evaluated(tmp_path, data):
   other = tiny.write_data(tmp_path / "other.npz", train=10, test=7, seed=1)
   score = evaluate.evaluate_weights(dataclasses.replace(options, data=other))
   assert (score.data, score.count) == (other, 7)
+
+
+def write_folder(path, parts=("",), count=6):
+  rng = np.random.default_rng(0)
+  for part in parts:
+    for name in "012":
+      (path / part / name).mkdir(parents=True)
+      for number in range(count):
+        image = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        PIL.Image.fromarray(image).save(path / part / name / f"{number}.png")
+  return f"folder:{path}"
+
+
+def test_a_folder_without_a_test_split_is_scored_whole(tmp_path, data):
+  options = make_weights(tmp_path / "w", data, **{"data.limit": 4})
+  folder = write_folder(tmp_path / "new")
+  score = evaluate.evaluate_weights(dataclasses.replace(options, data=folder))
+  assert (score.split, score.count) == ("all", 18)
+  with pytest.raises(errors.UserError, match="no test split of its own; try --split=all"):
+    evaluate.evaluate_weights(dataclasses.replace(options, data=folder, split="test"))
+
+
+@pytest.mark.parametrize(
+  ("split", "count"), [(None, 9), ("test", 9), ("validation", 9), ("all", 27)]
+)
+def test_the_splits_of_other_data_are_those_of_its_folders(tmp_path, data, split, count):
+  options = make_weights(tmp_path / "w", data, split=split)
+  folder = write_folder(tmp_path / "new", ("train", "val", "test"), count=3)
+  score = evaluate.evaluate_weights(dataclasses.replace(options, data=folder))
+  assert (score.split, score.count) == (split or "test", count)
+
+
+def test_all_needs_other_data(tmp_path, data):
+  with pytest.raises(errors.UserError, match="--split='all' needs --data"):
+    evaluate.evaluate_weights(make_weights(tmp_path / "w", data, split="all"))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_images_that_have_changed_since_the_run_are_refused(tmp_path, data, split):
+  config = tiny.get_config(data)
+  splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
+  options = make_weights(tmp_path / "w", data, split=split, fingerprint=splits.fingerprint)
+  evaluate.evaluate_weights(options)
+  tiny.write_data(tmp_path / "tiny.npz", test=41, seed=1)
+  with pytest.raises(
+    errors.UserError, match=rf"the {split} images .* not those of the run: {split}_sha256"
+  ):
+    evaluate.evaluate_weights(options)
+  score = evaluate.evaluate_weights(dataclasses.replace(options, data=data, split="test"))
+  assert score.count == 41
 
 
 def test_other_classes_are_refused(tmp_path, data):

@@ -11,8 +11,8 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from configs import common, variants
 from flax_cifar import environment, errors, optim, parallel
+from flax_cifar.configs import common, variants
 from flax_cifar.data import dataset, feeds
 from flax_cifar.run import config as config_lib
 from flax_cifar.tools import compare as compare_lib

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +55,12 @@ def _lock(root: Path) -> Iterator[None]:
   """Waits for other processes that download or prepare the data, and holds the lock meanwhile.
 
   The kernel releases the lock of a process that dies. The function goes on without a lock where
-  none can be taken, because `root` is read-only or on a cluster's file system.
+  none can be taken, because `root` is read-only or on a cluster's file system. Where no data come
+  of it, nothing is left behind in `root`, which may be a misspelled path.
   """
+  created = [folder for folder in (root, *root.parents) if not folder.exists()]
   with contextlib.ExitStack() as stack:
+    stack.callback(_remove_empty, root, created)
     with contextlib.suppress(OSError):
       root.mkdir(parents=True, exist_ok=True)
       file = stack.enter_context((root / LOCK).open("a"))
@@ -65,6 +68,15 @@ def _lock(root: Path) -> Iterator[None]:
         _print(f"Waiting for another process to download or prepare CIFAR-10 in {root}.")
         files.lock(file, wait=True)
     yield
+
+
+def _remove_empty(root: Path, created: Sequence[Path]) -> None:
+  """Removes the lock file, if `root` holds nothing else, and the folders created for it."""
+  with contextlib.suppress(OSError):  # a folder that holds something stays
+    if [path.name for path in root.iterdir()] == [LOCK]:
+      (root / LOCK).unlink()
+    for folder in created:
+      folder.rmdir()
 
 
 def _prepare(train: dataset.Split, test: dataset.Split, root: Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def _fetch(url: str, part: Path) -> None:
 
 def _copy(response: requests.Response, write: Callable[[bytes], Any], have: int) -> None:
   columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn())
-  with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+  console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # whatever FORCE_COLOR says
+  with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
     task = progress.add_task("CIFAR-10", total=ARCHIVE_BYTES, completed=have)
     for chunk in response.iter_content(cifar10_archive.CHUNK_BYTES):
       have += len(chunk)

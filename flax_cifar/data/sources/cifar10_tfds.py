@@ -82,7 +82,7 @@ def _list_shards(folder: Path, info: tfds.core.SplitInfo) -> list[tuple[Path, in
 def _check_names(folder: Path) -> None:
   file = folder / "label.labels.txt"
   try:
-    names = tuple(file.read_text().split())
+    names = tuple(file.read_text(encoding="utf-8").split())
   except (OSError, ValueError) as error:
     raise _damaged_prepared(folder, file, error) from error
   if names != cifar10_archive.CLASS_NAMES:

@@ -1,4 +1,4 @@
-"""The library oneDNN for CPUs through its C interface; it comes with the optional extra `onednn`.
+"""The library oneDNN for CPUs through its C interface; onednn-cpu-gomp has it.
 
 XLA:CPU computes the kernel gradient of a small convolution at a tenth of the processor's rate, and
 oneDNN computes it at the full rate. A primitive is one of oneDNN's kernels, made for given shapes.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import published, results
-from configs import common
 from flax_cifar import errors
+from flax_cifar.configs import common
 from flax_cifar.models import norms
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import weights as weights_lib
@@ -130,7 +130,7 @@ def create_model_of(config):
 def load(name):
   """The config called `name`: its file and its variants, joined by dashes."""
   file, *parts = re.sub(r"norm-(\w+)", r"norm=\1", name).split("-")
-  config = importlib.import_module(f"configs.{file}").get_config(",".join(parts))
+  config = importlib.import_module(f"flax_cifar.configs.{file}").get_config(",".join(parts))
   assert config.name == name
   return config
 
@@ -153,7 +153,7 @@ def test_the_commands_run_the_configs_of_a_row(row):
   for name in (row.replay, row.ours):
     command = results.get_run_command(name)
     path, arg = re.fullmatch(r"python main.py --config=configs/(\w+)\.py:?(.*)", command).groups()
-    config = importlib.import_module(f"configs.{path}").get_config(arg)
+    config = importlib.import_module(f"flax_cifar.configs.{path}").get_config(arg)
     assert config.name == name
 
 

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from configs import common
 from flax_cifar import errors, parallel
+from flax_cifar.configs import common
 from flax_cifar.data.augment import arguments as arguments_lib
 from flax_cifar.data.augment import device as device_lib
 from flax_cifar.data.augment import device_pixels, device_random

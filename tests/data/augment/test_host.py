@@ -5,8 +5,8 @@ import cv2
 import numpy as np
 import pytest
 
-from configs import common
 from flax_cifar import errors
+from flax_cifar.configs import common
 from flax_cifar.data.augment import arguments as arguments_lib
 from flax_cifar.data.augment import host
 

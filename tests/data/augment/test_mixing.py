@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs import common
 from flax_cifar import errors
+from flax_cifar.configs import common
 from flax_cifar.data.augment import mixing as mixing_lib
 
 N, CLASSES = 12, 5

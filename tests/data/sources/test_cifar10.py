@@ -319,6 +319,16 @@ def test_a_second_first_run_waits_for_the_first(tmp_path, monkeypatch, server):
   assert server.seen == []
 
 
+def test_a_wrong_folder_is_left_as_it_was(tmp_path, monkeypatch, server):
+  use_mirrors(monkeypatch, server, "missing")
+  (tmp_path / "mine").mkdir()
+  for folder in (tmp_path / "mine", tmp_path / "typo" / "deep"):
+    with pytest.raises(errors.UserError):
+      cifar10.load_cifar10(dir=str(folder))
+  assert sorted(tmp_path.iterdir()) == [tmp_path / "mine", tmp_path / "served"]
+  assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_a_file_system_without_locks_is_accepted(tmp_path, monkeypatch):
   def refuse(file, operation):
     raise OSError(errno.ENOLCK, "No locks available")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors
+from flax_cifar.data import dataset
 from flax_cifar.data.sources import npz
 from tests.data import test_load
 
@@ -14,15 +15,16 @@ def arrays(n=6, size=8, classes=3):
   return images, np.arange(n) % classes
 
 
-def write_npz(path, keys=npz.NPZ_KEYS[0], **extra):
+def write_npz(path, form=npz.KEYS[0], **extra):
   values = (*arrays(9), *arrays(6))
+  keys = [key.format(part) for part in ("train", "test") for key in form]
   np.savez(path, **(dict(zip(keys, values, strict=True)) | extra))
   return values
 
 
-@pytest.mark.parametrize("keys", npz.NPZ_KEYS)
-def test_npz_keeps_pixels_labels_and_order(tmp_path, keys):
-  train_x, train_y, test_x, test_y = write_npz(tmp_path / "a.npz", keys)
+@pytest.mark.parametrize("form", npz.KEYS)
+def test_npz_keeps_pixels_labels_and_order(tmp_path, form):
+  train_x, train_y, test_x, test_y = write_npz(tmp_path / "a.npz", form)
   data = test_load.load(f"npz:{tmp_path / 'a.npz'}")
   np.testing.assert_array_equal(data.train.images, train_x)
   np.testing.assert_array_equal(data.train.labels, train_y)
@@ -41,11 +43,56 @@ def test_npz_takes_column_labels_and_class_names(tmp_path):
   assert data.class_names == ("x", "y", "z", "w")
 
 
+@pytest.mark.parametrize("name", dataset.VALIDATION_NAMES)
+@pytest.mark.parametrize("form", npz.KEYS)
+def test_npz_has_the_validation_split_of_the_archive(tmp_path, form, name, capsys):
+  images, labels = arrays(4)
+  extra = {form[0].format(name): images, form[1].format(name): labels[:, None]}
+  write_npz(tmp_path / "a.npz", form, **extra)
+  data = test_load.load(f"npz:{tmp_path / 'a.npz'}")
+  np.testing.assert_array_equal(data.validation.images, images)
+  np.testing.assert_array_equal(data.validation.labels, labels)
+  assert capsys.readouterr().err == ""
+
+
+def test_npz_names_the_arrays_that_it_leaves_out(tmp_path, capsys):
+  write_npz(tmp_path / "a.npz", extra_images=arrays(3)[0], ids=np.arange(9))
+  assert test_load.load(f"npz:{tmp_path / 'a.npz'}").validation is None
+  warning = f"warning: npz:{tmp_path / 'a.npz'}: left out the arrays extra_images, ids\n"
+  assert capsys.readouterr().err == warning
+
+
+@pytest.mark.parametrize("axis", [(), (1,)])
+def test_npz_makes_gray_images_rgb(tmp_path, axis):
+  gray = {f"{part}_images": arrays(n)[0][..., 0] for part, n in (("train", 9), ("test", 6))}
+  write_npz(tmp_path / "a.npz", **{k: v.reshape(*v.shape, *axis) for k, v in gray.items()})
+  data = test_load.load(f"npz:{tmp_path / 'a.npz'}")
+  for channel in range(3):
+    np.testing.assert_array_equal(data.train.images[..., channel], gray["train_images"])
+    np.testing.assert_array_equal(data.test.images[..., channel], gray["test_images"])
+
+
+@pytest.mark.parametrize(
+  ("train_labels", "message"),
+  [
+    (1 + np.arange(9) % 3, "up to 3, but no training image has the label 0;.*without gaps"),
+    (2 * (np.arange(9) % 3), "up to 4, but no training image has the label 1, 3;"),
+    (np.arange(9) % 2, "up to 2, but no training image has the label 2;"),  # test has it
+    (np.full(9, 8), "label 0, 1, 2, 3, 4 and 3 more;"),
+  ],
+)
+def test_npz_refuses_labels_that_training_never_sees(tmp_path, train_labels, message):
+  write_npz(tmp_path / "a.npz", train_labels=train_labels)
+  with pytest.raises(errors.UserError, match=message):
+    test_load.load(f"npz:{tmp_path / 'a.npz'}")
+
+
 @pytest.mark.parametrize(
   ("extra", "message"),
   [
     ({"train_images": np.zeros((9, 8, 8, 3), np.float32)}, "float32.*uint8"),
-    ({"train_images": np.zeros((9, 8, 8), np.uint8)}, r"\(9, 8, 8\).*np.repeat"),
+    ({"train_images": np.zeros((9, 64), np.uint8)}, r"\(9, 64\).*one image per row"),
+    ({"train_images": np.zeros((9, 8, 8, 4), np.uint8)}, r"\(9, 8, 8, 4\).*alpha channel"),
     ({"train_images": np.zeros((9, 3, 8, 8), np.uint8)}, "transpose"),
     ({"train_images": np.zeros((9, 8, 7, 3), np.uint8)}, "8x7 pixels"),
     ({"test_images": np.zeros((6, 4, 4, 3), np.uint8)}, "test.*4x4.*image_size=4"),

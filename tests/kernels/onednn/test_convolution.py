@@ -15,7 +15,7 @@ from flax_cifar.kernels import backend, conv
 from flax_cifar.kernels.onednn import convolution, ffi, library
 
 if library.load_library() is None:
-  pytest.skip("oneDNN is not installed: pip install .[onednn]", allow_module_level=True)
+  pytest.skip("oneDNN is not installed: pip install onednn-cpu-gomp", allow_module_level=True)
 
 SAME, NONE, UNEVEN = ((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (1, 3))
 
