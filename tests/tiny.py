@@ -44,6 +44,23 @@ def write_data(path, *, train=96, test=40, size=IMAGE_SIZE, seed=0) -> str:
   return f"npz:{path}"
 
 
+def write_quick_run(folder, **changes: Any) -> list[str]:
+  """Writes data for a short run of configs/quickstart.py and returns its flags.
+
+  All tests that call the program share the sizes, and so the compiled programs.
+  """
+  keys = {
+    "data.name": write_data(folder / "tiny.npz", train=400, size=32),
+    "data.validation_size": 80,
+    "batch_size": 16,
+    "eval_batch_size": 16,
+    "num_devices": 1,
+    "log.pictures": False,
+    **changes,
+  }
+  return [f"--config.{key}={value}" for key, value in keys.items()]
+
+
 def get_config(data: str, **changes: Any) -> ConfigDict:
   """Three epochs of five steps of 16 images; `changes` has dotted keys."""
   config = common.get_config()

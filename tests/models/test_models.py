@@ -12,7 +12,7 @@ import pytest
 from flax_cifar import errors, models
 from flax_cifar.models import dropout, ghost, layer_table
 from flax_cifar.run import config as config_lib
-from tests import reference
+from tests import numpy_networks, reference
 from tests.configs import test_configs
 
 F32 = jnp.dtype(jnp.float32)
@@ -329,177 +329,13 @@ def test_dropout_is_where_published_and_norms_update_their_statistics_in_trainin
   assert len(jax.tree.leaves(changed)) == (0 if norm == "none" else 2 * UNITS[name])
 
 
-class NumpyNetwork:
-  """Evaluates a network in float64; the path of a module selects its variables."""
-
-  def __init__(self, variables):
-    self.variables = variables
-
-  def get(self, collection, path):
-    tree = self.variables[collection]
-    for key in path.split("/"):
-      tree = tree[key]
-    return tree
-
-  def conv(self, x, path, **options):
-    conv = self.get("params", path)
-    return reference.convolve(x, conv["kernel"], **options) + conv.get("bias", 0)
-
-  def normalize(self, x, path):
-    """The norm of the unit at `path`, if it has one."""
-    if "norm" not in self.get("params", path):
-      return x
-    norm = f"{path}/norm"
-    return reference.normalize(x, self.get("params", norm), self.get("batch_stats", norm))
-
-  def finish(self, x, path):
-    return np.maximum(self.normalize(x, path), 0)
-
-  def unit(self, x, path, **options):
-    return self.finish(self.conv(x, f"{path}/conv", **options), path)
-
-  def relu_first(self, x, path, *, padding=1, **options):
-    x = np.maximum(self.conv(x, f"{path}/conv", padding=padding, **options), 0)
-    return self.normalize(x, path)
-
-  def separable(self, x, path):
-    x = self.conv(x, f"{path}/depthwise", padding=1)
-    return self.finish(self.conv(x, f"{path}/pointwise"), path)
-
-  def spatial(self, x, path):
-    x = self.conv(x, f"{path}/vertical", padding=(1, 0))
-    return self.finish(self.conv(x, f"{path}/horizontal", padding=(0, 1)), path)
-
-  def two_groups(self, x, path, **options):
-    """A 3x3 group and one with `options`; their output channels alternate."""
-    first, second = np.split(x, 2, axis=-1)
-    outputs = np.empty((*x.shape[:3], 128))
-    outputs[..., 0::2] = self.conv(first, f"{path}/group1", padding=1)
-    outputs[..., 1::2] = self.conv(second, f"{path}/group2", padding=2, **options)
-    return self.finish(outputs, path)
-
-  def reflected(self, x, path, dilation, padding):
-    return self.unit(x, path, dilation=dilation, padding=padding, mode="reflect")
-
-  def head(self, x):
-    return self.conv(x.mean((1, 2), keepdims=True), "head/conv")[:, 0, 0]
-
-
-def run_dilated(variables, x):
-  net = NumpyNetwork(variables)
-  x = net.unit(x, "c1_1", padding=1)
-  x = net.separable(x, "c1_2/plain") + net.reflected(x, "c1_2/dilated", 2, 2)
-  x = net.unit(x, "c1_3/plain", padding=1) + net.reflected(x, "c1_3/dilated", 4, 4)
-  for c in ("c2", "c3", "c4"):
-    x = net.unit(x, f"{c}_1/plain") + net.reflected(x, f"{c}_1/dilated", 2, 1)
-    x = net.separable(x, f"{c}_2/plain") + net.reflected(x, f"{c}_2/dilated", 4, 4)
-    x = net.unit(x, f"{c}_3/plain", padding=1) + net.reflected(x, f"{c}_3/dilated", 8, 8)
-  return net.head(x)
-
-
-def halve(x):
-  n, h, w, c = x.shape
-  return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
-
-
-def run_pyramid(variables, x):
-  net = NumpyNetwork(variables)
-  x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
-  x = halve(net.conv(x, "transition1/conv"))
-  x = net.unit(net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1), "c2_3")
-  x = halve(net.conv(x, "transition2/conv"))
-  x = net.unit(net.unit(net.unit(x, "c3_1", padding=1), "c3_2"), "c3_3")
-  return net.head(x)
-
-
-def run_ghost(variables, x):
-  net = NumpyNetwork(variables)
-  x = halve(net.relu_first(net.relu_first(x, "c1"), "c2"))
-  x = halve(net.relu_first(net.relu_first(net.relu_first(x, "c3"), "c4"), "c5"))
-  x = net.relu_first(net.relu_first(x, "c6"), "c7", dilation=2, padding=2)
-  x = halve(net.relu_first(x, "c8", dilation=2))
-  x = np.maximum(net.conv(x, "c9/conv", padding=1), 0)
-  x = np.maximum(net.conv(x, "c10/conv", padding=1), 0)
-  return net.head(x[:, :4, :4])
-
-
-def run_skip(variables, x):
-  net = NumpyNetwork(variables)
-  x = net.relu_first(x, "c1")
-  x = x + net.relu_first(x, "c2")
-  x = net.relu_first(halve(net.conv(x, "transition1/conv")), "c4")
-  x = x + net.relu_first(x, "c5")
-  x = halve(net.conv(net.relu_first(x, "c6"), "transition2/conv"))
-  x = net.relu_first(net.relu_first(net.relu_first(x, "c8"), "c9"), "c10")
-  return net.head(x)
-
-
-def run_skip_dilated(variables, x):
-  net = NumpyNetwork(variables)
-  x = net.relu_first(x, "c1")
-  x = x + net.relu_first(x, "c2")
-  x = net.conv(net.relu_first(x, "c3", stride=2), "transition1/conv")
-  x = net.relu_first(x, "c4", dilation=2, padding=2)
-  x = x + net.relu_first(x, "c5")
-  x = net.conv(net.relu_first(x, "c6", stride=2), "transition2/conv")
-  x = net.relu_first(x, "c7")
-  x = x + net.relu_first(x, "c8")
-  return net.head(net.relu_first(x, "c9", stride=2))
-
-
-def run_keras_base(variables, x):
-  net = NumpyNetwork(variables)
-  x = halve(net.unit(net.unit(x, "c1_1", padding=1), "c1_2"))
-  x = halve(net.unit(net.unit(x, "c2_1", padding=1), "c2_2"))
-  x = halve(net.unit(net.unit(x, "c3_1", padding=1), "c3_2"))
-  x = x.reshape(len(x), 768)
-  for name in ("dense1", "dense2"):
-    dense = net.get("params", name)
-    x = np.maximum(x @ dense["kernel"].astype(np.float64) + dense["bias"], 0)
-  head = net.get("params", "head")
-  return x @ head["kernel"].astype(np.float64) + head["bias"]
-
-
-def run_keras_fcn(variables, x):
-  net = NumpyNetwork(variables)
-  x = net.unit(net.unit(x, "c1_1", padding=1), "c1_2", padding=1)
-  x = halve(net.conv(x, "transition1/conv"))
-  x = net.unit(net.unit(x, "c2_1", padding=1), "c2_2", padding=1)
-  x = halve(net.conv(x, "transition2/conv"))
-  return net.head(net.unit(net.unit(x, "c3_1", padding=1), "c3_2", padding=1))
-
-
-def run_five_convs(variables, x):
-  net = NumpyNetwork(variables)
-  x = net.unit(net.unit(x, "normal_1", padding=1), "normal_2", padding=1)
-  x = halve(net.conv(x, "normal_transition/conv"))
-  x = net.spatial(net.spatial(x, "spatial_1"), "spatial_2")
-  x = net.separable(net.separable(x, "depthwise_1"), "depthwise_2")
-  x = halve(net.conv(x, "depthwise_transition/conv"))
-  x = net.two_groups(net.two_groups(x, "kernel_groups_1"), "kernel_groups_2")
-  x = net.two_groups(x, "dilation_groups_1", dilation=2)
-  return net.head(net.two_groups(x, "dilation_groups_2", dilation=2))
-
-
-NUMPY_NETWORKS = {
-  "dilated": run_dilated,
-  "pyramid": run_pyramid,
-  "keras_base": run_keras_base,
-  "keras_fcn": run_keras_fcn,
-  "five_convs": run_five_convs,
-  "ghost": run_ghost,
-  "skip": run_skip,
-  "skip_dilated": run_skip_dilated,
-}
-
-
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_logits_equal_the_published_network_written_in_numpy(name, norm):
   model = reference.create_model(name, norm=norm)
   variables = reference.draw_variables(model)
   images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
   logits = jax.jit(partial(model.apply, train=False))(variables, images)
-  expected = NUMPY_NETWORKS[name](variables, images)
+  expected = numpy_networks.evaluate(name, variables, images)
   assert expected.std() > 0.1
   np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -526,19 +362,18 @@ def test_ghost_names_images_too_small_for_its_average_pool():
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_in_bfloat16_variables_and_logits_are_float32_and_logits_are_close(name, norm):
-  variables = reference.draw_variables(reference.create_model(name, norm=norm))
-  images = np.random.default_rng(1).normal(size=(4, 32, 32, 3)).astype(np.float32)
-  logits, stats = {}, {}
-  for dtype in ("float32", "bfloat16"):
-    model = reference.create_model(name, norm=norm, dtype=dtype, dropout_rate=0.0)
-    assert {leaf.dtype for leaf in jax.tree.leaves(reference.get_variable_shapes(model))} == {F32}
-    apply = partial(model.apply, train=True, mutable=["batch_stats"])
-    logits[dtype], stats[dtype] = jax.jit(apply)(variables, images)
-    assert logits[dtype].dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(stats[dtype])} <= {F32}
-  assert (logits["bfloat16"] != logits["float32"]).any()
-  scale = np.std(logits["float32"])
-  np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.1 * scale)
+  model = reference.create_model(name, norm=norm, dtype="bfloat16", dropout_rate=0.0)
+  variables = reference.draw_variables(model)
+  images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  apply = partial(model.apply, train=True, mutable=["batch_stats"])
+  trained, changed = jax.eval_shape(apply, variables, images)
+  shapes = (reference.get_variable_shapes(model), trained, changed)
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {F32}
+  logits = jax.jit(partial(model.apply, train=False))(variables, images)
+  expected = numpy_networks.evaluate(name, variables, images)
+  assert logits.dtype == F32
+  assert (logits != expected.astype(np.float32)).any()
+  np.testing.assert_allclose(logits, expected, atol=0.1 * np.std(expected))
 
 
 def test_an_unknown_dtype_is_an_error_that_lists_the_choices():
@@ -580,7 +415,7 @@ def test_every_network_is_tested_here():
     UNITS,
     DROPOUT,
     RECEPTIVE_FIELDS,
-    NUMPY_NETWORKS,
+    numpy_networks.NETWORKS,
   )
   for tested in tables:
     assert set(models.MODELS) == set(tested)
