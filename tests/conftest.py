@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # docs/gpu.md has tests for others
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+# NumPy's products spin while they wait for a core that another test uses.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Many tests train the same tiny network: compile it once, and never reuse old files. The processes
 # of pytest-xdist inherit the folder of the one that starts them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
