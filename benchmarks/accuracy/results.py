@@ -130,7 +130,7 @@ def add(folders: Iterable[pathlib.Path], docs: pathlib.Path, *, force: bool) -> 
     texts[path] = encode(run.content)
   for path, text in texts.items():
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
   return list(texts)
 
 
@@ -217,7 +217,7 @@ def encode(content: Mapping[str, Any]) -> str:
 def write_page(docs: pathlib.Path) -> pathlib.Path:
   """Writes results.md from the files of results/."""
   path = docs / "results.md"
-  path.write_text(format_page(load_runs(docs)))
+  path.write_text(format_page(load_runs(docs)), encoding="utf-8")
   return path
 
 
@@ -232,7 +232,7 @@ def load_runs(docs: pathlib.Path) -> list[Run]:
     UserError: two of the same name have a seed in common, or differ in more than the seed.
   """
   paths = (docs / "results").glob("*.json")
-  runs = [create_run(json.loads(path.read_text())) for path in paths]
+  runs = [create_run(json.loads(path.read_text("utf-8"))) for path in paths]
   runs.sort(key=lambda run: (run.name, run.seeds[0]))
   for one, other in itertools.pairwise(runs):
     if one.name == other.name:

@@ -26,7 +26,9 @@ def main() -> None:
     status = subprocess.run([*command, *options.flags]).returncode
     if status:
       sys.exit(status)  # main.py has said why
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records = [
+      json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
   rows = [describe(options.config, target, records) for target in options.targets]
   common.print_table(rows)
   if options.json:

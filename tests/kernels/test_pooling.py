@@ -27,5 +27,5 @@ def test_max_pool_and_its_gradient_equal_flax(shape, window):
 def test_max_pool_counts_the_pixels_of_a_large_window():
   x = np.zeros((1, 17, 17, 1), np.float32)
   x[0, 16, 15] = 1  # pixel 287 of 289
-  gradient = jax.jit(jax.grad(lambda x: pooling.max_pool(x, 17).sum()))
-  np.testing.assert_array_equal(gradient(x), x)
+  # Not under jit: XLA needs gigabytes to compile so many corners at once.
+  np.testing.assert_array_equal(jax.grad(lambda x: pooling.max_pool(x, 17).sum())(x), x)
