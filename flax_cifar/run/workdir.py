@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -158,10 +157,9 @@ def _lock(workdir: pathlib.Path) -> TextIO:
     if files.lock(file, wait=False):
       return file
   except OSError as error:  # some file systems of clusters have no locks
-    print(
-      f"warning: {str(workdir)!r} cannot be locked ({error.strerror}); make sure that no other "
-      "process trains there",
-      file=sys.stderr,
+    errors.warn(
+      f"{str(workdir)!r} cannot be locked ({error.strerror}); make sure that no other process "
+      "trains there"
     )
     return file
   with file:
