@@ -20,6 +20,10 @@ class UserError(ValueError):
   """A problem the user can fix. `main.py` prints it as one line and exits with status 2."""
 
 
+class Lost(Exception):
+  """The run's other processes are gone; a restart may help, so the exit status is 75."""
+
+
 def choose(what: str, name: str, choices: Mapping[str, T]) -> T:
   """Looks `name` up in `choices`.
 

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_cifar import metrics, parallel, signals
+from flax_cifar import metrics, signals
 from flax_cifar.data import batches, dataset
 from flax_cifar.data.augment import normalize as normalize_lib
+from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
 
 EvalStep = Callable[[Any, Any], tuple[jax.Array, metrics.Metrics]]
 
@@ -21,8 +23,8 @@ def create_eval_step(
 ) -> EvalStep:
   """Compiles (variables, batch of image, label and mask) -> (logits (N, classes), totals).
 
-  The variables are on the devices of `mesh`, the batch is on the host. For several seeds all arrays
-  but the batch have an axis for them in front.
+  The variables are on the devices of `mesh`, as `mesh.split_seeds` says; the batch is on the host,
+  whole in every process. For several seeds all arrays but the batch have an axis for them in front.
   """
 
   def eval_step(variables: Any, batch: Any) -> Any:
@@ -31,14 +33,15 @@ def create_eval_step(
     losses = metrics.cross_entropy(logits, targets)
     return logits, metrics.compute_totals(losses, logits, batch["label"], batch["mask"])
 
-  sharding = parallel.split_batch(mesh)
+  sharding = mesh_lib.split_batch(mesh)
   compiled = jax.jit(
-    parallel.vmap_seeds(eval_step, num_seeds, in_axes=(0, None)),
-    in_shardings=(parallel.replicated(mesh), sharding),
+    seeds_lib.map_seeds(eval_step, mesh, num_seeds=num_seeds, in_axes=(0, None)),
+    in_shardings=(mesh_lib.split_seeds(mesh), sharding),
+    out_shardings=mesh_lib.replicated(mesh),  # every process scores all images
   )
 
   def run(variables: Any, batch: Any) -> Any:
-    batch = jax.device_put(batch, sharding)
+    batch = mesh_lib.place(batch, sharding)
     with jax.transfer_guard("disallow"):  # a hidden copy is an error
       return compiled(variables, batch)
 

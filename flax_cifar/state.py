@@ -19,6 +19,7 @@ Nothing is random but what is drawn from one of these streams. Those in the uppe
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -74,6 +75,11 @@ class Progress:
   state: TrainState
   totals: metrics.Totals
   records: list[metrics.Record]
+
+
+def create_train_states(*, seeds: Iterable[int], **arguments: Any) -> list[TrainState]:
+  """The state before the first step for each of the `seeds`; see `create_train_state`."""
+  return [create_train_state(seed=seed, **arguments) for seed in seeds]
 
 
 def create_train_state(

@@ -14,13 +14,16 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from flax_cifar import evaluate, metrics, optim, parallel, signals
+from flax_cifar import evaluate, metrics, optim, signals
 from flax_cifar import state as state_lib
 from flax_cifar.data import batches, feeds
 from flax_cifar.data import splits as splits_lib
 from flax_cifar.data.augment import mixing as mixing_lib
 from flax_cifar.data.augment import normalize as normalize_lib
 from flax_cifar.models import layer_table
+from flax_cifar.parallel import agreement
+from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
 from flax_cifar.run import checkpoint, nonfinite, plots
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import log as log_lib
@@ -34,7 +37,8 @@ FETCH_SECONDS = 1.0  # between two looks at the metrics within an epoch
 def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains, validates, tests and reports the run that `config` describes.
 
-  The same call again goes on from the latest checkpoint; for a finished run it does nothing.
+  The same call again goes on from the latest checkpoint; for a finished run it does nothing. All
+  processes of a run make it.
 
   Returns:
     The content of result.json.
@@ -44,17 +48,16 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     Interrupted: a signal came; the state was saved.
   """
   config_lib.check_values(config)
-  workdir_lib.check_config(workdir, config.to_dict())
-  if finished := result_lib.report_finished(config, workdir):
+  if finished := result_lib.check_workdir(config, workdir):
     return finished
-  workdir_lib.check_writable(workdir)
   #### Data
-  splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
+  with agreement.share_errors():  # one machine alone may lack them
+    splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
+  agreement.check_same(result_lib.list_shared(config, splits.fingerprint))
   workdir_lib.check_data(workdir, splits.fingerprint)
   config_lib.check_numbers(config, has_validation=len(splits.validation) > 0)
-  mesh, num_seeds = parallel.create_mesh(config.num_devices), config.num_seeds
-  parallel.check_batch_size("batch_size", config.batch_size, mesh)
-  parallel.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+  mesh, num_seeds = mesh_lib.create_mesh(config.num_devices, config.num_seeds), config.num_seeds
+  mesh_lib.check_batch_sizes(mesh, config.batch_size, config.eval_batch_size)
   mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
   feed = feeds.create_feed(
     splits.train, mean=mean, mesh=mesh, **config_lib.get_feed_arguments(config)
@@ -70,18 +73,15 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   )
   optimizer = optim.create_optimizer(schedule, **config.optimizer)
   with config_lib.explain_misfit(config):
-    states = [
-      state_lib.create_train_state(
-        model=model,
-        optimizer=optimizer,
-        plateau=plateau,
-        image_shape=splits.image_shape,
-        ema_decay=config.ema.decay,
-        seed=config.seed + number,
-      )
-      for number in range(num_seeds)
-    ]
-  state = jax.device_put(parallel.stack_seeds(states), parallel.replicated(mesh))
+    states = state_lib.create_train_states(
+      model=model,
+      optimizer=optimizer,
+      plateau=plateau,
+      image_shape=splits.image_shape,
+      ema_decay=config.ema.decay,
+      seeds=range(config.seed, config.seed + num_seeds),
+    )
+  state = mesh_lib.place(seeds_lib.stack(states), mesh_lib.split_seeds(mesh))
 
   #### Compiled steps
   normalize = normalize_lib.create_normalize(mean, std, dtype=config.compute_dtype)
@@ -94,13 +94,13 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     label_smoothing=config.loss.label_smoothing,
     ema_decay=config.ema.decay,
   )
-  steps_fn = parallel.compile_steps(
+  steps_fn = seeds_lib.compile_steps(
     step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=num_seeds, mesh=mesh
   )
   eval_step = evaluate.create_eval_step(
     model=model, normalize=normalize, mesh=mesh, num_seeds=num_seeds
   )
-  observe = jax.jit(parallel.vmap_seeds(plateau.observe, num_seeds, (0, 0)))
+  observe = seeds_lib.compile_map(plateau.observe, mesh, num_seeds=num_seeds, in_axes=(0, 0))
   policy = checkpoint.SavePolicy(**config_lib.without(config.checkpoint.to_dict(), ("keep",)))
   with config_lib.explain_misfit(config):  # keys that do not fit together fail here, early
     steps_fn.trace(state, feed.example_inputs(), feed.steps_per_call)
@@ -109,6 +109,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   with contextlib.ExitStack() as stack:
     #### Start or resume
     guard = stack.enter_context(signals.InterruptGuard())
+    stop = agreement.agreed(guard.is_caught)
     stack.enter_context(workdir_lib.explain_failed_writes(workdir))
     stack.enter_context(workdir_lib.open_workdir(workdir, config.to_dict()))
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -118,19 +119,15 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     config_lib.check_progress(progress, config.total_epochs, feed.steps_per_epoch)
     workdir_lib.write_start(workdir, config.to_dict(), splits.fingerprint, layers)
     log = log_lib.RunLog(
-      workdir,
-      records=progress.records,
-      step=progress.step,
-      total_epochs=config.total_epochs,
-      tensorboard=config.log.tensorboard,
+      workdir, progress, total_epochs=config.total_epochs, tensorboard=config.log.tensorboard
     )
     stack.enter_context(contextlib.closing(log))
     facts = result_lib.get_facts(progress.state.params, num_seeds, mesh)
     log.banner(result_lib.describe_run(config, splits, facts, workdir))
-    log.print_resumed(progress.step, feed.steps_per_epoch, progress.records)
+    log.print_resumed(progress, feed.steps_per_epoch)
     stack.enter_context(contextlib.closing(feed))
     stack.enter_context(checkpoints.save_when_stopped(progress, guard))
-    stack.enter_context(nonfinite.dump_and_explain(feed, num_seeds, workdir))
+    stack.enter_context(nonfinite.dump_and_explain(feed, num_seeds, mesh, workdir))
 
     #### Epochs
     for epoch in range(len(progress.records), config.total_epochs):
@@ -141,12 +138,12 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         feed=feed,
         checkpoints=checkpoints,
         policy=policy,
-        stop=guard.is_caught,
+        guard=guard,
         log=log,
       )
       variables = progress.state.eval_variables
       validation = evaluate.validate(
-        eval_step, variables, splits.validation, config.eval_batch_size, stop=guard.is_caught
+        eval_step, variables, splits.validation, config.eval_batch_size, stop=stop
       )
       factor = optim.compute_lr_factor(schedule, progress.step - 1, progress.state.plateau)
       record = metrics.create_record(
@@ -163,17 +160,16 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       log.write(record)
       progress.records.append(record)
       progress.totals = metrics.create_totals(num_seeds)
-      is_last = epoch + 1 == config.total_epochs
-      if is_last or guard.is_caught() or policy.is_due(progress.step, epoch + 1):
+      if epoch + 1 == config.total_epochs or stop() or policy.is_due(progress.step, epoch + 1):
         checkpoints.save(progress, validation)
         policy.mark_saved()
-      if config.log.pictures and not guard.is_caught():  # earlier, the first step would wait for it
+      if config.log.pictures and log.writes and not guard.is_caught():  # the first step is made
         plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
 
     #### Test, once; a trial scores its validation images instead
     variables = progress.state.eval_variables
     logits = evaluate.predict(
-      eval_step, variables, splits.final_split, config.eval_batch_size, stop=guard.is_caught
+      eval_step, variables, splits.final_split, config.eval_batch_size, stop=stop
     )
     checkpoints.wait()  # a run is not finished before its last checkpoint is written
     return result_lib.finish_run(
@@ -182,7 +178,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       splits=splits,
       feed=feed,
       records=progress.records,
-      variables=parallel.select_seed(variables, num_seeds),
+      variables=seeds_lib.select(mesh_lib.fetch(variables, mesh), num_seeds),
       logits=logits,
       mean=mean,
       std=std,
@@ -199,23 +195,23 @@ def train_epoch(
   feed: feeds.Feed,
   checkpoints: checkpoint.Checkpoints,
   policy: checkpoint.SavePolicy,
-  stop: signals.Stop,
+  guard: signals.InterruptGuard,
   log: log_lib.RunLog,
 ) -> None:
   """Trains `epoch` (from 0) from where `progress` stands to its end, and saves on the way.
 
   Raises:
-    Stopped: `stop()`, which is asked after each chunk of steps, was true.
+    Stopped: `guard`, which is asked after each chunk of steps, has caught a signal.
     NonFinite: a loss or gradient is not finite.
   """
   end = (epoch + 1) * feed.steps_per_epoch
   done = progress.step - epoch * feed.steps_per_epoch
   with log.progress(epoch + 1, done=done, total=feed.steps_per_epoch) as report:
     while progress.step < end:
-      if stop():
+      if any(agreement.largest(guard.is_caught())):
         raise signals.Stopped
       chunks = feed.chunks(range(progress.step, policy.next_step(progress.step, end)))
-      train_chunks(progress, chunks, steps_fn, lambda: stop() or policy.is_time(), report)
+      train_chunks(progress, chunks, steps_fn, guard, policy, report)
       if progress.step < end and policy.is_due(progress.step, None):
         checkpoints.save(progress)
         policy.mark_saved()
@@ -225,10 +221,11 @@ def train_chunks(
   progress: state_lib.Progress,
   chunks: Iterable[batches.Chunk],
   steps_fn: jax.stages.Wrapped,
-  stop: signals.Stop,
+  guard: signals.InterruptGuard,
+  policy: checkpoint.SavePolicy,
   report: log_lib.Report,
 ) -> None:
-  """Runs `chunks`, or as many until `stop()`, which is asked after each, is true.
+  """Runs `chunks`, or as many until `guard` has caught a signal or it is time to save.
 
   The metrics stay on the device and are fetched now and then, so it never waits for the host.
 
@@ -241,11 +238,13 @@ def train_chunks(
     with jax.transfer_guard("disallow"):  # a hidden copy is an error
       progress.state, sums = steps_fn(progress.state, inputs, length)
     pending.append(sums)
-    if stop():
+    is_old = time.perf_counter() - fetched > FETCH_SECONDS
+    ends, fetches = agreement.largest(guard.is_caught() or policy.is_time(), is_old)
+    if ends:
       break
     # At most one call is in flight, so a signal is handled promptly and memory stays bounded.
     jax.block_until_ready(pending[-2:-1])
-    if time.perf_counter() - fetched > FETCH_SECONDS:
+    if fetches:
       _collect(progress, pending[:-1], report)
       pending, fetched = pending[-1:], time.perf_counter()
   _collect(progress, pending, report)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cifar import evaluate, parallel
+from flax_cifar import evaluate
 from flax_cifar.data import dataset
+from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
 from tests import tiny
 
 COUNT = 13
@@ -34,10 +36,10 @@ def normalize(images):
 def test_every_seed_is_evaluated_exactly(batch_size, devices):
   split, single = make_split(), [make_variables(seed) for seed in range(2)]
   step = evaluate.create_eval_step(
-    model=MODEL, normalize=normalize, mesh=parallel.create_mesh(devices), num_seeds=2
+    model=MODEL, normalize=normalize, mesh=mesh_lib.create_mesh(devices), num_seeds=2
   )
-  sharding = parallel.replicated(parallel.create_mesh(devices))
-  stacked = jax.device_put(parallel.stack_seeds(single), sharding)
+  sharding = mesh_lib.replicated(mesh_lib.create_mesh(devices))
+  stacked = jax.device_put(seeds_lib.stack(single), sharding)
   means = evaluate.evaluate(step, stacked, split, batch_size)
   logits = evaluate.predict(step, stacked, split, batch_size)
   for seed, variables in enumerate(single):
@@ -52,7 +54,7 @@ def test_every_seed_is_evaluated_exactly(batch_size, devices):
 def test_one_seed_has_no_axis():
   split = make_split()
   step = evaluate.create_eval_step(
-    model=MODEL, normalize=normalize, mesh=parallel.create_mesh(1), num_seeds=1
+    model=MODEL, normalize=normalize, mesh=mesh_lib.create_mesh(1), num_seeds=1
   )
   assert evaluate.predict(step, make_variables(0), split, 4).shape == (COUNT, tiny.CLASSES)
   assert evaluate.evaluate(step, make_variables(0), split, 4)["loss"].shape == ()

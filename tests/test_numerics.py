@@ -13,13 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cifar import evaluate, optim, parallel, train
+from flax_cifar import evaluate, optim, train
 from flax_cifar import state as state_lib
 from flax_cifar.data import dataset
 from flax_cifar.data.augment import normalize as normalize_lib
 from flax_cifar.kernels import backend, norm_relu
 from flax_cifar.kernels import conv as conv_lib
 from flax_cifar.kernels.onednn import library
+from flax_cifar.parallel import mesh as mesh_lib
 from tests import numpy_networks, reference
 
 SHAPE = (128, 32, 32, 32)  # a batch in the first layers
@@ -212,9 +213,9 @@ def test_evaluation_counts_each_image_once():
   images = np.random.default_rng(0).integers(0, 256, (700, 32, 32, 3), dtype=np.uint8)
   split = dataset.Split(images, np.arange(700, dtype=np.int32) % 10)
   normalize = normalize_lib.create_normalize((0.5,) * 3, (0.25,) * 3, dtype="float32")
-  mesh = parallel.create_mesh(1)
+  mesh = mesh_lib.create_mesh(1)
   step = evaluate.create_eval_step(model=model, normalize=normalize, mesh=mesh, num_seeds=1)
-  placed = jax.device_put(variables, parallel.replicated(mesh))
+  placed = jax.device_put(variables, mesh_lib.replicated(mesh))
   logits = evaluate.predict(step, placed, split, 512)
   means = evaluate.evaluate(step, placed, split, 512)
   expected = numpy_networks.evaluate("pyramid", variables, (images / 255.0 - 0.5) / 0.25)

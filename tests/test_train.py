@@ -12,9 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cifar import errors, metrics, optim, parallel, signals, train
+from flax_cifar import errors, metrics, optim, signals, train
 from flax_cifar import state as state_lib
 from flax_cifar.data import feeds, splits
+from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
+from flax_cifar.run import checkpoint
 from flax_cifar.run import config as config_lib
 from tests import runs, tiny
 
@@ -106,6 +109,12 @@ def test_the_time_of_fetching_metrics_changes_nothing(tmp_path, data, monkeypatc
   assert runs.lines(tmp_path / "seldom") == runs.lines(tmp_path / "often")
 
 
+def never_ends():
+  """A guard and a policy that let chunks go on."""
+  policy = checkpoint.SavePolicy(every=1, every_steps=0, every_minutes=0)
+  return signals.InterruptGuard(), policy
+
+
 def test_an_epoch_waits_for_all_steps_but_the_last(monkeypatch):
   """A signal must not wait until a long queue is done."""
   waited, made = [], []
@@ -121,7 +130,7 @@ def test_an_epoch_waits_for_all_steps_but_the_last(monkeypatch):
   progress = state_lib.Progress(20, None, metrics.create_totals(1), [])
   chunks = [(3, None), (3, None), (3, None), (1, None)]
   train.train_chunks(
-    progress, chunks, steps_fn, signals.never, lambda totals, steps: reports.append(steps)
+    progress, chunks, steps_fn, *never_ends(), lambda totals, steps: reports.append(steps)
   )
   assert list(map(id, waited)) == list(map(id, made[:-1]))
   assert progress.step == 30
@@ -134,12 +143,12 @@ def test_the_data_is_not_a_constant_of_the_compiled_steps(data):
     tiny.write_data(data.removeprefix("npz:"), train=2000, size=tiny.IMAGE_SIZE)
   )
   split = splits.load_splits(protocol="honest", **config.data).train
-  mesh = parallel.create_mesh(1)
+  mesh = mesh_lib.create_mesh(1)
   feed = feeds.create_feed(
     split, mean=(0.5,) * 3, mesh=mesh, **config_lib.get_feed_arguments(config)
   )
   state, step = create_step()
-  steps_fn = parallel.compile_steps(
+  steps_fn = seeds_lib.compile_steps(
     step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=1, mesh=mesh
   )
   program = steps_fn.lower(state, feed.example_inputs(), 2).as_text()
@@ -571,4 +580,4 @@ def test_an_implicit_copy_to_the_device_is_an_error():
   progress = state_lib.Progress(0, np.ones(3, np.float32), metrics.create_totals(1), [])
   steps_fn = jax.jit(lambda state, inputs, length: (state, {}), static_argnums=2)
   with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-    train.train_chunks(progress, [(1, None)], steps_fn, signals.never, None)
+    train.train_chunks(progress, [(1, None)], steps_fn, *never_ends(), None)

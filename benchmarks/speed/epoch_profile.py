@@ -59,14 +59,18 @@ def create_epoch(network: str, batch_size: int) -> Any:
   import numpy as np
 
   from benchmarks.speed import step_worker
-  from flax_cifar import metrics, parallel, signals, train
+  from flax_cifar import metrics, signals, train
+  from flax_cifar import state as state_lib
   from flax_cifar.configs import s9
   from flax_cifar.data import dataset, feeds
   from flax_cifar.data.augment import arguments
+  from flax_cifar.parallel import mesh as mesh_lib
+  from flax_cifar.parallel import seeds as seeds_lib
+  from flax_cifar.run import checkpoint
 
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (5000, 32, 32, 3), np.uint8)
-  mesh, config = parallel.create_mesh(1), s9.get_config("published")
+  mesh, config = mesh_lib.create_mesh(1), s9.get_config("published")
   feed = feeds.create_feed(
     dataset.Split(images, rng.integers(0, 10, 5000).astype(np.int32)),
     backend="device",
@@ -82,21 +86,18 @@ def create_epoch(network: str, batch_size: int) -> Any:
     **{name: config.augment[name].to_dict() for name in arguments.RULES},
   )
   state, parts = step_worker.create_parts(network)
-  state = jax.device_put(state, parallel.replicated(mesh))
+  state = jax.device_put(state, mesh_lib.replicated(mesh))
   step = functools.partial(train.train_step, **parts)
-  steps_fn = train.create_steps_fn(step, feed, num_seeds=1, mesh=mesh)
+  steps_fn = seeds_lib.compile_steps(
+    step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=1, mesh=mesh
+  )
+  progress = state_lib.Progress(0, state, metrics.create_totals(1), [])
+  guard = signals.InterruptGuard()
+  policy = checkpoint.SavePolicy(every=1, every_steps=0, every_minutes=0)
 
   def run(steps: range) -> None:
-    nonlocal state
-    state, _, _ = train.train_epoch(
-      steps_fn,
-      state,
-      metrics.create_totals(1),
-      feed.chunks(steps),
-      done=steps.start,
-      stop=signals.never,
-      report=lambda totals, count: None,
-    )
+    chunks = feed.chunks(steps)
+    train.train_chunks(progress, chunks, steps_fn, guard, policy, lambda totals, count: None)
 
   return run
 

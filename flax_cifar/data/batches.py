@@ -17,7 +17,8 @@ class TrainBatches:
   """All batches of a run by step, a random-access source for grain.
 
   An epoch is a permutation of the examples without its incomplete last batch, so each example
-  occurs at most once in it. The stream (seed, e, i) augments example `i` in epoch `e`.
+  occurs at most once in it. The stream (seed, e, i) augments example `i` in epoch `e`. With
+  `rows` an item has these rows of the batch alone: those of one of several processes.
   """
 
   def __init__(
@@ -28,12 +29,14 @@ class TrainBatches:
     total_epochs: int,
     seed: int,
     augment: Augment | None,
+    rows: np.ndarray | None = None,
   ):
     self._split = split
     self._batch_size = batch_size
     self._total_epochs = total_epochs
     self._seed = seed
     self._augment = augment
+    self._rows = slice(None) if rows is None else rows
     self.steps_per_epoch = count_steps(split, batch_size)
 
   def __len__(self) -> int:
@@ -41,7 +44,7 @@ class TrainBatches:
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     """Returns image uint8 (B, H, W, C) and label int32 (B,) of `step` (from 0)."""
-    index = self.get_examples(step)
+    index = self.get_examples(step)[self._rows]
     images = self._split.images[index]
     if self._augment:
       epoch = int(step) // self.steps_per_epoch

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from flax_cifar import errors, parallel
+from flax_cifar import errors
 from flax_cifar.data import batches, dataset
 from flax_cifar.data.augment import device
+from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
 
 # Folded into a run's key, as its steps are, which never reach this number (errors.MAX_STEPS).
 ORDER = 2**32 - 1
@@ -38,16 +42,16 @@ class DeviceFeed:
     self.steps_per_epoch = batches.count_steps(split, batch_size)
     self.steps_per_call = min(steps_per_call, self.steps_per_epoch)
     self._augment = augment
-    self._sharding = parallel.split_batch(mesh)
-    self._keys = keys
+    self._sharding = mesh_lib.split_batch(mesh)
+    self._host_split = split
+    self._host_keys = keys
     self._num_seeds = keys.size
-    self._split = jax.device_put(
-      {"image": split.images, "label": split.labels}, parallel.replicated(mesh)
-    )
-    draw = functools.partial(draw_order, num_examples=len(split), batch_size=batch_size)
-    self._draw_order = jax.jit(
-      parallel.vmap_seeds(draw, self._num_seeds, in_axes=(0, None)),
-      out_shardings=parallel.replicated(mesh),
+    self._keys = mesh_lib.place(keys, mesh_lib.split_seeds(mesh))
+    arrays = {"image": split.images, "label": split.labels}
+    self._split = mesh_lib.place(arrays, mesh_lib.replicated(mesh))
+    self._draw = functools.partial(draw_order, num_examples=len(split), batch_size=batch_size)
+    self._draw_order = seeds_lib.compile_map(
+      self._draw, mesh, num_seeds=self._num_seeds, in_axes=(0, None)
     )
 
   def example_inputs(self) -> batches.Batch:
@@ -55,12 +59,15 @@ class DeviceFeed:
     return self._get_inputs(0)
 
   def batch_at(self, step: int, number: int = 0) -> batches.Batch:
-    """Compiles and runs `get_batch` alone."""
+    """Makes the batch on one device, so that a process can do so without the others."""
     epoch, position = divmod(step, self.steps_per_epoch)
-    inputs = self._get_inputs(epoch)
-    order, key = parallel.select_seed((inputs["order"], self._keys), self._num_seeds, number)
-    batch = jax.jit(self.get_batch)(key, step, {**inputs, "order": order})
-    return jax.device_get({**batch, "example": order[position]})
+    key = seeds_lib.select(self._host_keys, self._num_seeds, number)
+    example = np.asarray(self._draw(key, jnp.int32(epoch)))[position]
+    images = jnp.asarray(self._host_split.images[example])
+    if self._augment:
+      images = jax.jit(self._augment)(images, key, epoch, example)
+    labels = self._host_split.labels[example]
+    return {"image": np.asarray(images), "label": labels, "example": example}
 
   def chunks(self, steps: range) -> Iterator[batches.Chunk]:
     """Yields chunks that cover `steps`, which are all of one epoch.
@@ -116,7 +123,7 @@ def create_device_feed(
   return DeviceFeed(
     split,
     batch_size=batch_size,
-    keys=parallel.create_keys(seed, num_seeds),
+    keys=seeds_lib.create_keys(seed, num_seeds),
     augment=device.create_device_augment(**augment_arguments),
     steps_per_call=steps_per_call or choose_steps_per_call(mesh.devices.flat[0].platform),
     mesh=mesh,

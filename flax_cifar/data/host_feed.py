@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from flax_cifar import errors, parallel, signals
+from flax_cifar import errors, signals
 from flax_cifar.data import batches as batches_lib
 from flax_cifar.data import dataset as dataset_lib
+from flax_cifar.parallel import mesh as mesh_lib
 
 if TYPE_CHECKING:
   import grain
@@ -25,24 +27,34 @@ MAX_WORKERS = 256
 
 
 class HostFeed:
-  """A feed whose batches grain and Albumentations make, one step per call."""
+  """A feed whose batches grain and Albumentations make, one step per call.
+
+  Each process makes the rows of its own devices.
+  """
 
   seed_axes: ClassVar = None
   steps_per_call = 1
 
   def __init__(
-    self, create_batches: Callable[[], batches_lib.TrainBatches], *, workers: int, mesh: Mesh
+    self,
+    create_batches: Callable[[np.ndarray | None], batches_lib.TrainBatches],
+    *,
+    batch_size: int,
+    workers: int,
+    mesh: Mesh,
   ):
     # Not the batches of the stream, because grain's thread may be running their augmentation.
-    self._batches = create_batches()
+    self._batches = create_batches(None)
     self.steps_per_epoch = self._batches.steps_per_epoch
-    self._sharding = parallel.split_batch(mesh)
-    self._open = functools.partial(iterate_batches, create_batches(), workers=workers)
+    self._mesh = mesh
+    self._rows = mesh_lib.list_rows(mesh, batch_size)
+    self._open = functools.partial(iterate_batches, create_batches(self._rows), workers=workers)
     self._stream: Any = None
 
   def example_inputs(self) -> batches_lib.Batch:
     """Returns the first batch."""
-    return jax.device_put(self._batches[0], self._sharding)
+    rows = {name: values[self._rows] for name, values in self._batches[0].items()}
+    return mesh_lib.place_rows(rows, self._mesh)
 
   def batch_at(self, step: int, number: int = 0) -> batches_lib.Batch:
     """Makes the batch again."""
@@ -53,7 +65,7 @@ class HostFeed:
     """Yields one step at a time; `steps` must continue where those of the last call ended."""
     self._stream = self._stream or self._open(start_step=steps.start)
     for _ in steps:
-      yield 1, jax.device_put(next(self._stream), self._sharding)
+      yield 1, mesh_lib.place_rows(next(self._stream), self._mesh)
 
   @staticmethod
   def get_batch(key: jax.Array, step: jax.Array, inputs: batches_lib.Batch) -> batches_lib.Batch:
@@ -99,16 +111,17 @@ def create_host_feed(
   expected = f"from 0 to {MAX_WORKERS}"
   errors.require(0 <= workers <= MAX_WORKERS, "augment.workers", workers, expected)
 
-  def create_batches() -> batches_lib.TrainBatches:
+  def create_batches(rows: np.ndarray | None) -> batches_lib.TrainBatches:
     return batches_lib.TrainBatches(
       split,
       batch_size=batch_size,
       total_epochs=total_epochs,
       seed=seed,
       augment=host.create_host_augment(**augment_arguments),
+      rows=rows,
     )
 
-  return HostFeed(create_batches, workers=workers, mesh=mesh)
+  return HostFeed(create_batches, batch_size=batch_size, workers=workers, mesh=mesh)
 
 
 def iterate_batches(

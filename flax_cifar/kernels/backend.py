@@ -37,7 +37,7 @@ def select_backend() -> str:
   if jax.default_backend() != "cpu":
     return "definition"
   # XLA cannot split a custom call over devices.
-  return "onednn" if available and jax.local_device_count() == 1 else "xla"
+  return "onednn" if available and jax.device_count() == 1 else "xla"
 
 
 def describe_backend() -> str:

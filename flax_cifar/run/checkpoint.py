@@ -12,8 +12,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from flax_cifar import errors, parallel, signals
+from flax_cifar import errors, signals
 from flax_cifar import state as state_lib
+from flax_cifar.parallel import agreement
+from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import integrity
 
 
@@ -26,13 +28,16 @@ class Checkpoints:
   A checkpoint appears whole and with its digests, or not at all. Anything else in the folder is
   moved at once to `damaged` beside it: Orbax would take the highest number for the latest
   checkpoint, and save none with a lower one.
+
+  Of several processes, which share the folder, each must make the same calls.
   """
 
   def __init__(self, folder: pathlib.Path, *, keep: int):
     self._saved: tuple[int, int] | None = None
     self._folder = folder
-    integrity.finish_replacements(folder)
-    self._quarantined = integrity.quarantine(folder, folder.parent / "damaged")
+    agreement.by_first(integrity.finish_replacements)(folder)
+    damaged = folder.parent / "damaged"
+    self._quarantined = agreement.by_first(integrity.quarantine)(folder, damaged)
     best = BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
       best_fn=_accuracy,  # without it Orbax does not write the metrics down
@@ -76,7 +81,7 @@ class Checkpoints:
     with self._explain_failure():
       if step == self.latest_step:
         self._manager.wait_until_finished()
-        integrity.retire(self._folder / str(step))
+        agreement.by_first(integrity.retire)(self._folder / str(step))
         self._manager.reload()
       self._manager.save(step, args=items, metrics=means)
     self._saved = (step, len(records))
@@ -90,10 +95,13 @@ class Checkpoints:
       yield
     except signals.Stopped:
       self.save(progress)
-      raise signals.Interrupted(guard.signum or 0, progress.step) from None
+      (signum,) = agreement.largest(guard.signum or 0)
+      raise signals.Interrupted(signum, progress.step) from None
 
   def _write_digests(self) -> None:
     """Orbax calls this when all is written, before it gives the folder its final name."""
+    if not agreement.is_first():
+      return
     for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
       integrity.write_digests(path)
 
@@ -114,12 +122,15 @@ class Checkpoints:
     finally:
       with contextlib.suppress(Exception):  # the error of `wait`, once more
         self._manager.close()
-      integrity.finish_replacements(self._folder)
+      if agreement.is_first():
+        integrity.finish_replacements(self._folder)
 
   @contextlib.contextmanager
   def _explain_failure(self) -> Iterator[None]:
     try:
       yield
+    except jax.errors.JaxRuntimeError:  # another process is lost
+      raise
     except Exception as error:  # Orbax raises OSError, ValueError and others
       raise errors.UserError(
         f"a checkpoint could not be written to {str(self._folder)!r} ({errors.shorten(error)}); "
@@ -127,7 +138,7 @@ class Checkpoints:
       ) from error
 
   def restore_or(self, start: state_lib.Progress, mesh: Mesh) -> state_lib.Progress:
-    """The newest checkpoint, replicated over `mesh`; `start` where there never was one.
+    """The newest checkpoint, on the devices of `mesh`; `start` where there never was one.
 
     Args:
       start: the progress before the first step; a checkpoint must have its shapes and types.
@@ -145,7 +156,7 @@ class Checkpoints:
         )
       return start
     self._check_shapes(step, start.state)
-    sharding = parallel.replicated(mesh)
+    sharding = mesh_lib.split_seeds(mesh)
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), start.state
     )
@@ -214,7 +225,7 @@ class SavePolicy:
     """
     by_epoch = epoch is not None and epoch % self._epochs == 0
     by_step = self._steps > 0 and step % self._steps == 0
-    return by_epoch or by_step or self.is_time()
+    return by_epoch or by_step or bool(agreement.largest(self.is_time())[0])
 
   def mark_saved(self) -> None:
     """Starts the minutes again."""

@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +22,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from flax_cifar import errors, files, metrics
+from flax_cifar import state as state_lib
+from flax_cifar.parallel import agreement
 
 LINE_SECONDS = 60  # between two progress lines where no terminal shows a bar
 Report = Callable[[metrics.Totals, int], None]  # the epoch's totals, and how many steps are new
@@ -38,25 +40,30 @@ class Screen(Console):
 class RunLog:
   """Appends one record per epoch to metrics.jsonl and shows it.
 
-  Opening it rewrites the file with `records`, those of the checkpoint that the run goes on from.
-  So records after that checkpoint are dropped, and damage to the file does no harm.
+  Opening it rewrites the file with the records of `progress`, the checkpoint that the run goes on
+  from. So records after that checkpoint are dropped, and damage to the file does no harm. Of
+  several processes the first alone writes.
   """
 
   def __init__(
     self,
     workdir: pathlib.Path,
+    progress: state_lib.Progress,
     *,
-    records: Sequence[metrics.Record],
-    step: int,
     total_epochs: int,
     tensorboard: bool,
   ):
     # Not where FORCE_COLOR asks for it: escapes do not belong into a log file.
     self.console = Screen(highlight=False, force_terminal=sys.stdout.isatty())
+    self.writes = agreement.is_first()
     self._path = workdir / "metrics.jsonl"
     self._total_epochs = total_epochs
-    files.write_text(self._path, "".join(files.encode_json(record) + "\n" for record in records))
-    self._events = _open_events(workdir / "tensorboard", step) if tensorboard else None
+    self._events = None
+    if self.writes:
+      lines = (files.encode_json(record) + "\n" for record in progress.records)
+      files.write_text(self._path, "".join(lines))
+      if tensorboard:
+        self._events = _open_events(workdir / "tensorboard", progress.step)
 
   def print(self, text: str) -> None:
     """Prints plain text."""
@@ -68,13 +75,12 @@ class RunLog:
     for name, value in facts.items():
       self.print(f"{name.ljust(width)}  {value}")
 
-  def print_resumed(
-    self, step: int, steps_per_epoch: int, records: Sequence[metrics.Record]
-  ) -> None:
+  def print_resumed(self, progress: state_lib.Progress, steps_per_epoch: int) -> None:
     """Prints where a run resumes; nothing for a new run."""
-    if step:
-      self.print(f"resumed at step {step:,}, epoch {step / steps_per_epoch:.2f}")
-    earlier = metrics.get_earlier_totals(records, self._total_epochs)
+    if progress.step:
+      epoch = progress.step / steps_per_epoch
+      self.print(f"resumed at step {progress.step:,}, epoch {epoch:.2f}")
+    earlier = metrics.get_earlier_totals(progress.records, self._total_epochs)
     if earlier:
       self.print(
         f"extended from {errors.list_some(earlier)} to {self._total_epochs} epochs; the earlier "
@@ -121,8 +127,9 @@ class RunLog:
 
   def write(self, record: metrics.Record) -> None:
     """Appends the record of an epoch to the file, TensorBoard and the screen."""
-    with self._path.open("a", encoding="utf-8") as file:
-      file.write(files.encode_json(record) + "\n")
+    if self.writes:
+      with self._path.open("a", encoding="utf-8") as file:
+        file.write(files.encode_json(record) + "\n")
     if self._events:
       self._events.write_event(_create_event(record))
       self._events.flush()

@@ -7,10 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from flax_cifar import errors, parallel
+from flax_cifar import errors
 from flax_cifar import state as state_lib
 from flax_cifar.data import feeds
+from flax_cifar.parallel import agreement
+from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
 
 
 class NonFinite(Exception):
@@ -27,15 +31,18 @@ class NonFinite(Exception):
 
 
 @contextlib.contextmanager
-def dump_and_explain(feed: feeds.Feed, num_seeds: int, workdir: pathlib.Path) -> Iterator[None]:
+def dump_and_explain(
+  feed: feeds.Feed, num_seeds: int, mesh: Mesh, workdir: pathlib.Path
+) -> Iterator[None]:
   """Turns NonFinite into a UserError, with the state and the batch of the step dumped."""
   try:
     yield
   except NonFinite as error:
-    path = save_nonfinite_dump(
-      workdir,
-      step=error.step,
-      state=parallel.select_seed(error.state, num_seeds, error.number),
+    state = mesh_lib.fetch(error.state.replace(key=jax.random.key_data(error.state.key)), mesh)
+    path = workdir / f"nonfinite-step-{error.step + 1}.npz"
+    save_nonfinite_dump(
+      path,
+      state=seeds_lib.select(state, num_seeds, error.number),
       batch=feed.batch_at(error.step, error.number),
     )
     raise errors.UserError(
@@ -44,20 +51,17 @@ def dump_and_explain(feed: feeds.Feed, num_seeds: int, workdir: pathlib.Path) ->
     ) from error
 
 
+@agreement.by_first
 def save_nonfinite_dump(
-  workdir: pathlib.Path, *, step: int, state: state_lib.TrainState, batch: dict[str, np.ndarray]
-) -> pathlib.Path:
-  """Writes `nonfinite-step-N.npz`, N counted from 1, and returns its path.
+  path: pathlib.Path, *, state: state_lib.TrainState, batch: dict[str, np.ndarray]
+) -> None:
+  """Writes the step to `path`, an npz file.
 
   Args:
-    workdir: of the run.
-    step: the step, from 0.
-    state: of one seed, before the step.
+    path: of the file.
+    state: of one seed, before the step, on the host; its key is key data.
     batch: image and label as the step got them, and `example`, their numbers in the training split.
   """
-  file = workdir / f"nonfinite-step-{step + 1}.npz"
-  leaves = state_lib.name_leaves(state.replace(key=jax.random.key_data(state.key)))
-  arrays = {f"state/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
+  arrays = {f"state/{name}": leaf for name, leaf in state_lib.name_leaves(state).items()}
   contents: dict[str, Any] = {**arrays, **batch}
-  np.savez(file, **contents)
-  return file
+  np.savez(path, **contents)

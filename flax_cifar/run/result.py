@@ -12,20 +12,36 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flax_cifar import environment, errors, files, metrics, parallel
+from flax_cifar import environment, errors, files, metrics
 from flax_cifar import state as state_lib
 from flax_cifar.data import dataset, feeds
 from flax_cifar.data import splits as splits_lib
 from flax_cifar.kernels import backend
+from flax_cifar.parallel import agreement
+from flax_cifar.parallel import seeds as seeds_lib
+from flax_cifar.run import config as config_lib
 from flax_cifar.run import log as log_lib
 from flax_cifar.run import plots, tables, weights
 from flax_cifar.run import workdir as workdir_lib
+
+LOCAL_KEYS = ("data.dir", "augment.workers")  # may differ from process to process
 
 
 def get_facts(params: Any, num_seeds: int, mesh: Mesh) -> dict[str, Any]:
   """The number of `parameters` of one seed, and the `hardware`."""
   parameters = state_lib.count_parameters(params) // num_seeds
   return {"parameters": parameters, "hardware": environment.get_hardware(mesh.size)}
+
+
+def list_shared(config: ConfigDict, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+  """What all processes of a run must have alike.
+
+  Args:
+    config: of the run.
+    fingerprint: of the data, see `splits.Splits.fingerprint`.
+  """
+  flat = config_lib.without(config_lib.flatten(config.to_dict()), LOCAL_KEYS)
+  return {**flat, **fingerprint, **environment.get_versions()}
 
 
 def describe_run(
@@ -56,6 +72,7 @@ def describe_run(
   }
 
 
+@agreement.by_first
 def finish_run(
   workdir: pathlib.Path,
   *,
@@ -98,7 +115,7 @@ def finish_run(
   scores = score(splits.final_split_name, splits.final_split, logits)
   result = {**scores, **summarize(config, records), **facts, "data": splits.fingerprint}
   if config.log.pictures:
-    first = parallel.select_seed(logits, config.num_seeds)
+    first = seeds_lib.select(logits, config.num_seeds)
     plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
     misclassified = workdir / "misclassified.png"
     plots.save_misclassified(misclassified, splits.final_split, first, splits.class_names)
@@ -183,12 +200,23 @@ def format_score(result: Mapping[str, Any], metric: str, spec: str) -> str:
   return tables.format_sample(sample, spec)
 
 
-def report_finished(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
-  """Prints and returns the result if the run has finished; otherwise returns None.
+@agreement.by_first
+def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Prints and returns the result if the run in `workdir` has finished; otherwise returns None.
+
+  Writes nothing.
 
   Raises:
-    UserError: it has finished, and its data have changed since.
+    UserError: no run of `config` can go on there, or it has finished and its data have changed.
   """
+  workdir_lib.check_config(workdir, config.to_dict())
+  if finished := _report_finished(config, workdir):
+    return finished
+  workdir_lib.check_writable(workdir)
+  return None
+
+
+def _report_finished(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
   result = workdir_lib.read_result(workdir)
   if result is None or result["epochs"] < config.total_epochs:
     return None

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from flax_cifar import errors, files
 from flax_cifar.models import layer_table
+from flax_cifar.parallel import agreement
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import tables
 
@@ -76,6 +77,7 @@ def _compare_configs(saved: Mapping[str, Any], config: Mapping[str, Any]) -> lis
   )
 
 
+@agreement.by_first
 def check_data(workdir: pathlib.Path, fingerprint: Mapping[str, Any]) -> None:
   """Raises a UserError if the run in `workdir` was started on other data.
 
@@ -120,13 +122,22 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[None]:
-  """Creates `workdir`, writes the config of a new run there and keeps other processes out.
+  """Creates `workdir`, writes the config of a new run there and keeps other runs out.
 
   The config of an earlier run stays until this one is known to fit its checkpoint.
 
   Raises:
-    UserError: another process trains there, or has done so with another config since the check.
+    UserError: another run is there, or has been there with another config since the check; or not
+      every process sees the same folder.
   """
+  with contextlib.ExitStack() as stack:
+    agreement.by_first(stack.enter_context)(_create_and_lock(workdir, config))
+    agreement.check_same_file(workdir / LOCK)
+    yield
+
+
+@contextlib.contextmanager
+def _create_and_lock(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[None]:
   workdir.mkdir(parents=True, exist_ok=True)
   with _lock(workdir) as file:
     check_config(workdir, config)
@@ -138,6 +149,7 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[N
     yield
 
 
+@agreement.by_first
 def write_start(
   workdir: pathlib.Path,
   config: Mapping[str, Any],

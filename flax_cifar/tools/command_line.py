@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from flax_cifar import configs, environment, errors, signals
+from flax_cifar import configs, errors, signals
 
 CONFIGS = pathlib.Path(configs.__file__).parent
 NO_CONFIGS = ("__init__", "common", "recipes", "variants")  # shared by the configs
@@ -36,12 +37,15 @@ def explain(error: Exception) -> str:
 def one_line_errors() -> Iterator[None]:
   """Ends the process with one line and a status where its work raises what a user can cause.
 
-  2: a mistake in what was asked for; 128 + N: stopped by signal N.
+  2: a mistake in what was asked for; 75: another process of the run is lost; 128 + N: stopped by
+  signal N.
   """
   try:
     yield
   except errors.UserError as error:
     leave(f"error: {explain(error)}", 2)
+  except errors.Lost as error:
+    leave(f"error: {error}", os.EX_TEMPFAIL)
   except signals.Interrupted as stop:
     leave(str(stop), 128 + stop.signum)
   except KeyboardInterrupt:
@@ -86,7 +90,7 @@ def define_config() -> flags.FlagHolder:
 def run(main: Callable[[ConfigDict], None]) -> None:
   """Parses the command line, calls `main` with the config, and leaves with an exit status.
 
-  0: done; 2: a mistake in what was asked for; 128 + N: stopped by signal N.
+  0: done; for the others see `one_line_errors`.
   """
   config = define_config()
 
@@ -94,7 +98,6 @@ def run(main: Callable[[ConfigDict], None]) -> None:
     del argv
     logging.set_verbosity(logging.FATAL)  # Orbax logs the traceback of what it raises as well
     with one_line_errors():
-      environment.check_devices()
       main(config.value)
 
   sys.unraisablehook = report_unraisable

@@ -95,8 +95,9 @@ def evaluate_weights(options: Options) -> Score:
   # Imported here: they bring JAX, for which a wrong flag need not wait.
   import jax
 
-  from flax_cifar import evaluate, parallel
+  from flax_cifar import evaluate
   from flax_cifar.data.augment import normalize
+  from flax_cifar.parallel import mesh as mesh_lib
   from flax_cifar.run import weights as weights_lib
 
   weights = weights_lib.load_weights(options.weights)
@@ -110,7 +111,7 @@ def evaluate_weights(options: Options) -> Score:
     mesh=mesh,
     num_seeds=1,  # a file holds one network
   )
-  variables = jax.device_put(weights.variables, parallel.replicated(mesh))
+  variables = jax.device_put(weights.variables, mesh_lib.replicated(mesh))
   scores = evaluate.evaluate(eval_step, variables, split, config["eval_batch_size"])
   return Score(
     split=name,
@@ -194,12 +195,12 @@ def _create_mesh(config: Mapping[str, Any]) -> "Mesh":
   """The run's number of devices if this machine has as many, for equal results; otherwise one."""
   import jax
 
-  from flax_cifar import parallel
+  from flax_cifar.parallel import mesh as mesh_lib
 
   available = jax.local_device_count()
   wanted = config["num_devices"] or available
   fits = wanted <= available and config["eval_batch_size"] % wanted == 0
-  return parallel.create_mesh(wanted if fits else 1)
+  return mesh_lib.create_mesh(wanted if fits else 1)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cifar import errors, parallel
+from flax_cifar import errors
 from flax_cifar.data import batches as batches_lib
 from flax_cifar.data import dataset, device_feed, feeds, host_feed
 from flax_cifar.data.augment import device, host
+from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
 
 COUNT, BATCH = 22, 4  # five steps
 FLIP = device.create_device_augment(
@@ -31,10 +33,10 @@ def create(*, seed=0, num_seeds=1, augment=None, steps_per_call=1, devices=1):
   return device_feed.DeviceFeed(
     make_split(),
     batch_size=BATCH,
-    keys=parallel.create_keys(seed, num_seeds),
+    keys=seeds_lib.create_keys(seed, num_seeds),
     augment=augment,
     steps_per_call=steps_per_call,
-    mesh=parallel.create_mesh(devices),
+    mesh=mesh_lib.create_mesh(devices),
   )
 
 
@@ -43,10 +45,10 @@ def create_feed_of(steps, *, steps_per_call):
   return device_feed.DeviceFeed(
     dataset.Split(np.zeros((steps, 1, 1, 3), np.uint8), np.zeros(steps, np.int32)),
     batch_size=1,
-    keys=parallel.create_keys(0, 1),
+    keys=seeds_lib.create_keys(0, 1),
     augment=None,
     steps_per_call=steps_per_call,
-    mesh=parallel.create_mesh(1),
+    mesh=mesh_lib.create_mesh(1),
   )
 
 
@@ -172,7 +174,8 @@ def test_the_host_feed_continues_at_any_step():
   batches = batches_lib.TrainBatches(
     make_split(), batch_size=BATCH, total_epochs=2, seed=0, augment=None
   )
-  feed = host_feed.HostFeed(lambda: batches, workers=0, mesh=parallel.create_mesh(1))
+  mesh = mesh_lib.create_mesh(1)
+  feed = host_feed.HostFeed(lambda rows: batches, batch_size=BATCH, workers=0, mesh=mesh)
   chunks = [*feed.chunks(range(3, 5)), *feed.chunks(range(5, 10))]
   feed.close()
   assert [length for length, _ in chunks] == [1] * 7
@@ -203,7 +206,7 @@ def test_batch_at_of_the_host_feed_works_while_grain_loads(monkeypatch):
     num_seeds=1,
     steps_per_call=1,
     workers=0,
-    mesh=parallel.create_mesh(1),
+    mesh=mesh_lib.create_mesh(1),
     ops=(),
     op_arguments={},
     mean=(0.5,) * 3,
@@ -220,10 +223,10 @@ def test_a_batch_larger_than_the_data_is_an_error():
     device_feed.DeviceFeed(
       make_split(),
       batch_size=23,
-      keys=parallel.create_keys(0, 1),
+      keys=seeds_lib.create_keys(0, 1),
       augment=None,
       steps_per_call=1,
-      mesh=parallel.create_mesh(1),
+      mesh=mesh_lib.create_mesh(1),
     )
 
 

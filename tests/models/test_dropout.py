@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cifar import parallel
 from flax_cifar.models import dropout
+from flax_cifar.parallel import mesh as mesh_lib
 
 SHAPE = (32, 16, 16, 32)  # a feature map of a small batch
 SIZE = int(np.prod(SHAPE))
@@ -162,12 +162,12 @@ def test_masks_do_not_depend_on_jit():
 
 
 def test_masks_do_not_depend_on_the_number_of_devices():
-  mesh, x = parallel.create_mesh(4), np.ones((8, 6, 6, 8), np.float32)
+  mesh, x = mesh_lib.create_mesh(4), np.ones((8, 6, 6, 8), np.float32)
   key = jax.random.key(1)
   sharded = drop(
     0.3,
-    jax.device_put(key, parallel.replicated(mesh)),
-    jax.device_put(x, parallel.split_batch(mesh)),
+    jax.device_put(key, mesh_lib.replicated(mesh)),
+    jax.device_put(x, mesh_lib.split_batch(mesh)),
   )
   assert len(sharded.sharding.device_set) == 4
   np.testing.assert_array_equal(sharded, drop(0.3, key, x))

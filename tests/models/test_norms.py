@@ -9,10 +9,11 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from flax_cifar import errors, models, parallel
+from flax_cifar import errors, models
 from flax_cifar.configs import common
 from flax_cifar.kernels import norm_relu
 from flax_cifar.models import norms
+from flax_cifar.parallel import mesh as mesh_lib
 
 EPSILON = 1e-5
 RNG = np.random.default_rng(0)
@@ -108,7 +109,7 @@ def test_batch_norm_equals_flax_in_output_and_running_mean(train):
 
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_statistics_cover_the_whole_batch_when_it_is_split_over_devices(num_splits):
-  sharded = jax.device_put(X, parallel.split_batch(parallel.create_mesh(4)))
+  sharded = jax.device_put(X, mesh_lib.split_batch(mesh_lib.create_mesh(4)))
   y, stats = train_step(batch_norm(num_splits), VARIABLES, sharded)
   expected, expected_stats = train_step(batch_norm(num_splits), VARIABLES, X)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cifar import errors, metrics, optim, parallel
+from flax_cifar import errors, metrics, optim
 from flax_cifar import state as state_lib
+from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import checkpoint, integrity
 from tests import tiny
 
@@ -64,7 +65,7 @@ def list_kept_steps(folder):
 def test_everything_is_restored_on_any_number_of_devices(tmp_path, devices):
   save(tmp_path / "c", (7, 0.5))
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
-  restored = checkpoints.restore_or(start(create()), parallel.create_mesh(devices))
+  restored = checkpoints.restore_or(start(create()), mesh_lib.create_mesh(devices))
   checkpoints.close()
   assert restored.step == 7
   assert restored.totals == TOTALS
@@ -77,7 +78,7 @@ def test_everything_is_restored_on_any_number_of_devices(tmp_path, devices):
 def test_without_a_checkpoint_the_given_progress_is_returned(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
   given = start(create())
-  assert checkpoints.restore_or(given, parallel.create_mesh(1)) is given
+  assert checkpoints.restore_or(given, mesh_lib.create_mesh(1)) is given
   checkpoints.close()
 
 
@@ -95,7 +96,7 @@ def test_state_may_be_donated_right_after_save(tmp_path):
     params = scramble(params)
   checkpoints.close()
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
-  restored = checkpoints.restore_or(start(create(features=600)), parallel.create_mesh(1))
+  restored = checkpoints.restore_or(start(create(features=600)), mesh_lib.create_mesh(1))
   checkpoints.close()
   for saved, loaded in zip(expected, leaves(restored.state), strict=True):
     np.testing.assert_array_equal(saved, loaded)
@@ -150,7 +151,7 @@ def test_another_network_is_refused(tmp_path, network, message):
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
   other = create(**{k: norms.NoNorm if v == "none" else v for k, v in network.items()})
   with pytest.raises(errors.UserError, match=f"another network: .*{message}"):
-    checkpoints.restore_or(start(other), parallel.create_mesh(1))
+    checkpoints.restore_or(start(other), mesh_lib.create_mesh(1))
   checkpoints.close()
 
 
@@ -188,7 +189,7 @@ def start(state):
 def restore(folder, like=None):
   checkpoints = checkpoint.Checkpoints(folder, keep=2)
   try:
-    return checkpoints.restore_or(start(like or create()), parallel.create_mesh(1))
+    return checkpoints.restore_or(start(like or create()), mesh_lib.create_mesh(1))
   finally:
     checkpoints.close()
 

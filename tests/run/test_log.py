@@ -13,6 +13,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from flax_cifar import metrics
+from flax_cifar import state as state_lib
 from flax_cifar.run import log as log_lib
 
 TRAIN = {
@@ -40,9 +41,8 @@ def lines(path):
 
 
 def open_log(path, records=(), tensorboard=False):
-  return log_lib.RunLog(
-    path, records=list(records), step=10 * len(records), total_epochs=12, tensorboard=tensorboard
-  )
+  progress = state_lib.Progress(10 * len(records), None, {}, list(records))
+  return log_lib.RunLog(path, progress, total_epochs=12, tensorboard=tensorboard)
 
 
 def test_a_line_has_the_means(tmp_path):
@@ -229,7 +229,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 def test_an_extended_run_says_so(tmp_path, capsys):
   records = [{"epoch": 1, "step": 4, "total_epochs": 2}, {"epoch": 2, "step": 8}]
   log = open_log(tmp_path, records)
-  log.print_resumed(8, 4, records)
+  log.print_resumed(state_lib.Progress(8, None, {}, records), 4)
   log.close()
   assert "extended from 2 to 12 epochs; the earlier ones followed" in capsys.readouterr().out
 

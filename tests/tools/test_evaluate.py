@@ -11,9 +11,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from flax_cifar import errors, models, parallel, train
+from flax_cifar import errors, models, train
 from flax_cifar import evaluate as evaluate_lib
 from flax_cifar.data import splits as splits_lib
+from flax_cifar.parallel import seeds as seeds_lib
 from flax_cifar.run import weights
 from flax_cifar.tools import evaluate
 from tests import tiny
@@ -41,7 +42,7 @@ def run(workdir, data, monkeypatch, **changes):
   def save_and_predict(eval_step, variables, *rest, **options):
     weights.save_weights(
       path,
-      parallel.select_seed(variables, config.num_seeds),
+      seeds_lib.select(variables, config.num_seeds),
       config=config.to_dict(),
       class_names=splits.class_names,
       image_shape=splits.image_shape,

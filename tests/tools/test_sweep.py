@@ -11,9 +11,10 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from flax_cifar import environment, errors, optim, parallel
+from flax_cifar import environment, errors, optim
 from flax_cifar.configs import common, variants
 from flax_cifar.data import dataset, feeds
+from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import config as config_lib
 from flax_cifar.tools import compare as compare_lib
 from flax_cifar.tools import sweep
@@ -137,7 +138,7 @@ def start_run(seed=0, epochs=1, lr=0.1):
   config = common.get_config()
   config.update_from_flattened_dict({"seed": seed, "batch_size": 4})
   arguments = config_lib.get_feed_arguments(config)
-  feeds.create_feed(split, mean=(0.5,) * 3, mesh=parallel.create_mesh(1), **arguments)
+  feeds.create_feed(split, mean=(0.5,) * 3, mesh=mesh_lib.create_mesh(1), **arguments)
   schedule = optim.create_schedule(steps_per_epoch=1, total_epochs=epochs, **config.schedule)
   optim.create_optimizer(schedule, **{**config.optimizer, "learning_rate": lr})
 

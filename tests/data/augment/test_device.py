@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from flax_cifar import errors, parallel
+from flax_cifar import errors
 from flax_cifar.configs import common
 from flax_cifar.data.augment import arguments as arguments_lib
 from flax_cifar.data.augment import device as device_lib
 from flax_cifar.data.augment import device_pixels, device_random
 from flax_cifar.data.augment import host as host_lib
+from flax_cifar.parallel import mesh as mesh_lib
 
 MEAN = (0.49139968, 0.48215841, 0.44653091)
 S9_OPS = ("horizontal_flip", "shift_scale_rotate", "coarse_dropout")
@@ -319,9 +320,9 @@ def test_another_key_epoch_or_example_gives_another_draw(seed, epoch, first):
 
 
 def test_a_batch_split_over_devices_gives_the_same_without_communication():
-  mesh, images, key = parallel.create_mesh(4), make_images()[:64], jax.random.key(1)
+  mesh, images, key = mesh_lib.create_mesh(4), make_images()[:64], jax.random.key(1)
   augment = device_lib.create_device_augment(ops=S9_OPS, mean=MEAN, **get_all_arguments({}))
-  split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
+  split, whole = mesh_lib.split_batch(mesh), mesh_lib.replicated(mesh)
   step = jax.jit(augment, in_shardings=(split, whole, whole, split), out_shardings=split)
   arguments = (images, key, jnp.int32(0), jnp.arange(64))
   np.testing.assert_array_equal(step(*arguments), create_s9()(*arguments))

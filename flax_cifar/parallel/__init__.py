@@ -1,0 +1,1 @@
+"""Devices, seeds and processes: how one run is spread over many."""

@@ -1,0 +1,134 @@
+"""What all processes of a run decide together; with a single process nothing is exchanged.
+
+Every process must call these functions, in the same order.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_cifar import errors, files
+from flax_cifar.parallel import watchdog
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MESSAGE_BYTES = 2048  # of an error; longer ones are cut
+
+
+def is_first() -> bool:
+  """Whether this is process 0, which alone writes files and prints."""
+  return jax.process_index() == 0
+
+
+def largest(*values: int) -> tuple[int, ...]:
+  """Each value's maximum over all processes; of flags, whether any process has set it."""
+  if jax.process_count() == 1:
+    return values
+  sharding, reduce = _create_reduce()
+  rows = np.tile(np.array(values, np.int32), (jax.local_device_count(), 1))
+  placed = jax.make_array_from_process_local_data(sharding, rows)
+  found = tuple(np.asarray(reduce(placed)).tolist())
+  watchdog.report_progress()
+  return found
+
+
+@functools.cache
+def _create_reduce() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+  mesh = Mesh(np.array(jax.devices()), ("device",))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  reduce = jax.jit(lambda rows: rows.max(0), out_shardings=replicated)
+  return NamedSharding(mesh, PartitionSpec("device")), reduce
+
+
+def agreed(condition: Callable[[], bool]) -> Callable[[], bool]:
+  """The condition that `condition` holds in any process."""
+  return lambda: bool(largest(int(condition()))[0])
+
+
+def by_first(function: Callable[P, T]) -> Callable[P, T]:
+  """Lets process 0 alone call `function`, while all others wait for it.
+
+  They return what it returns there, which must be something that JSON can hold, and raise its
+  UserError.
+  """
+
+  @functools.wraps(function)
+  def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+    result: Any = None
+    with share_errors():
+      if is_first():
+        result = function(*args, **kwargs)
+    return result if jax.process_count() == 1 else json.loads(_broadcast(files.encode_json(result)))
+
+  return wrapped
+
+
+@contextlib.contextmanager
+def share_errors() -> Iterator[None]:
+  """Raises the UserError of any process in all of them, at the end of the block."""
+  message, cause = "", None
+  try:
+    yield
+  except errors.UserError as error:
+    message, cause = str(error), error
+  if jax.process_count() == 1:
+    if cause:
+      raise cause
+    return
+  messages = _gather(message)
+  number = next((number for number, text in enumerate(messages) if text), None)
+  if number is not None:
+    everywhere = len(set(messages)) == 1
+    where = "" if everywhere or number == 0 else f"process {number} of {len(messages)}: "
+    raise errors.UserError(where + messages[number]) from cause
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+  """Raises a UserError in every process unless all have the same `values`, which JSON can hold."""
+  if jax.process_count() == 1:
+    return
+  first = json.loads(_broadcast(json.dumps(values)))
+  with share_errors():
+    differences = errors.list_differences(first, json.loads(json.dumps(values)))
+    if differences:
+      raise errors.UserError(
+        f"differs from process 0: {errors.list_some(differences, 3)}. Start all processes with "
+        "the same command, versions and data."
+      )
+
+
+def check_same_file(path: pathlib.Path) -> None:
+  """Raises a UserError in every process unless all read the same text in `path`."""
+  text = by_first(path.read_text)(encoding="utf-8")
+  with share_errors():
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+      raise errors.UserError(
+        f"{str(path)!r} is not what process 0 has written; choose a --workdir on a file system "
+        "that all machines share."
+      )
+
+
+def _gather(text: str) -> list[str]:
+  """The text of each process."""
+  row = np.zeros(MESSAGE_BYTES, np.uint8)
+  encoded = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
+  row[: len(encoded)] = encoded
+  rows = multihost_utils.process_allgather(row)
+  return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]
+
+
+def _broadcast(text: str) -> str:
+  """The text of process 0."""
+  encoded = np.frombuffer(text.encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
+  row = np.resize(encoded, length)
+  return bytes(np.asarray(multihost_utils.broadcast_one_to_all(row))).decode()

@@ -1,0 +1,114 @@
+"""The mesh of all devices of all processes, and how arrays lie on it.
+
+Its axis "batch" splits each batch. Its axis "seed" splits the seeds of a run of several: devices
+that train different seeds never wait for each other.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_cifar import errors
+
+MAX_BATCH_SIZE = (
+  65_536  # evaluation pads its last batch to the full size, so a huge one needs as much memory
+)
+
+
+def create_mesh(num_devices: int, num_seeds: int = 1) -> Mesh:
+  """A mesh with the axes "seed" and "batch" over the first `num_devices` devices; 0 means all.
+
+  The axis "seed" is as long as possible: the largest common divisor of seeds and devices.
+
+  Raises:
+    UserError: there are not that many devices, or some process would have none.
+  """
+  devices = jax.devices()
+  if jax.process_count() > 1:
+    expected = f"0 (all) or {len(devices)}, as every process needs devices"
+    errors.require(num_devices in (0, len(devices)), "num_devices", num_devices, expected)
+  errors.require(
+    0 <= num_devices <= len(devices), "num_devices", num_devices, f"from 0 to {len(devices)} here"
+  )
+  used = devices[: num_devices or None]
+  parts = math.gcd(num_seeds, len(used))
+  return Mesh(np.array(used).reshape(parts, -1), ("seed", "batch"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on each device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh) -> NamedSharding:
+  """The sharding of arrays (N, ...): a part of the examples on each device of a seed."""
+  return NamedSharding(mesh, PartitionSpec("batch"))
+
+
+def split_seeds(mesh: Mesh) -> NamedSharding:
+  """The sharding of the state: arrays (seeds, ...) along "seed"; whole copies for one seed."""
+  return NamedSharding(mesh, PartitionSpec("seed") if mesh.shape["seed"] > 1 else PartitionSpec())
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+  """Copies arrays to the devices of `sharding`; every process has the same ones whole.
+
+  `jax.device_put` would send them from process to process to compare them, and refuses keys.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+
+  def place_leaf(leaf: Any) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      data = place_leaf(jax.random.key_data(leaf))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+  return jax.tree.map(place_leaf, tree)
+
+
+def list_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """The rows of a batch that lie on this process's devices, in order: int64."""
+  parts = split_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+  rows = np.arange(batch_size)
+  return np.unique(np.concatenate([rows[index] for index in parts if index is not None]))
+
+
+def place_rows(batch: Any, mesh: Mesh) -> Any:
+  """Joins the rows of all processes, each of which has those of `list_rows`, to a batch."""
+  sharding = split_batch(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def fetch(tree: Any, mesh: Mesh) -> Any:
+  """Copies arrays to the host of every process, whole; each process must call it."""
+  if jax.process_count() > 1:
+    tree = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+  return jax.device_get(tree)
+
+
+def check_batch_sizes(mesh: Mesh, batch_size: int, eval_batch_size: int) -> None:
+  """Raises a UserError unless batches can be split over the devices that share one."""
+  _check_batch_size("batch_size", batch_size, mesh)
+  _check_batch_size("eval_batch_size", eval_batch_size, mesh)
+
+
+def _check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
+  parts = mesh.shape["batch"]
+  fits = 0 < batch_size <= MAX_BATCH_SIZE and batch_size % parts == 0
+  most = MAX_BATCH_SIZE // parts
+  nearest = {min(max(n, 1), most) * parts for n in (batch_size // parts, batch_size // parts + 1)}
+  errors.require(
+    fits,
+    name,
+    batch_size,
+    f"a multiple of the {parts} devices that share a batch, from 1 to {MAX_BATCH_SIZE:,}; "
+    f"the nearest are {' and '.join(map(str, sorted(nearest)))}",
+  )
