@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from flax_cifar import errors
 from flax_cifar.models import norms
+from flax_cifar.parallel import mesh as mesh_lib
 
 Schedule = Callable[[Any], Any]  # step -> learning rate, as a factor of the peak
 Mask = Callable[[Any], Any] | None
@@ -164,9 +166,9 @@ def create_plateau(
   return Plateau(enabled, transform)
 
 
-def compute_lr_factor(schedule: Schedule, step: int, plateau_state: Any) -> np.ndarray:
+def compute_lr_factor(schedule: Schedule, step: int, plateau_state: Any, mesh: Mesh) -> np.ndarray:
   """The learning rate of `step` as a factor of the peak: float64 () or (seeds,)."""
-  return np.asarray(schedule(step) * plateau_state.scale, np.float64)
+  return np.asarray(schedule(step) * mesh_lib.fetch(plateau_state.scale, mesh), np.float64)
 
 
 # ---- Optimizers

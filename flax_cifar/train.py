@@ -145,7 +145,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       validation = evaluate.validate(
         eval_step, variables, splits.validation, config.eval_batch_size, stop=stop
       )
-      factor = optim.compute_lr_factor(schedule, progress.step - 1, progress.state.plateau)
+      factor = optim.compute_lr_factor(schedule, progress.step - 1, progress.state.plateau, mesh)
       record = metrics.create_record(
         epoch=epoch + 1,
         step=progress.step,

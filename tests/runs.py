@@ -39,7 +39,11 @@ def load_checkpoint(workdir, step):
   import orbax.checkpoint as ocp
 
   path = (workdir / "checkpoints" / str(step) / "state").absolute()
-  return ocp.StandardCheckpointer().restore(path)
+  checkpointer = ocp.StandardCheckpointer()
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  leaves = checkpointer.metadata(path).item_metadata.tree  # several processes may have written it
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), leaves)
+  return checkpointer.restore(path, target)
 
 
 def flat_checkpoint(workdir, step):

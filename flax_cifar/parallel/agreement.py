@@ -21,7 +21,7 @@ from flax_cifar.parallel import watchdog
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MESSAGE_BYTES = 2048  # of an error; longer ones are cut
+ROW_BYTES = 4096
 
 
 def is_first() -> bool:
@@ -63,11 +63,16 @@ def by_first(function: Callable[P, T]) -> Callable[P, T]:
 
   @functools.wraps(function)
   def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+    if jax.process_count() == 1:
+      return function(*args, **kwargs)
     result: Any = None
-    with share_errors():
-      if is_first():
-        result = function(*args, **kwargs)
-    return result if jax.process_count() == 1 else json.loads(_broadcast(files.encode_json(result)))
+    message, cause = "", None
+    try:
+      result = function(*args, **kwargs) if is_first() else None
+    except errors.UserError as error:
+      message, cause = str(error), error
+    shared: Any = _exchange(result, message, cause)[0]
+    return result if is_first() else shared
 
   return wrapped
 
@@ -79,26 +84,21 @@ def share_errors() -> Iterator[None]:
   try:
     yield
   except errors.UserError as error:
+    if jax.process_count() == 1:
+      raise
     message, cause = str(error), error
-  if jax.process_count() == 1:
-    if cause:
-      raise cause
-    return
-  messages = _gather(message)
-  number = next((number for number, text in enumerate(messages) if text), None)
-  if number is not None:
-    everywhere = len(set(messages)) == 1
-    where = "" if everywhere or number == 0 else f"process {number} of {len(messages)}: "
-    raise errors.UserError(where + messages[number]) from cause
+  if jax.process_count() > 1:
+    _exchange(None, message, cause)
 
 
 def check_same(values: Mapping[str, Any]) -> None:
   """Raises a UserError in every process unless all have the same `values`, which JSON can hold."""
   if jax.process_count() == 1:
     return
-  first = json.loads(_broadcast(json.dumps(values)))
+  ours = json.loads(files.encode_json(values))
+  theirs = _exchange(ours if is_first() else None)[0]
   with share_errors():
-    differences = errors.list_differences(first, json.loads(json.dumps(values)))
+    differences = errors.list_differences(theirs, ours)
     if differences:
       raise errors.UserError(
         f"differs from process 0: {errors.list_some(differences, 3)}. Start all processes with "
@@ -117,18 +117,29 @@ def check_same_file(path: pathlib.Path) -> None:
       )
 
 
+def _exchange(value: Any, message: str = "", cause: Exception | None = None) -> list[Any]:
+  """The value of each process, which JSON can hold.
+
+  Raises:
+    UserError: a process has a `message`; it is that of the first one.
+  """
+  pairs = [json.loads(text) for text in _gather(files.encode_json([value, message]))]
+  messages = [text for _, text in pairs]
+  number = next((number for number, text in enumerate(messages) if text), None)
+  if number is not None:
+    from_all = len(set(messages)) == 1
+    where = "" if from_all or number == 0 else f"process {number} of {len(messages)}: "
+    raise errors.UserError(where + messages[number]) from cause
+  return [value for value, _ in pairs]
+
+
 def _gather(text: str) -> list[str]:
-  """The text of each process."""
-  row = np.zeros(MESSAGE_BYTES, np.uint8)
-  encoded = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
-  row[: len(encoded)] = encoded
-  rows = multihost_utils.process_allgather(row)
-  return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]
+  """The text of each process.
 
-
-def _broadcast(text: str) -> str:
-  """The text of process 0."""
-  encoded = np.frombuffer(text.encode(), np.uint8)
-  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
-  row = np.resize(encoded, length)
-  return bytes(np.asarray(multihost_utils.broadcast_one_to_all(row))).decode()
+  A row has room for most texts, so that one program serves them all.
+  """
+  encoded = text.encode()
+  (longest,) = largest(len(encoded))
+  room = max(ROW_BYTES, 1 << (longest - 1).bit_length())
+  row = np.frombuffer(encoded.ljust(room), np.uint8)
+  return [bytes(row).decode() for row in np.asarray(multihost_utils.process_allgather(row))]

@@ -5,6 +5,7 @@ import faulthandler
 import os
 import statistics
 import threading
+import time
 from collections.abc import Iterator
 
 STDERR = 2  # its file descriptor: print could wait for a thread that is stuck
@@ -12,8 +13,8 @@ POLL_SECONDS = 1.0
 FACTOR = 50  # times the median between two calls
 HISTORY = 100  # the latest calls, of which the median is taken
 STUCK = (
-  "no call has finished for {seconds:.0f} s, so a process of the run is stuck; above are the "
-  "stacks of this one. Start all of them again, and they go on from the last checkpoint"
+  "error: no call has finished for {seconds:.0f} s, so a process of the run is stuck; above are "
+  "the stacks of this one. Start all of them again, and they go on from the last checkpoint"
 )
 
 
@@ -51,6 +52,7 @@ class Watchdog:
   def _leave(self) -> None:
     faulthandler.dump_traceback(STDERR, all_threads=True)
     os.write(STDERR, (STUCK.format(seconds=self._waited) + "\n").encode())
+    time.sleep(2 * POLL_SECONDS)  # in which the other processes write theirs
     os._exit(os.EX_TEMPFAIL)
 
 
