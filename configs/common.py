@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
       "norm": {
         # train_scale False keeps the scale at 1.
         "batch": {"momentum": 0.9, "epsilon": 1e-5, "train_scale": True},
+        # num_splits 0: each device has its own statistics.
         "ghost": {"num_splits": 2, "momentum": 0.9, "epsilon": 1e-5, "train_scale": True},
         "layer": {"epsilon": 1e-5, "affine": True},  # affine False: no scale and bias
         "group": {"num_groups": 2, "epsilon": 1e-5},

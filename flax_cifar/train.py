@@ -312,6 +312,7 @@ def train_step(
     return losses.mean(), (losses, logits, updates.get("batch_stats", {}))
 
   gradients, (losses, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+  gradients = mesh_lib.replicate(gradients)
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   updates = jax.tree.map(lambda update: update * state.plateau.scale, updates)
   params = optax.apply_updates(state.params, updates)
@@ -323,7 +324,7 @@ def train_step(
     step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
   )
   # After a non-finite step the state is frozen, so the host can inspect it.
-  finite = state.finite & state_lib.all_finite((losses, gradients))
-  state = state_lib.choose_tree(finite, new_state, state).replace(finite=finite)
   sums = metrics.compute_totals(losses, logits, labels, jnp.ones(len(labels)))
+  finite = state.finite & state_lib.all_finite((sums["loss_sum"], gradients))
+  state = state_lib.choose_tree(finite, new_state, state).replace(finite=finite)
   return state, sums | {"finite": finite}

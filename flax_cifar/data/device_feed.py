@@ -42,7 +42,6 @@ class DeviceFeed:
     self.steps_per_epoch = batches.count_steps(split, batch_size)
     self.steps_per_call = min(steps_per_call, self.steps_per_epoch)
     self._augment = augment
-    self._sharding = mesh_lib.split_batch(mesh)
     self._host_split = split
     self._host_keys = keys
     self._num_seeds = keys.size
@@ -90,7 +89,7 @@ class DeviceFeed:
   def get_batch(self, key: jax.Array, step: jax.Array, inputs: batches.Batch) -> batches.Batch:
     """Gathers the batch of `step`, splits it over the devices and augments it with `key`."""
     epoch, position = step // self.steps_per_epoch, step % self.steps_per_epoch
-    example = jax.lax.with_sharding_constraint(inputs["order"][position], self._sharding)
+    example = mesh_lib.share_out(inputs["order"][position])
     images = inputs["image"][example]
     if self._augment:
       images = self._augment(images, key, epoch, example)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from flax_cifar.kernels import backend, sums
+from flax_cifar.parallel import mesh as mesh_lib
 
 
 class GhostBatches(NamedTuple):
@@ -26,6 +27,46 @@ class GhostBatches(NamedTuple):
     """Gives each of the `count` examples the values of its part."""
     return reduced if self.number == 1 else jnp.tile(reduced, (count // self.number, 1))
 
+  def join(
+    self, means: Float32[Array, "n c"], variances: Float32[Array, "n c"]
+  ) -> tuple[Float32[Array, "parts c"], Float32[Array, "parts c"]]:
+    """Mean and variance of each part, from those of its examples.
+
+    Devices that share the batch exchange both at once, each for its own examples.
+    """
+    shards = mesh_lib.count_shards()
+    if shards == 1 or len(means) // shards % self.number:
+      return _join(means, variances, self)
+    own = (values.reshape(shards, -1, values.shape[-1]) for values in (means, variances))
+    joined = jnp.stack(jax.vmap(partial(_join, sets=self))(*own))
+    mean, var = mesh_lib.replicate(joined)  # (shards, parts, C) each
+    return mean.mean(0), (var + jnp.square(mean - mean.mean(0))).mean(0)
+
+
+class DeviceBatches(NamedTuple):
+  """Statistics per channel, of each of the `number` parts of a batch that follow one another.
+
+  With as many parts as devices share the batch, each device has its own statistics.
+  """
+
+  number: int
+
+  def reduce(self, values: Float32[Array, "n c"]) -> Float32[Array, "parts c"]:
+    """Averages over the examples of each part."""
+    return values.reshape(self.number, -1, values.shape[-1]).mean(1)
+
+  def broadcast(
+    self, reduced: Float32[Array, "parts c"], count: int, channels: int
+  ) -> Float32[Array, "n c"]:
+    """Gives each of the `count` examples the values of its part."""
+    return jnp.repeat(reduced, count // self.number, axis=0)
+
+  def join(
+    self, means: Float32[Array, "n c"], variances: Float32[Array, "n c"]
+  ) -> tuple[Float32[Array, "parts c"], Float32[Array, "parts c"]]:
+    """Mean and variance of each part, from those of its examples."""
+    return _join(means, variances, self)
+
 
 class ChannelGroups(NamedTuple):
   """Statistics per example, of each of the `number` groups of channels."""
@@ -42,6 +83,22 @@ class ChannelGroups(NamedTuple):
     """Gives each of the `channels` channels the values of its group."""
     return jnp.repeat(reduced, channels // self.number, axis=-1)
 
+  def join(
+    self, means: Float32[Array, "n c"], variances: Float32[Array, "n c"]
+  ) -> tuple[Float32[Array, "n groups"], Float32[Array, "n groups"]]:
+    """Mean and variance of each group, from those of its channels."""
+    return _join(means, variances, self)
+
+
+Sets = GhostBatches | DeviceBatches | ChannelGroups
+
+
+def _join(means: Array, variances: Array, sets: Sets) -> tuple[Array, Array]:
+  """Mean and variance of each set, whose images or channels weigh the same."""
+  mean = sets.reduce(means)
+  apart = means - sets.broadcast(mean, *means.shape)
+  return mean, sets.reduce(variances + jnp.square(apart))
+
 
 # ---- Normalization with ReLU
 
@@ -51,7 +108,7 @@ def normalize(
   x: Float[Array, "n h w c"],
   scale: Float32[Array, " c"],
   bias: Float32[Array, " c"],
-  sets: GhostBatches | ChannelGroups,
+  sets: Sets,
   epsilon: float,
   relu: bool,
 ) -> tuple[Float[Array, "n h w c"], Float32[Array, "a b"], Float32[Array, "a b"]]:
@@ -79,9 +136,7 @@ def _normalize_forward(x: Array, scale: Array, bias: Array, *arguments: Any) -> 
   return (y, mean, var), (x, scale, bias, mean, var)
 
 
-def _normalize_backward(
-  sets: GhostBatches | ChannelGroups, epsilon: float, relu: bool, saved: Any, gradients: Any
-) -> Any:
+def _normalize_backward(sets: Sets, epsilon: float, relu: bool, saved: Any, gradients: Any) -> Any:
   """With v = (x - mean) / sd: scale / sd * gradient, less its projections on 1 and on v."""
   x, scale, bias, mean, var = saved
   gradient = gradients[0].astype(jnp.float32)
@@ -115,7 +170,7 @@ def scale_and_shift(
   return (nn.relu(y) if relu else y).astype(x.dtype)
 
 
-def _compute_moments(x: Array, sets: GhostBatches | ChannelGroups) -> tuple[Array, Array]:
+def _compute_moments(x: Array, sets: Sets) -> tuple[Array, Array]:
   """Computes mean and biased variance of each set, in one pass over the data.
 
   It first computes them for each channel of an image, from the distance to the image's first
@@ -130,11 +185,10 @@ def _compute_moments(x: Array, sets: GhostBatches | ChannelGroups) -> tuple[Arra
     total / positions for total in sums.sum_positions(distance, jnp.square(distance))
   )
   means, variances = first[:, 0, 0] + shift, square - jnp.square(shift)  # (N, C)
-  mean = sets.reduce(means)
-  return mean, sets.reduce(variances + jnp.square(means - _broadcast(mean, x, sets)[:, 0, 0]))
+  return sets.join(means, variances)
 
 
-def _broadcast(reduced: Array, x: Array, sets: GhostBatches | ChannelGroups) -> Array:
+def _broadcast(reduced: Array, x: Array, sets: Sets) -> Array:
   """Gives each element of (N, H, W, C) `x` the value of its set: (N or 1, 1, 1, C)."""
   return sets.broadcast(reduced, x.shape[0], x.shape[-1])[:, None, None]
 

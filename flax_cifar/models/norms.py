@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_cifar.kernels import norm_relu
+from flax_cifar.parallel import mesh as mesh_lib
 
 # A class or a partial of one; called as norm(relu=..., name=...)(x, train).
 Norm = Callable[..., nn.Module]
@@ -34,7 +35,8 @@ class BatchNorm(nn.Module):
   Attributes:
     momentum: fraction of the old running value kept at each step (torch's momentum is 1 - this).
     epsilon: added to the variance.
-    num_splits: ghost batches per batch; must divide the batch size.
+    num_splits: ghost batches per batch; must divide the batch size. With 0 each device has the
+      statistics of its own examples, and no exchange with others.
     train_scale: False keeps the scale at 1, a parameter called FIXED_SCALE.
     relu: whether ReLU comes last.
 
@@ -59,17 +61,19 @@ class BatchNorm(nn.Module):
       slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
       return norm_relu.scale_and_shift(x, mean.value, slope, bias, self.relu)
 
-    if self.num_splits < 1 or x.shape[0] % self.num_splits:
-      raise ValueError(
-        f"num_splits={self.num_splits} is not a divisor of the batch size {x.shape[0]}"
-      )
-    y, part_mean, part_var = norm_relu.normalize(
-      x, scale, bias, norm_relu.GhostBatches(self.num_splits), self.epsilon, self.relu
-    )
-    count = x.size // (self.num_splits * channels)
+    sets = self._get_parts(len(x))
+    y, part_mean, part_var = norm_relu.normalize(x, scale, bias, sets, self.epsilon, self.relu)
+    count = x.size // (sets.number * channels)
     self._update(mean, part_mean)
     self._update(var, part_var * (count / max(count - 1, 1)))
     return y
+
+  def _get_parts(self, count: int) -> norm_relu.Sets:
+    if self.num_splits == 0:
+      return norm_relu.DeviceBatches(mesh_lib.count_shards())
+    if self.num_splits < 0 or count % self.num_splits:
+      raise ValueError(f"num_splits={self.num_splits} is not a divisor of the batch size {count}")
+    return norm_relu.GhostBatches(self.num_splits)
 
   def _create_scale(self, channels: int) -> Array:
     if self.train_scale:

@@ -160,8 +160,8 @@ def joined(launch: Launch, environment: Mapping[str, str]) -> Iterator[None]:
   with watchdog.watch(launch.stall_timeout):
     try:
       yield
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" in str(error):  # memory, of this process
+    except Exception as error:
+      if not is_loss(error):
         raise
       raise errors.Lost(f"{LOST} ({errors.shorten(error)})") from error
 
@@ -218,6 +218,15 @@ def _get_arguments(launch: Launch, found: str, environment: Mapping[str, str]) -
 
 
 # ---- Leaving
+
+
+def is_loss(error: BaseException | None) -> bool:
+  """Whether `error`, or what led to it, says that another process is lost."""
+  if error is None or jax.process_count() == 1:
+    return False
+  of_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+  of_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # CPUs exchange through it
+  return of_jax or of_gloo or is_loss(error.__cause__ or error.__context__)
 
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)

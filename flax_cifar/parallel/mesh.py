@@ -54,6 +54,25 @@ def split_seeds(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec("seed") if mesh.shape["seed"] > 1 else PartitionSpec())
 
 
+def count_shards() -> int:
+  """The devices that share a batch in the program that is traced; see `seeds.map_seeds`."""
+  return int(jax.sharding.get_abstract_mesh().shape.get("batch", 1))
+
+
+def replicate(tree: Any) -> Any:
+  """Within a traced program: a whole copy on each device that shares the batch, in one exchange."""
+  if count_shards() == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def share_out(tree: Any) -> Any:
+  """Within a traced program: splits arrays (N, ...) over the devices that share the batch."""
+  if count_shards() == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, PartitionSpec("batch"))
+
+
 def place(tree: Any, sharding: NamedSharding) -> Any:
   """Copies arrays to the devices of `sharding`; every process has the same ones whole.
 

@@ -53,18 +53,17 @@ def map_seeds(
     out_axes: as `jax.vmap` takes them.
   """
   parts = mesh.shape["seed"]
-  if num_seeds == 1 or parts == 1:
-    return function if num_seeds == 1 else jax.vmap(function, in_axes, out_axes)
-  local = (
-    _map_one_seed(function, in_axes, out_axes)
-    if num_seeds == parts
-    else jax.vmap(function, in_axes, out_axes)
-  )
+  local = function if num_seeds == 1 else jax.vmap(function, in_axes, out_axes)
+  if mesh.size == 1:
+    return local
+  if num_seeds == parts > 1:
+    local = _map_one_seed(function, in_axes, out_axes)
+  get_spec = _get_spec if parts > 1 else lambda axis: PartitionSpec()
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=jax.tree.map(_get_spec, in_axes, is_leaf=_is_none),
-    out_specs=jax.tree.map(_get_spec, out_axes, is_leaf=_is_none),
+    in_specs=jax.tree.map(get_spec, in_axes, is_leaf=_is_none),
+    out_specs=jax.tree.map(get_spec, out_axes, is_leaf=_is_none),
     axis_names={"seed"},
     check_vma=False,
   )

@@ -14,7 +14,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from flax_cifar import errors, signals
 from flax_cifar import state as state_lib
-from flax_cifar.parallel import agreement
+from flax_cifar.parallel import agreement, cluster
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import integrity
 
@@ -129,9 +129,9 @@ class Checkpoints:
   def _explain_failure(self) -> Iterator[None]:
     try:
       yield
-    except jax.errors.JaxRuntimeError:  # another process is lost
-      raise
     except Exception as error:  # Orbax raises OSError, ValueError and others
+      if cluster.is_loss(error):
+        raise
       raise errors.UserError(
         f"a checkpoint could not be written to {str(self._folder)!r} ({errors.shorten(error)}); "
         "those before it are kept. Make room, or the folder writable, and the same command goes on."

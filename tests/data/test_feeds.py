@@ -135,7 +135,10 @@ def test_an_epoch_is_one_call_except_on_a_cpu(platform, whole):
 def test_batches_follow_the_order_and_keep_their_labels(devices):
   """The augmentation depends on the number of the example, not on the batch."""
   feed, split, key = create(augment=FLIP, devices=devices), make_split(), jax.random.key(9)
-  get_batch = jax.jit(feed.get_batch)
+  mesh = mesh_lib.create_mesh(devices)
+  get_batch = jax.jit(
+    seeds_lib.map_seeds(feed.get_batch, mesh, num_seeds=1, in_axes=(None, None, None))
+  )
   for step in (0, 3, 9):
     epoch, position = divmod(step, 5)
     _, inputs = next(feed.chunks(range(step, step + 1)))

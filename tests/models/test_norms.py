@@ -14,6 +14,7 @@ from flax_cifar.configs import common
 from flax_cifar.kernels import norm_relu
 from flax_cifar.models import norms
 from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
 
 EPSILON = 1e-5
 RNG = np.random.default_rng(0)
@@ -107,16 +108,40 @@ def test_batch_norm_equals_flax_in_output_and_running_mean(train):
   )
 
 
-@pytest.mark.parametrize("num_splits", [1, 2])
-def test_statistics_cover_the_whole_batch_when_it_is_split_over_devices(num_splits):
-  sharded = jax.device_put(X, mesh_lib.split_batch(mesh_lib.create_mesh(4)))
-  y, stats = train_step(batch_norm(num_splits), VARIABLES, sharded)
+def train_step_on(devices, module, x):
+  """`train_step` on a mesh, as a run does it."""
+  mesh = mesh_lib.create_mesh(devices)
+  step = seeds_lib.map_seeds(
+    partial(train_step, module), mesh, num_seeds=1, in_axes=(0, 0), out_axes=(0, 0)
+  )
+  return jax.jit(step)(VARIABLES, jax.device_put(x, mesh_lib.split_batch(mesh)))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("num_splits", [1, 2, 4])
+def test_statistics_cover_the_whole_batch_when_it_is_split_over_devices(devices, num_splits):
+  y, stats = train_step_on(devices, batch_norm(num_splits), X)
   expected, expected_stats = train_step(batch_norm(num_splits), VARIABLES, X)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), stats, expected_stats)
 
 
-@pytest.mark.parametrize("num_splits", [3, 16, 0, -2])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_without_splits_each_device_has_its_own_statistics(devices):
+  y, stats = train_step_on(devices, batch_norm(0), X)
+  parts = [train_step(batch_norm(), VARIABLES, part) for part in np.split(X, devices)]
+  np.testing.assert_allclose(y, np.concatenate([part for part, _ in parts]), rtol=1e-4, atol=1e-5)
+  means = jax.tree.map(lambda *values: np.mean(values, 0), *(stats for _, stats in parts))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), stats, means)
+
+
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_joined_statistics_survive_a_mean_far_from_zero(offset):
+  (y, _), (expected, _) = (train_step_on(n, batch_norm(), X + np.float32(offset)) for n in (4, 1))
+  np.testing.assert_allclose(y, expected, rtol=1e-3, atol=2e-3 if offset else 1e-5)
+
+
+@pytest.mark.parametrize("num_splits", [3, 16, -2])
 def test_a_number_of_splits_that_does_not_divide_the_batch_is_named(num_splits):
   with pytest.raises(ValueError, match=rf"num_splits={num_splits} .*batch size 8"):
     apply(batch_norm(num_splits), VARIABLES, X, True, mutable=["batch_stats"])

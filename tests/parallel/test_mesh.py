@@ -1,13 +1,22 @@
 """Devices that share a batch, and seeds that are trained at once."""
 
+import collections
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from flax_cifar import errors, metrics
+from flax_cifar import errors, metrics, optim, train
+from flax_cifar import state as state_lib
+from flax_cifar.configs import common
+from flax_cifar.data.augment import normalize
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
+from tests import tiny
 
 
 @pytest.mark.parametrize(("asked", "used"), [(0, 4), (1, 1), (2, 2)])
@@ -38,7 +47,7 @@ def test_uneven_batches_are_errors(size):
 def test_one_seed_has_no_axis():
   tree = {"a": jnp.arange(3)}
   assert seeds_lib.stack([tree]) is seeds_lib.select(tree, 1) is tree
-  mesh = mesh_lib.create_mesh(4)
+  mesh = mesh_lib.create_mesh(1)
   assert seeds_lib.map_seeds(len, mesh, num_seeds=1, in_axes=(0,)) is len
   assert seeds_lib.create_keys(5, 1) == jax.random.key(5)
 
@@ -71,3 +80,61 @@ def test_several_seeds_are_stacked_and_mapped(devices):
 )
 def test_records_have_the_mean_and_the_values_of_the_seeds(values, fields):
   assert metrics.describe_seeds("loss", values) == fields
+
+
+def compile_text(num_seeds, num_devices):
+  """The compiled step of the tiny network, with two examples for each device."""
+  mesh = mesh_lib.create_mesh(num_devices, num_seeds)
+  model, optimizer = tiny.TinyNet(), optax.sgd(0.1)
+  states = [
+    state_lib.create_train_state(
+      model=model,
+      optimizer=optimizer,
+      plateau=optim.create_plateau(enabled=False, **common.get_config().schedule.plateau),
+      image_shape=(tiny.IMAGE_SIZE,) * 2 + (3,),
+      ema_decay=0,
+      seed=seed,
+    )
+    for seed in range(num_seeds)
+  ]
+  step = functools.partial(
+    train.train_step,
+    model=model,
+    optimizer=optimizer,
+    normalize=normalize.create_normalize((0.5,) * 3, (0.25,) * 3, dtype="float32"),
+    mixing=None,
+    label_smoothing=0.0,
+    ema_decay=0.0,
+  )
+  batch = {
+    "image": np.zeros((8, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3), np.uint8),
+    "label": np.zeros(8, np.int32),
+  }
+
+  def get_batch(key, step, inputs):
+    return mesh_lib.share_out(inputs)
+
+  steps = seeds_lib.compile_steps(step, get_batch, input_axes=None, num_seeds=num_seeds, mesh=mesh)
+  state = mesh_lib.place(seeds_lib.stack(states), mesh_lib.split_seeds(mesh))
+  inputs = mesh_lib.place(batch, mesh_lib.replicated(mesh))
+  return steps.lower(state, inputs, 1).compile().as_text()
+
+
+def count_collectives(text):
+  kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+  return collections.Counter(re.findall(rf"= .*? ({kinds})(?:-start)?\(", text))
+
+
+def test_a_step_over_devices_exchanges_each_statistic_once_in_each_direction():
+  """XLA may join those of the same kind, as it does on a TPU."""
+  found = count_collectives(compile_text(1, 4))
+  assert found.keys() == {"all-gather", "all-reduce"}
+  assert found["all-gather"] == 1  # the norm's mean and variance
+  assert found["all-reduce"] <= 3  # back through the norm, and the gradients
+
+
+def test_devices_with_seeds_of_their_own_exchange_the_metrics_alone():
+  text = compile_text(4, 4)
+  gathered = re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", text)
+  assert count_collectives(text) == {"all-gather": len(gathered)}
+  assert sorted(gathered) == ["f32[1,4]", "f32[1,4]", "f32[1,4]", "pred[1,4]"]

@@ -112,7 +112,7 @@ def test_a_killed_process_ends_the_others_with_status_75(tmp_path):
     started.processes[1].kill()
     killed = time.monotonic()
     (status, _, errors), _ = started.wait()
-  assert status == 75
+  assert status == 75, errors
   assert time.monotonic() - killed < 4 * launch.HEARTBEAT_SECONDS
   assert "another process of the run has ended or lost contact; start all of them again" in errors
   assert list((tmp_path / "run" / "checkpoints").glob("*/digests.json"))
@@ -124,6 +124,6 @@ def test_a_stuck_process_ends_all_with_stacks_and_status_75(tmp_path):
   with launch.Launch(plan, processes=2, devices=1, flags=["--stall_timeout=20"]) as started:
     ended = started.wait()
   for status, _, errors in ended:
-    assert status == 75
+    assert status == 75, errors
     assert "so a process of the run is stuck" in errors
   assert "tests/parallel/worker.py" in ended[1][2]  # where it sleeps

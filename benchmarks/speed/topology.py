@@ -1,0 +1,177 @@
+"""The training step compiled for TPUs that are not here: memory, operations and collectives.
+
+Command     python -m benchmarks.speed.topology [--networks NAME ...] [--topologies NAME ...]
+                [--batch N] [--dtype bfloat16] [--json FILE]
+
+It needs `pip install -e '.[tpu]'` and no TPU: JAX compiles ahead of time for a description of the
+chips. A topology is KIND:SHAPE, as v5e:2x2 for four chips or v5e:16x16 for 256. The batch is that
+of a chip. With --json the record of each program is kept in FILE, and those there are not made
+again.
+
+Nothing is run, so the seconds are an estimate, a roofline: the most of arithmetic and memory
+traffic at the chip's peak, plus the bytes that the collectives move over its links, plus
+LATENCY_SECONDS for each of them.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from typing import Any, NamedTuple
+
+from benchmarks import common
+from benchmarks.speed import step_worker
+
+NETWORKS = ("pyramid", "dilated", "ghost", "skip")
+TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v6e:2x2")
+LATENCY_SECONDS = 5e-6  # of a collective among neighbours, an assumption
+
+
+class Chip(NamedTuple):
+  """Peaks of one chip; bytes of its links in both directions together."""
+
+  flops: float  # per second in bfloat16
+  memory_bytes: float  # per second
+  link_bytes: float  # per second
+
+
+# Source: cloud.google.com/tpu/docs/v5e and /v6e, "System architecture".
+CHIPS = {"v5e": Chip(197e12, 819e9, 200e9), "v6e": Chip(918e12, 1640e9, 448e9)}
+
+# Without them libtpu asks the machine's metadata for its TPUs; our kernels for CPUs are no good.
+VARIABLES = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "FLAX_CIFAR_KERNELS": "definition",
+}
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+COLLECTIVE = re.compile(
+  r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|all-to-all|collective-permute"
+  r"|reduce-scatter)(-start)?\("
+)
+
+
+def main() -> None:
+  os.environ.update(VARIABLES)
+  options = parse_options()
+  path = pathlib.Path(options.json) if options.json else None
+  rows = json.loads(path.read_text()) if path and path.exists() else []
+  for topology in options.topologies:
+    for network in options.networks:
+      wanted = {"network": network, "topology": topology, "batch a chip": options.batch}
+      wanted["dtype"] = options.dtype
+      if not any(wanted.items() <= row.items() for row in rows):
+        rows.append(measure(wanted))
+        print(rows[-1], flush=True)
+      if path:
+        common.write_json(str(path), rows)
+  common.print_table(rows)
+
+
+def parse_options() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  networks = list(step_worker.NORMS)
+  parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=networks, metavar="NAME")
+  parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES, metavar="KIND:SHAPE")
+  parser.add_argument("--batch", type=common.positive, default=128, help="images per chip")
+  parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+  parser.add_argument("--json", default="", help="file for the records")
+  return parser.parse_args()
+
+
+def measure(wanted: dict[str, Any]) -> dict[str, Any]:
+  """The row of one network on one topology."""
+  mesh = create_mesh(wanted["topology"])
+  started = time.perf_counter()
+  batch_size = wanted["batch a chip"] * mesh.size
+  compiled = compile_step(wanted["network"], mesh, batch_size, wanted["dtype"])
+  seconds = time.perf_counter() - started
+  costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+  collectives = list_collectives(compiled.as_text())
+  moved = sum(size for _, size in collectives)
+  flops, touched = float(costs["flops"]), float(costs["bytes accessed"])
+  kind = wanted["topology"].split(":")[0]
+  return {
+    **wanted,
+    "chips": mesh.size,
+    "compile s": round(seconds),
+    "temporaries MiB": round(memory.temp_size_in_bytes / 2**20, 1),
+    "GFLOP": round(flops / 1e9, 2),
+    "collectives": len(collectives),
+    "kB moved": round(moved / 1e3, 1),
+    "estimate ms": round(1e3 * estimate_seconds(CHIPS[kind], flops, touched, collectives), 3),
+  }
+
+
+def create_mesh(topology: str) -> Any:
+  """The mesh of a run of one seed over all chips of `topology`."""
+  import jax
+  import numpy as np
+  from jax.experimental import topologies
+
+  description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  chips = np.array(description.devices).reshape(1, -1)
+  return jax.sharding.Mesh(chips, ("seed", "batch"))
+
+
+def compile_step(network: str, mesh: Any, batch_size: int, dtype: str) -> Any:
+  """The step of `flax_cifar.train` for a global batch, compiled for the devices of `mesh`."""
+  import jax
+
+  from flax_cifar import train as train_lib
+  from flax_cifar.parallel import mesh as mesh_lib
+  from flax_cifar.parallel import seeds as seeds_lib
+
+  state, parts = step_worker.create_parts(network, dtype)
+  whole, split = mesh_lib.replicated(mesh), mesh_lib.split_batch(mesh)
+  images, labels = step_worker.draw_batch(batch_size)
+  arguments = (
+    jax.tree.map(functools.partial(_describe, sharding=whole), state),
+    {"image": _describe(images, split), "label": _describe(labels, split)},
+  )
+  step = functools.partial(train_lib.train_step, **parts)
+  mapped = seeds_lib.map_seeds(step, mesh, num_seeds=1, in_axes=(0, 0))
+  jitted = jax.jit(mapped, donate_argnums=0, out_shardings=whole)
+  return jitted.lower(*arguments).compile()
+
+
+def _describe(array: Any, sharding: Any) -> Any:
+  import jax
+
+  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def list_collectives(program: str) -> list[tuple[str, int]]:
+  """Kind and bytes of each collective in the text of a compiled program.
+
+  >>> list_collectives("%a = (f32[64]{0}, bf16[2,3]{1,0}) all-reduce(%b, %c), channel_id=1")
+  [('all-reduce', 268)]
+  """
+  found = []
+  for match in COLLECTIVE.finditer(program):
+    shapes = re.findall(r"(\w+)\[([\d,]*)\]", match["shapes"])
+    sizes = (
+      ITEM_BYTES[kind] * math.prod(int(side) for side in sides.split(",") if side)
+      for kind, sides in shapes
+    )
+    found.append((match["kind"], sum(sizes)))
+  return found
+
+
+def estimate_seconds(
+  chip: Chip, flops: float, touched: float, collectives: list[tuple[str, int]]
+) -> float:
+  """The roofline of a step; a ring moves each byte of an all-reduce twice."""
+  moved = sum(size for _, size in collectives)
+  links = 2 * moved / chip.link_bytes + LATENCY_SECONDS * len(collectives)
+  return max(flops / chip.flops, touched / chip.memory_bytes) + links
+
+
+if __name__ == "__main__":
+  main()
