@@ -8,6 +8,10 @@ The same command again goes on where it stopped. The workdir gets a folder per r
 table.json (accuracies in [0, 1]) and curves.png; seeds are averaged. On a CPU, --jobs=2 makes two
 runs at once, each on half of the cores and with a log in place of the screen, which takes less time
 than one after the other on all cores.
+
+On many machines that share the workdir, --shard=I/N makes every N-th run from the I-th on; a SLURM
+array, SLURM tasks or an indexed job tell it by themselves. --engine=slurm submits a job per run.
+Then --collect compares the runs that have finished.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import itertools
 import json
 import math
 import operator
+import os
 import pathlib
 import re
 import shlex
@@ -28,6 +33,7 @@ from flax_cifar import environment, errors, files
 from flax_cifar.configs import common, variants
 from flax_cifar.tools import command_line
 from flax_cifar.tools import jobs as jobs_lib
+from flax_cifar.tools import shards as shards_lib
 
 RANGES = {
   "seed": (0, errors.SEEDS - 1),
@@ -45,6 +51,10 @@ class Sweep:
   overrides: list[str]
   workdir: pathlib.Path
   num_jobs: int = 1  # runs at once
+  shard: shards_lib.Shard = shards_lib.WHOLE
+  engine: str = "here"
+  parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the engine
+  collects: bool = False  # what has finished, and runs nothing
 
 
 def main() -> None:
@@ -61,17 +71,42 @@ def run_sweep(sweep: Sweep) -> None:
   Raises:
     JobFailed: a run failed or was stopped; those before it are kept.
   """
-  # Imported here, because they bring JAX, and a wrong flag need not wait for that.
+  # Imported here, because it brings JAX, and a wrong flag need not wait for that.
   from flax_cifar.run import workdir as workdir_lib
-  from flax_cifar.tools import compare
 
   combinations = get_combinations(sweep.over)
-  if sweep.num_jobs > 1:  # for the logs
+  jobs = [create_job(sweep, settings) for settings in sweep.shard.select(combinations)]
+  if sweep.collects:
+    compare_finished(sweep, combinations)
+    return
+  if sweep.num_jobs > 1 or sweep.engine != "here":  # for the logs
     with workdir_lib.explain_failed_writes(sweep.workdir):
       sweep.workdir.mkdir(parents=True, exist_ok=True)
-  jobs = [create_job(sweep, settings) for settings in combinations]
-  jobs_lib.run_jobs(jobs, jobs_lib.split_cores(sweep.num_jobs))
-  runs = [compare.read_run(get_workdir(sweep, settings), settings) for settings in combinations]
+  if sweep.engine == "here":
+    jobs_lib.run_jobs(jobs, jobs_lib.split_cores(sweep.num_jobs))
+  else:
+    shards_lib.submit(jobs, sweep.workdir / "jobs", sweep.engine, sweep.parameters)
+  if sweep.engine == "slurm" or sweep.shard != shards_lib.WHOLE:
+    print(f"once they are done: {get_command_line(sweep)} --workdir={sweep.workdir} --collect")
+    return
+  compare_finished(sweep, combinations)
+
+
+def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
+  """Writes and prints the comparison of the runs that have finished.
+
+  Raises:
+    UserError: none has.
+  """
+  from flax_cifar.tools import compare
+
+  finished = [s for s in combinations if (get_workdir(sweep, s) / "result.json").exists()]
+  missing = [variants.format_settings(s) for s in combinations if s not in finished]
+  if not finished:
+    raise errors.UserError(f"no run of {str(sweep.workdir)!r} has finished; start them first.")
+  if missing:
+    errors.warn(f"not finished and left out: {errors.list_some(missing)}")
+  runs = [compare.read_run(get_workdir(sweep, settings), settings) for settings in finished]
   groups = compare.group_runs(runs)
   rows = [compare.summarize(name, group) for name, group in groups.items()]
   text = write_table(sweep, rows, compare.format_table(rows))
@@ -110,6 +145,10 @@ def parse(arguments: Sequence[str]) -> Sweep:
   parser.add_argument("--over", action="append", default=[], metavar="KEY=VALUE,VALUE")
   parser.add_argument("--workdir", help="default: runs/NAME-sweep-KEYS-HASH")
   parser.add_argument("--jobs", type=int, default=1, help="runs at once, on cores of their own")
+  parser.add_argument("--shard", metavar="I/N", help="makes every N-th run from the I-th on")
+  parser.add_argument("--collect", action="store_true", help="compares what has finished")
+  parser.add_argument("--engine", default="here", choices=list(shards_lib.ENGINES))
+  parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE")
   options, overrides = parser.parse_known_args(arguments)
   if not options.config:
     raise errors.UserError("--config is missing; try --config=configs/pyramid.py")
@@ -124,7 +163,17 @@ def parse(arguments: Sequence[str]) -> Sweep:
     if options.workdir
     else default_workdir(options.config, list(over), overrides)
   )
-  return Sweep(options.config, over, overrides, workdir, options.jobs)
+  return Sweep(
+    options.config,
+    over,
+    overrides,
+    workdir,
+    options.jobs,
+    shard=shards_lib.find_shard(options.shard, os.environ),
+    engine=options.engine,
+    parameters=shards_lib.parse_parameters(options.slurm),
+    collects=options.collect,
+  )
 
 
 def parse_over(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -182,7 +231,8 @@ def check_overrides(overrides: Sequence[str], over: Mapping[str, object]) -> Non
   for override in overrides:
     if not override.startswith("--config."):
       raise errors.UserError(
-        f"{override!r} is unknown; use --over, --jobs, --workdir or --config.KEY=VALUE."
+        f"{override!r} is unknown; use --over, --jobs, --workdir, --shard, --collect, --engine, "
+        "--slurm or --config.KEY=VALUE."
       )
     key = override.removeprefix("--config.").split("=")[0]
     if key in swept:
@@ -214,7 +264,16 @@ def get_command(sweep: Sweep, settings: variants.Settings) -> list[str]:
   arg = variants.format_settings(settings)
   config = f"{sweep.config}{',' if ':' in sweep.config else ':'}{arg}"
   workdir = f"--workdir={get_workdir(sweep, settings)}"
-  return [sys.executable, "-m", "flax_cifar", f"--config={config}", *sweep.overrides, workdir]
+  alone = "--cluster=none"  # this process may be one of several, but its runs are not
+  return [
+    sys.executable,
+    "-m",
+    "flax_cifar",
+    f"--config={config}",
+    *sweep.overrides,
+    workdir,
+    alone,
+  ]
 
 
 def create_job(sweep: Sweep, settings: variants.Settings) -> jobs_lib.Job:

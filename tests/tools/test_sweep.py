@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import matplotlib.axes
 import numpy as np
@@ -73,7 +74,12 @@ def test_the_runs_are_all_combinations_and_their_commands_are_those_of_main(tmp_
   names = ["norm=layer,seed=1", "norm=layer,seed=2", "norm=group,seed=1", "norm=group,seed=2"]
   commands = [sweep.get_command(parsed, s) for s in sweep.get_combinations(parsed.over)]
   assert [command[3:] for command in commands] == [
-    [f"{CONFIG}:{name}", "--config.total_epochs=2", f"--workdir={tmp_path / name}"]
+    [
+      f"{CONFIG}:{name}",
+      "--config.total_epochs=2",
+      f"--workdir={tmp_path / name}",
+      "--cluster=none",
+    ]
     for name in names
   ]
   assert commands[0][:3] == [sys.executable, "-m", "flax_cifar"]
@@ -327,6 +333,29 @@ def test_a_log_folder_that_cannot_be_created_is_named(tmp_path):
   spec = sweep.Sweep("configs/quickstart.py", {"seed": ["0"]}, [], tmp_path / "file" / "sweep", 2)
   with pytest.raises(errors.UserError, match="sweep' cannot be written to"):
     sweep.run_sweep(spec)
+
+
+def test_shards_make_their_runs_and_collect_compares_what_has_finished(tmp_path, capsys):
+  flags = [CONFIG, "--over=seed=0,1,2", f"--workdir={tmp_path}"]
+  made = []
+
+  def run_jobs(jobs, shares):
+    made.extend(job.name for job in jobs)
+    for job in jobs:
+      write_run(tmp_path, create_run(job.name, [0.5], [0.5], 0.5, num_seeds=1))
+
+  with mock.patch.object(sweep.jobs_lib, "run_jobs", run_jobs):
+    with pytest.raises(errors.UserError, match="has finished; start them first"):
+      sweep.run_sweep(sweep.parse([*flags, "--collect"]))
+    sweep.run_sweep(sweep.parse([*flags, "--shard=0/2"]))
+  assert made == ["seed=0", "seed=2"]
+  out = capsys.readouterr().out
+  assert f"--over=seed=0,1,2 --workdir={tmp_path} --collect" in out
+  assert not (tmp_path / "table.md").exists()
+  sweep.run_sweep(sweep.parse([*flags, "--collect"]))
+  assert "not finished and left out: seed=1" in capsys.readouterr().err
+  (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+  assert row["test_accuracy"]["n"] == 2
 
 
 def test_a_sweep_trains_runs_in_parallel_and_leaves_finished_ones_alone(tmp_path):
