@@ -8,7 +8,6 @@ configs/s9.py:published, under JAX's profiler, after as many steps to compile an
 
 import argparse
 import collections
-import functools
 import glob
 import gzip
 import json
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks import common
-from benchmarks.speed import step_worker
+from benchmarks.speed import epoch, step_worker
 
 Event = Mapping[str, Any]
 
@@ -29,7 +28,7 @@ def main() -> None:
 
   environment.apply_settings()
   options = parse_options()
-  run = create_epoch(options.network, options.batch)
+  run, _ = epoch.create_epoch(options.network, options.batch, num_images=5000)
   run(range(options.steps))  # as many, because a GPU makes them in one program
   events, seconds = profile(lambda: run(range(options.steps, 2 * options.steps)))
   operations = [event for event in events if "hlo_op" in event.get("args", {})]
@@ -51,55 +50,6 @@ def parse_options() -> argparse.Namespace:
   parser.add_argument("--steps", type=common.positive, default=12)
   parser.add_argument("--json", default="", help="file for the record")
   return parser.parse_args()
-
-
-def create_epoch(network: str, batch_size: int) -> Any:
-  """A function that trains for a range of steps, as an epoch of train.py does."""
-  import jax
-  import numpy as np
-
-  from benchmarks.speed import step_worker
-  from flax_cifar import metrics, signals, train
-  from flax_cifar import state as state_lib
-  from flax_cifar.configs import s9
-  from flax_cifar.data import dataset, feeds
-  from flax_cifar.data.augment import arguments
-  from flax_cifar.parallel import mesh as mesh_lib
-  from flax_cifar.parallel import seeds as seeds_lib
-  from flax_cifar.run import checkpoint
-
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (5000, 32, 32, 3), np.uint8)
-  mesh, config = mesh_lib.create_mesh(1), s9.get_config("published")
-  feed = feeds.create_feed(
-    dataset.Split(images, rng.integers(0, 10, 5000).astype(np.int32)),
-    backend="device",
-    workers=0,
-    ops=config.augment.ops,
-    mean=(0.5, 0.5, 0.5),
-    batch_size=batch_size,
-    total_epochs=1,
-    steps_per_call=0,
-    seed=0,
-    num_seeds=1,
-    mesh=mesh,
-    **{name: config.augment[name].to_dict() for name in arguments.RULES},
-  )
-  state, parts = step_worker.create_parts(network)
-  state = jax.device_put(state, mesh_lib.replicated(mesh))
-  step = functools.partial(train.train_step, **parts)
-  steps_fn = seeds_lib.compile_steps(
-    step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=1, mesh=mesh
-  )
-  progress = state_lib.Progress(0, state, metrics.create_totals(1), [])
-  guard = signals.InterruptGuard()
-  policy = checkpoint.SavePolicy(every=1, every_steps=0, every_minutes=0)
-
-  def run(steps: range) -> None:
-    chunks = feed.chunks(steps)
-    train.train_chunks(progress, chunks, steps_fn, guard, policy, lambda totals, count: None)
-
-  return run
 
 
 def profile(run: Any) -> tuple[list[Event], float]:

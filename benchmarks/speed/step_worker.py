@@ -115,7 +115,7 @@ def create_naive(network: str, batch_size: int) -> Step:
       return nn.Dropout(self.rate, deterministic=not train)(x)
 
   norms.NORMS["batch"] = BatchNorm
-  dropout.Dropout = Dropout
+  setattr(dropout, "Dropout", Dropout)  # noqa: B010, mypy refuses an assignment
   return _create_flax_step(network, batch_size, "float32")
 
 
@@ -186,9 +186,14 @@ def create_matmul(network: str, batch_size: int) -> Step:
 
 
 def create_torch(
-  network: str, batch_size: int, *, channels_last: bool = False, bfloat16: bool = False
+  network: str,
+  batch_size: int,
+  *,
+  channels_last: bool = False,
+  bfloat16: bool = False,
+  compiled: bool = False,
 ) -> Step:
-  """Eager PyTorch with the optimiser of its source."""
+  """PyTorch with the optimiser of its source, on a GPU if there is one."""
   import torch
   import torch.nn.functional as F
 
@@ -197,19 +202,23 @@ def create_torch(
 
   torch.set_num_threads(environment.count_cores())
   layout = torch.channels_last if channels_last else torch.contiguous_format
-  model = torch_networks.TORCH_NETWORKS[network]().to(memory_format=layout)
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  model = torch_networks.TORCH_NETWORKS[network]().to(device, memory_format=layout)
+  forward = torch.compile(model) if compiled else model
   optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
   numpy_images, numpy_labels = draw_batch(batch_size)
-  images = torch.from_numpy(numpy_images).permute(0, 3, 1, 2)
-  labels = torch.from_numpy(numpy_labels).long()
+  images = torch.from_numpy(numpy_images).permute(0, 3, 1, 2).to(device)
+  labels = torch.from_numpy(numpy_labels).long().to(device)
 
   def step() -> None:
     x = ((images / 255 - 0.5) / 0.25).contiguous(memory_format=layout)
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-      loss = F.cross_entropy(model(x), labels)
+    with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+      loss = F.cross_entropy(forward(x), labels)
     loss.backward()
     optimizer.step()
+    if device == "cuda":
+      torch.cuda.synchronize()
 
   return step
 
@@ -222,6 +231,9 @@ MODES: dict[str, Callable[[str, int], Step]] = {
   "PyTorch": create_torch,
   "PyTorch channels_last": lambda n, b: create_torch(n, b, channels_last=True),
   "PyTorch channels_last bf16": lambda n, b: create_torch(n, b, channels_last=True, bfloat16=True),
+  "PyTorch compiled bf16": lambda n, b: create_torch(
+    n, b, channels_last=True, bfloat16=True, compiled=True
+  ),
   "matmul": create_matmul,
 }
 

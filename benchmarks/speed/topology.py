@@ -61,7 +61,7 @@ def main() -> None:
   os.environ.update(VARIABLES)
   options = parse_options()
   path = pathlib.Path(options.json) if options.json else None
-  rows = json.loads(path.read_text()) if path and path.exists() else []
+  rows = json.loads(path.read_text())["rows"] if path and path.exists() else []
   for topology in options.topologies:
     for network in options.networks:
       wanted = {"network": network, "topology": topology, "batch a chip": options.batch}
@@ -116,7 +116,7 @@ def create_mesh(topology: str) -> Any:
   from jax.experimental import topologies
 
   description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-  chips = np.array(description.devices).reshape(1, -1)
+  chips: Any = np.array(description.devices).reshape(1, -1)
   return jax.sharding.Mesh(chips, ("seed", "batch"))
 
 

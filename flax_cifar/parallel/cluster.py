@@ -148,8 +148,8 @@ def joined(launch: Launch, environment: Mapping[str, str]) -> Iterator[None]:
   if found is None:
     yield
     return
-  _join(launch, found, environment)
   leave_at_abort()
+  _join(launch, found, environment)
   if jax.process_index() > 0:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, open to the end
   print(

@@ -1,0 +1,207 @@
+"""Everything worth knowing of an accelerator, most decisive first, in a given time.
+
+Command     python -m benchmarks.accelerator --minutes 8 --out DIR [--data FILE ...]
+                [--only ITEM ...]
+            python -m benchmarks.accelerator --collect DIR
+
+Each item is a process of its own with a limit of its own; DIR has its record and its log as soon
+as it has ended, and items.json tells how each one did. Nothing is installed or downloaded. --data
+is CIFAR-10 as one or several npz files (train_images, train_labels, test_images, test_labels; or
+train_x, train_y, test_x, test_y), whose arrays are joined; without it and without TFDS_DATA_DIR the
+run for accuracy takes the drawn `shapes`. --collect prints the records of DIR as Markdown tables.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_cifar import files
+from flax_cifar.run import tables
+
+NETWORKS = ("dilated", "pyramid", "ghost", "skip")  # A, E1, B2, D of docs/results.md
+MODES = ("ours", "ours bf16", "naive Flax", "PyTorch channels_last", "PyTorch compiled bf16")
+NAMES = {"x": "images", "y": "labels"}  # of arrays, in other people's files
+DESCRIBE = """
+import jax
+from flax_cifar import environment
+print(environment.get_hardware(len(jax.devices())))
+print(environment.get_versions())
+print({"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()))
+"""
+GPU_TESTS = (
+  "tests/test_train.py",
+  "tests/run/test_resume.py",
+  "tests/data/test_feeds.py",
+  "tests/data/augment/test_device.py",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """A command, the most seconds it gets, and whether it takes --json for its record."""
+
+  name: str
+  arguments: Sequence[str]
+  seconds: float
+  has_record: bool = True
+
+
+def main() -> None:
+  options = parse_options()
+  if options.collect:
+    print(collect(options.collect))
+    return
+  options.out.mkdir(parents=True, exist_ok=True)
+  data = join_data(options.data, options.out) if options.data else find_data()
+  ends = time.monotonic() + 60 * options.minutes
+  records: list[dict[str, Any]] = []
+  for item in list_items(data):
+    if not options.only or item.name in options.only:
+      records.append(run_item(item, options.out, ends - time.monotonic()))
+      print(f"{item.name}: {records[-1]['ended']} after {records[-1]['seconds']:.0f} s", flush=True)
+      files.write_json(options.out / "items.json", records)
+  (options.out / "tables.md").write_text(collect(options.out), encoding="utf-8")
+
+
+def parse_options() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--minutes", type=float, default=8)
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("accelerator"))
+  parser.add_argument("--data", nargs="+", default=[], type=pathlib.Path, metavar="FILE")
+  names = [item.name for item in list_items("shapes")]
+  parser.add_argument("--only", nargs="+", default=[], choices=names)
+  parser.add_argument("--collect", type=pathlib.Path, metavar="DIR")
+  return parser.parse_args()
+
+
+def list_items(data: str) -> list[Item]:
+  """What to run, most decisive first; seconds are limits, not estimates."""
+  module, batches = "-m", {128: "step", 512: "step_512"}
+  steps = [
+    Item(
+      name,
+      [
+        *(module, "benchmarks.speed.train_step", "--batch", str(batch), "--repeats", "3"),
+        *("--seconds", "0.3", "--networks", *NETWORKS, "--modes", *MODES),
+      ],
+      240,
+    )
+    for batch, name in batches.items()
+  ]
+  epoch = [module, "benchmarks.speed.epoch"]
+  accuracy = [module, "benchmarks.accuracy.time_to_accuracy", "--config", "configs/s9.py:long"]
+  changes = [f"--config.data.name={data}", "--config.compute_dtype=bfloat16"]
+  tests = [module, "pytest", "-q", "-x", *GPU_TESTS, "-k", "not devices"]
+  return [
+    Item("device", ["-c", DESCRIBE], 60, has_record=False),
+    Item("tests", tests, 150, has_record=False),
+    steps[0],
+    Item("epoch", [*epoch, "--networks", *NETWORKS], 150),
+    Item("accuracy", [*accuracy, "--targets", "85", "90", "93", "--", *changes], 240),
+    Item("seeds", [*epoch, "--seeds", "1", "8", "32"], 150),
+    Item("scan", [*epoch, "--steps-per-call", "1"], 90),
+    steps[1],
+    Item("profile", [module, "benchmarks.speed.epoch_profile"], 90),
+    Item("augment", [module, "benchmarks.speed.augment"], 90),
+  ]
+
+
+def run_item(item: Item, out: pathlib.Path, left: float) -> dict[str, Any]:
+  """Runs `item` in its own time or what is `left` of the whole, and tells how it ended."""
+  arguments = list(item.arguments)
+  if item.has_record:  # before what is passed on after --
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments[place:place] = ["--json", str(out / f"{item.name}.json")]
+  record = {"item": item.name, "seconds": 0.0}
+  limit = min(item.seconds, left)
+  if limit <= 0:
+    return {**record, "ended": "left out: no time"}
+  started = time.monotonic()
+  with (out / f"{item.name}.log").open("w", encoding="utf-8") as log:
+    process = subprocess.Popen(
+      [sys.executable, *arguments],
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      process_group=0,
+      env=os.environ | get_platform(out),  # pytest would choose the CPU
+    )
+    try:
+      ended = f"status {process.wait(limit)}"
+    except subprocess.TimeoutExpired:
+      os.killpg(process.pid, 9)  # and the processes that it has started
+      process.wait()
+      ended = f"stopped at its limit of {limit:.0f} s"
+  return {**record, "seconds": time.monotonic() - started, "ended": ended}
+
+
+def get_platform(out: pathlib.Path) -> dict[str, str]:
+  """The variable that chooses the platform which the item `device` has found."""
+  path = out / "device.log"
+  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+  return {"JAX_PLATFORMS": lines[-1]} if lines and lines[-1].isalpha() else {}
+
+
+# ---- Data
+
+
+def find_data() -> str:
+  """The value of data.name: CIFAR-10 where it is prepared, else the drawn shapes."""
+  prepared = pathlib.Path(os.environ.get("TFDS_DATA_DIR", ""), "cifar10")
+  return "cifar10" if "TFDS_DATA_DIR" in os.environ and prepared.is_dir() else "shapes"
+
+
+def join_data(paths: Sequence[pathlib.Path], out: pathlib.Path) -> str:
+  """Joins the arrays of npz files in order under our names; returns the value of data.name."""
+  arrays: dict[str, list[np.ndarray]] = {}
+  for path in paths:
+    with np.load(path) as content:
+      for name in content.files:
+        split, _, kind = name.partition("_")
+        arrays.setdefault(f"{split}_{NAMES.get(kind, kind)}", []).append(content[name])
+  joined = out / "data.npz"
+  contents: dict[str, Any] = {name: np.concatenate(parts) for name, parts in arrays.items()}
+  np.savez(joined, **contents)
+  return f"npz:{joined}"
+
+
+# ---- Tables
+
+
+def collect(folder: pathlib.Path) -> str:
+  """The records of `folder` as Markdown: how the items ended, and a table for each."""
+  items = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+  rows = [[item["item"], item["ended"], f"{item['seconds']:.0f}"] for item in items]
+  parts = [tables.format_markdown(["item", "ended", "seconds"], rows)]
+  for item in items:
+    path = folder / f"{item['item']}.json"
+    if path.exists():
+      parts.append(format_record(item["item"], json.loads(path.read_text(encoding="utf-8"))))
+  return "\n\n".join(parts) + "\n"
+
+
+def format_record(name: str, record: dict[str, Any]) -> str:
+  """One record as a headline, its origin and its table."""
+  header = list(dict.fromkeys(key for row in record["rows"] for key in row))
+  cells = [[_format(row.get(key)) for key in header] for row in record["rows"]]
+  origin = f"{record['hardware']}, JAX {record['versions']['jax']}, commit {record['commit'][:7]}"
+  command = f"    {record['command']}"
+  return "\n\n".join([f"## {name}", origin, command, tables.format_markdown(header, cells)])
+
+
+def _format(value: Any) -> str:
+  if isinstance(value, float):
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+  return "" if value is None else str(value)
+
+
+if __name__ == "__main__":
+  main()
