@@ -207,15 +207,6 @@ def test_several_seeds_resume_and_use_several_devices(tmp_path, data, monkeypatc
     assert one["train_loss_per_seed"] == pytest.approx(four["train_loss_per_seed"], rel=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["device", "albumentations"])
-def test_four_devices_give_the_curve_of_one_device(tmp_path, data, backend):
-  for devices in (1, 4):
-    runs.run(tmp_path / str(devices), data, num_devices=devices, **{"augment.backend": backend})
-  for one, four in zip(runs.lines(tmp_path / "1"), runs.lines(tmp_path / "4"), strict=True):
-    assert one["train_loss"] == pytest.approx(four["train_loss"], rel=1e-4)
-    assert one["validation_loss"] == pytest.approx(four["validation_loss"], rel=1e-4)
-
-
 def test_a_finished_run_is_left_alone(tmp_path, data, capsys):
   first = runs.run(tmp_path / "run", data)
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
@@ -332,7 +323,6 @@ def spoil_step(monkeypatch, quantity):
 @pytest.mark.parametrize(
   ("quantity", "changes"),
   [
-    ("loss", {}),
     ("loss", {"steps_per_call": 5}),
     ("gradient", {"augment.backend": "albumentations"}),
     ("gradient", {"num_seeds": 2}),

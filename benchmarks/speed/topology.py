@@ -10,7 +10,8 @@ again.
 
 Nothing is run, so the seconds are an estimate, a roofline: the most of arithmetic and memory
 traffic at the chip's peak, plus the bytes that the collectives move over its links, plus
-LATENCY_SECONDS for each of them.
+HOP_SECONDS for each hop of each of them. A second table tells from the programs for four chips how
+many images a chip needs so that 8, 64 and 256 chips spend 90 % of a step on arithmetic.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from benchmarks.speed import step_worker
 
 NETWORKS = ("pyramid", "dilated", "ghost", "skip")
 TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v6e:2x2")
-LATENCY_SECONDS = 5e-6  # of a collective among neighbours, an assumption
+HOP_SECONDS = 1e-6  # from a chip to its neighbour, an assumption
+SCALED = ("2x4", "8x8", "16x16")
+EFFICIENCY = 0.9
 
 
 class Chip(NamedTuple):
@@ -72,6 +75,9 @@ def main() -> None:
       if path:
         common.write_json(str(path), rows)
   common.print_table(rows)
+  for row in rows:
+    if row["topology"].endswith(":2x2"):
+      print(scale(row))
 
 
 def parse_options() -> argparse.Namespace:
@@ -96,7 +102,9 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
   collectives = list_collectives(compiled.as_text())
   moved = sum(size for _, size in collectives)
   flops, touched = float(costs["flops"]), float(costs["bytes accessed"])
-  kind = wanted["topology"].split(":")[0]
+  kind, shape = wanted["topology"].split(":")
+  alone = estimate_alone(CHIPS[kind], flops, touched)
+  together = estimate_exchange(CHIPS[kind], shape, moved, len(collectives))
   return {
     **wanted,
     "chips": mesh.size,
@@ -105,7 +113,8 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
     "GFLOP": round(flops / 1e9, 2),
     "collectives": len(collectives),
     "kB moved": round(moved / 1e3, 1),
-    "estimate ms": round(1e3 * estimate_seconds(CHIPS[kind], flops, touched, collectives), 3),
+    "alone ms": round(1e3 * alone, 3),
+    "exchange ms": round(1e3 * together, 3),
   }
 
 
@@ -164,13 +173,34 @@ def list_collectives(program: str) -> list[tuple[str, int]]:
   return found
 
 
-def estimate_seconds(
-  chip: Chip, flops: float, touched: float, collectives: list[tuple[str, int]]
-) -> float:
-  """The roofline of a step; a ring moves each byte of an all-reduce twice."""
-  moved = sum(size for _, size in collectives)
-  links = 2 * moved / chip.link_bytes + LATENCY_SECONDS * len(collectives)
-  return max(flops / chip.flops, touched / chip.memory_bytes) + links
+def estimate_alone(chip: Chip, flops: float, touched: float) -> float:
+  """Seconds of a chip's own part of a step."""
+  return max(flops / chip.flops, touched / chip.memory_bytes)
+
+
+def estimate_exchange(chip: Chip, shape: str, moved: float, number: int) -> float:
+  """Seconds of all exchanges of a step: a ring moves each byte twice, and goes around twice.
+
+  Args:
+    chip: of the topology.
+    shape: of the topology, as "2x4".
+    moved: bytes of all collectives.
+    number: of collectives.
+  """
+  hops = 2 * sum(int(side) for side in shape.split("x"))
+  return 2 * moved / chip.link_bytes + number * hops * HOP_SECONDS
+
+
+def scale(row: dict[str, Any]) -> dict[str, Any]:
+  """The images a chip that leave the exchange 10 % of a step, on topologies of SCALED."""
+  kind = row["topology"].split(":")[0]
+  per_image = row["alone ms"] / 1e3 / row["batch a chip"]
+  wanted = {}
+  for shape in SCALED:
+    exchange = estimate_exchange(CHIPS[kind], shape, 1e3 * row["kB moved"], row["collectives"])
+    images = exchange * EFFICIENCY / (1 - EFFICIENCY) / per_image
+    wanted[f"{kind}:{shape}"] = math.ceil(round(images, 6))
+  return {"network": row["network"], **wanted}
 
 
 if __name__ == "__main__":

@@ -64,8 +64,12 @@ class Launch:
 
   def wait(self) -> list[tuple[int, str, str]]:
     """The status, the output and the errors of each process."""
-    texts = [process.communicate(timeout=LIMIT_SECONDS) for process in self.processes]
-    return [(p.returncode, *text) for p, text in zip(self.processes, texts, strict=True)]
+    return [self.wait_for(number) for number in range(len(self.processes))]
+
+  def wait_for(self, number: int) -> tuple[int, str, str]:
+    """The status, the output and the errors of one process."""
+    text = self.processes[number].communicate(timeout=LIMIT_SECONDS)
+    return self.processes[number].returncode, *text
 
 
 def wait_for_step(workdir: pathlib.Path, step: int, process: int = 0) -> None:

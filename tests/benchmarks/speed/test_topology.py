@@ -27,10 +27,17 @@ def test_collectives_are_listed_with_their_bytes():
 
 def test_the_estimate_is_a_roofline():
   chip = topology.Chip(flops=1e12, memory_bytes=1e9, link_bytes=1e6)
-  assert topology.estimate_seconds(chip, 2e12, 1e9, []) == 2
-  assert topology.estimate_seconds(chip, 1e12, 3e9, []) == 3
-  expected = 3 + 2 * 500 / 1e6 + 2 * topology.LATENCY_SECONDS
-  assert topology.estimate_seconds(chip, 1e12, 3e9, [("a", 200), ("b", 300)]) == expected
+  assert topology.estimate_alone(chip, 2e12, 1e9) == 2
+  assert topology.estimate_alone(chip, 1e12, 3e9) == 3
+  expected = 2 * 500 / 1e6 + 7 * 2 * (2 + 4) * topology.HOP_SECONDS
+  assert topology.estimate_exchange(chip, "2x4", 500, 7) == pytest.approx(expected)
+
+
+def test_the_batch_of_many_chips_leaves_the_exchange_a_tenth_of_a_step():
+  row = {"network": "skip", "topology": "v5e:2x2", "batch a chip": 128, "alone ms": 1.28}
+  row |= {"kB moved": 0.0, "collectives": 10}
+  wanted = topology.scale(row)
+  assert wanted == {"network": "skip", "v5e:2x4": 108, "v5e:8x8": 288, "v5e:16x16": 576}
 
 
 @pytest.mark.skipif(

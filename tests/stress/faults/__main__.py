@@ -10,7 +10,7 @@ from benchmarks import common
 from flax_cifar.run import tables
 from tests.stress import faults
 from tests.stress.faults import bench as bench_lib
-from tests.stress.faults import damages, disks, folders, kills, signals
+from tests.stress.faults import damages, disks, folders, kills, peers, signals
 
 SCENARIOS: dict[str, Callable[[bench_lib.Bench], list[bench_lib.Row]]] = {
   "kills": kills.inject_kills,
@@ -21,6 +21,7 @@ SCENARIOS: dict[str, Callable[[bench_lib.Bench], list[bench_lib.Row]]] = {
   "disk": disks.inject_full_disk,
   "removal": folders.inject_removal,
   "twins": folders.inject_twins,
+  "peers": peers.inject_peer_faults,
 }
 
 
@@ -29,7 +30,8 @@ def main() -> None:
   rows: list[bench_lib.Row] = []
   with tempfile.TemporaryDirectory(prefix="faults-") as folder:
     bench = bench_lib.Bench(pathlib.Path(folder), options)
-    bench.make_reference()
+    if options.only != ["peers"]:
+      bench.make_reference()
     for name in options.only:
       rows += SCENARIOS[name](bench)
   print(format_rows(rows))
@@ -43,6 +45,7 @@ def parse_options() -> argparse.Namespace:
   parser.add_argument("--kills", type=int, default=50)
   parser.add_argument("--signals", type=int, default=5, help="of each of SIGINT, SIGTERM, SIGUSR1")
   parser.add_argument("--damages", type=int, default=24, help="of a checkpoint's files; 0 for all")
+  parser.add_argument("--peers", type=int, default=3, help="of each fault of one of two processes")
   parser.add_argument("--jobs", type=int, default=2, help="runs at once, where none is timed")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--only", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
