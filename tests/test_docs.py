@@ -5,9 +5,12 @@ import importlib.machinery
 import importlib.util
 import pathlib
 import re
+import subprocess
+import textwrap
 from collections.abc import Iterator
 
 import pytest
+import yaml
 
 from flax_cifar.configs import common
 
@@ -189,3 +192,25 @@ def test_a_missing_path_is_found(path):
 def test_a_missing_name_is_found(dotted):
   assert list(find_dotted_names(f"`python -m {dotted} --repeats 5`")) == [dotted]
   assert not has_dotted_name(dotted)
+
+
+def find_recipes() -> list[str]:
+  """The indented blocks of docs/clusters.md under "Launch recipes"."""
+  text = (ROOT / "docs" / "clusters.md").read_text().split("## Launch recipes")[1]
+  blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
+  return [textwrap.dedent(block).strip() for block in blocks]
+
+
+def test_launch_recipes_are_well_formed():
+  """Shell scripts parse, and manifests are YAML; nothing more can be checked without a cluster."""
+  recipes = find_recipes()
+  manifests = [text for text in recipes if text.startswith(("apiVersion:", "num_nodes:"))]
+  scripts = [text for text in recipes if text not in manifests]
+  assert (len(scripts), len(manifests)) == (4, 2)
+  for script in scripts:
+    ended = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+  jobset, skypilot = map(yaml.safe_load, manifests)
+  (job,) = jobset["spec"]["replicatedJobs"]
+  assert job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"]
+  assert "$SKYPILOT_NODE_RANK" in skypilot["run"]
