@@ -163,7 +163,7 @@ def join_data(paths: Sequence[pathlib.Path], out: pathlib.Path) -> str:
   """Joins the arrays of npz files in order under our names; returns the value of data.name."""
   arrays: dict[str, list[np.ndarray]] = {}
   for path in paths:
-    with np.load(path) as content:
+    with np.load(path, allow_pickle=False) as content:
       for name in content.files:
         split, _, kind = name.partition("_")
         arrays.setdefault(f"{split}_{NAMES.get(kind, kind)}", []).append(content[name])

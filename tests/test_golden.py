@@ -17,6 +17,8 @@ import pytest
 from flax_cifar import optim, train
 from flax_cifar import state as state_lib
 from flax_cifar.data.augment import normalize
+from flax_cifar.kernels import backend
+from flax_cifar.kernels.onednn import library
 from flax_cifar.run import config as config_lib
 
 BATCH_SIZE, STEPS = 16, 10
@@ -127,7 +129,9 @@ def measure(name):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_steps_give_the_recorded_figures(name):
+@pytest.mark.skipif(library.load_library() is None, reason="pip install onednn-cpu-gomp")
+def test_steps_give_the_recorded_figures(name, monkeypatch):
+  monkeypatch.setenv(backend.VARIABLE, "onednn")  # "auto" on one device
   figures = measure(name)
   for number, expected in GOLDEN[name].items():
     for figure, value in expected.items():

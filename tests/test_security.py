@@ -399,6 +399,7 @@ def test_a_sweep_passes_strings_on_unchanged(tmp_path, processes):
     f"--config=configs/{NASTY}.py:norm={NASTY}",
     f"--config.name={NASTY}",
     f"--workdir={tmp_path / NASTY / f'norm={NASTY}'}",
+    "--cluster=none",
   ]
   assert list(tmp_path.iterdir()) == [seen]
   assert not any(uses_shell(*process) for process in processes)

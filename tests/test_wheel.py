@@ -45,7 +45,7 @@ def call(installed, cwd, *arguments):
   return subprocess.run(
     [sys.executable, *arguments],
     cwd=cwd,
-    env=os.environ | {"PYTHONPATH": str(installed)},
+    env=os.environ | {"PYTHONPATH": str(installed), "XLA_FLAGS": ""},
     capture_output=True,
     text=True,
     timeout=300,

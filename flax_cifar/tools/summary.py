@@ -3,6 +3,7 @@
 from absl import flags
 from ml_collections import ConfigDict
 
+from flax_cifar import environment
 from flax_cifar.models import layer_table
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import tables
@@ -12,6 +13,7 @@ CLASSES = flags.DEFINE_integer("classes", 10, "Number of classes.", lower_bound=
 
 
 def main(config: ConfigDict) -> None:
+  environment.check_devices()
   model = config_lib.create_model(config, num_classes=CLASSES.value)
   image_shape = (config.data.image_size, config.data.image_size, 3)
   print(tables.format_layer_table(layer_table.get_layer_table(model, image_shape)), end="")

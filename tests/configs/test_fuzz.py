@@ -145,7 +145,7 @@ INVALID = {
   "model.dropout_rate": (math.nan, -0.1, 1.0, 2.0),
   "norm.batch.momentum": (math.nan, -0.1, 1.0, 2.0),
   "norm.batch.epsilon": (math.nan, 0.0, -1.0, 1e-300, math.inf),
-  "norm.ghost.num_splits": (-1, 0, 3, 10**30),
+  "norm.ghost.num_splits": (-1, 3, 10**30),
   "norm.layer.epsilon": (math.nan, 0.0),
   "norm.group.num_groups": (-1, 0, 4, 10**30),
   "norm.group.epsilon": (math.nan, 0.0),

@@ -91,11 +91,9 @@ def test_depthwise_equals_jax_in_bfloat16():
 DENSE = {"kernel": (3, 3, 6, 5), "groups": 1}
 
 
-@pytest.mark.parametrize(
-  "padding", [SAME, NONE, UNEVEN, "SAME"], ids=["same", "none", "uneven", "name"]
-)
+@pytest.mark.parametrize("padding", [NONE, UNEVEN, "SAME"], ids=["none", "uneven", "name"])
 @pytest.mark.parametrize("dilation", [(1, 1), (2, 2), (1, 2)])
-@pytest.mark.parametrize("sides", [(3, 3), (1, 1), (3, 1), (2, 3)])
+@pytest.mark.parametrize("sides", [(3, 3), (1, 1), (2, 3)])
 def test_dense_equals_jax(sides, dilation, padding):
   trace = compare(**{**DENSE, "kernel": (*sides, 6, 5)}, dilation=dilation, padding=padding)
   assert "custom_vjp" in trace

@@ -147,10 +147,10 @@ def test_a_run_killed_between_two_saves_ends_the_same(tmp_path, data, uninterrup
   runs.assert_same_run(uninterrupted, tmp_path / "cut")
 
 
-@pytest.mark.parametrize("how", ["copied", "moved", "linked"])
+@pytest.mark.parametrize("how", ["moved", "linked"])
 def test_a_workdir_may_be_elsewhere(tmp_path, data, uninterrupted, how):
   stop_at(tmp_path / "cut", data, 6, PLATEAU)
-  {"copied": shutil.copytree, "moved": shutil.move, "linked": lambda a, b: b.symlink_to(a)}[how](
+  {"moved": shutil.move, "linked": lambda a, b: b.symlink_to(a)}[how](
     tmp_path / "cut", tmp_path / "there"
   )
   runs.run(tmp_path / "there", data, **PLATEAU)

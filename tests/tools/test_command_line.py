@@ -22,7 +22,7 @@ def call(*arguments, cwd=ROOT, **environment):
   done = subprocess.run(
     [sys.executable, *arguments],
     cwd=cwd,
-    env=os.environ | environment,
+    env=os.environ | {"XLA_FLAGS": ""} | environment,  # with one device, as users have
     capture_output=True,
     text=True,
     timeout=300,
@@ -143,6 +143,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
   process = subprocess.Popen(
     [sys.executable, *arguments],
     cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": ""},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
