@@ -1,10 +1,11 @@
-"""The training step compiled for TPUs that are not here: memory, operations and collectives.
+"""The training step compiled for TPUs and GPUs that are not here: memory and collectives.
 
 Command     python -m benchmarks.speed.topology [--networks NAME ...] [--topologies NAME ...]
                 [--batch N] [--dtype bfloat16] [--json FILE]
 
-It needs `pip install -e '.[tpu]'` and no TPU: JAX compiles ahead of time for a description of the
-chips. A topology is KIND:SHAPE, as v5e:2x2 for four chips or v5e:16x16 for 256. The batch is that
+It needs `pip install -e '.[tpu]'` and no TPU, or `'.[cuda]'` and no GPU: JAX compiles ahead of time
+for a description of the chips. A topology is KIND:SHAPE, as v5e:2x2 for four chips, v5e:16x16 for
+256, or h100:1x4 for one host with four GPUs, whose programs tell no operations. The batch is that
 of a chip. With --json the record of each program is kept in FILE, and those there are not made
 again.
 
@@ -44,6 +45,25 @@ class Chip(NamedTuple):
 
 # Source: cloud.google.com/tpu/docs/v5e and /v6e, "System architecture".
 CHIPS = {"v5e": Chip(197e12, 819e9, 200e9), "v6e": Chip(918e12, 1640e9, 448e9)}
+
+# What XLA's GPU compiler asks a device for. Source: CUDA's device properties of an H100 SXM.
+GPUS = {
+  "h100": """
+    gpu_device_info {
+      threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+      shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+      device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+      cuda_compute_capability { major: 9 }
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+    }
+    platform_name: "CUDA"
+    dnn_version_info { major: 9 minor: 8 }
+    runtime_version { major: 12 minor: 8 }
+    device_description_str: "NVIDIA H100 80GB HBM3"
+  """
+}
 
 # Without them libtpu asks the machine's metadata for its TPUs; our kernels for CPUs are no good.
 VARIABLES = {
@@ -101,21 +121,23 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
   costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
   collectives = list_collectives(compiled.as_text())
   moved = sum(size for _, size in collectives)
-  flops, touched = float(costs["flops"]), float(costs["bytes accessed"])
-  kind, shape = wanted["topology"].split(":")
-  alone = estimate_alone(CHIPS[kind], flops, touched)
-  together = estimate_exchange(CHIPS[kind], shape, moved, len(collectives))
-  return {
+  row = {
     **wanted,
     "chips": mesh.size,
     "compile s": round(seconds),
     "temporaries MiB": round(memory.temp_size_in_bytes / 2**20, 1),
-    "GFLOP": round(flops / 1e9, 2),
     "collectives": len(collectives),
     "kB moved": round(moved / 1e3, 1),
-    "alone ms": round(1e3 * alone, 3),
-    "exchange ms": round(1e3 * together, 3),
+    **dict.fromkeys(("GFLOP", "alone ms", "exchange ms")),
   }
+  kind, shape = wanted["topology"].split(":")
+  if kind in CHIPS:
+    flops, touched = float(costs["flops"]), float(costs["bytes accessed"])
+    exchange = estimate_exchange(CHIPS[kind], shape, moved, len(collectives))
+    row["GFLOP"] = round(flops / 1e9, 2)
+    row["alone ms"] = round(1e3 * estimate_alone(CHIPS[kind], flops, touched), 3)
+    row["exchange ms"] = round(1e3 * exchange, 3)
+  return row
 
 
 def create_mesh(topology: str) -> Any:
@@ -124,7 +146,14 @@ def create_mesh(topology: str) -> Any:
   import numpy as np
   from jax.experimental import topologies
 
-  description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  kind, shape = topology.split(":")
+  description = (
+    topologies.get_topology_desc(
+      kind, platform="cuda", topology=f"1x{shape}", target_config=GPUS[kind]
+    )
+    if kind in GPUS
+    else topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  )
   chips: Any = np.array(description.devices).reshape(1, -1)
   return jax.sharding.Mesh(chips, ("seed", "batch"))
 
