@@ -94,7 +94,7 @@ CHOICES = ("auto", "none", *CLUSTERS)
 
 
 def find_cluster(launch: Launch, environment: Mapping[str, str]) -> str | None:
-  """ "flags", a key of CLUSTERS, or None where this process trains alone.
+  """What says who the others are: "flags" or a key of CLUSTERS; None where there are none.
 
   Raises:
     UserError: the flags are incomplete or contradict each other.

@@ -4,7 +4,9 @@ Its axis "batch" splits each batch. Its axis "seed" splits the seeds of a run of
 that train different seeds never wait for each other.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,9 +110,12 @@ def place_rows(batch: Any, mesh: Mesh) -> Any:
 
 def fetch(tree: Any, mesh: Mesh) -> Any:
   """Copies arrays to the host of every process, whole; each process must call it."""
-  if jax.process_count() > 1:
-    tree = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
-  return jax.device_get(tree)
+  return jax.device_get(tree if jax.process_count() == 1 else _create_gather(mesh)(tree))
+
+
+@functools.cache
+def _create_gather(mesh: Mesh) -> Callable[[Any], Any]:
+  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def check_batch_sizes(mesh: Mesh, batch_size: int, eval_batch_size: int) -> None:
