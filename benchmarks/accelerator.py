@@ -27,6 +27,7 @@ import numpy as np
 from flax_cifar import files
 from flax_cifar.run import tables
 
+SHARE = 0.5  # of the time that is left, at most, for one item: each is to have a turn
 NETWORKS = ("dilated", "pyramid", "ghost", "skip")  # A, E1, B2, D of docs/results.md
 MODES = ("ours", "ours bf16", "naive Flax", "PyTorch channels_last", "PyTorch compiled bf16")
 NAMES = {"x": "images", "y": "labels"}  # of arrays, in other people's files
@@ -116,14 +117,14 @@ def list_items(data: str) -> list[Item]:
 
 
 def run_item(item: Item, out: pathlib.Path, left: float) -> dict[str, Any]:
-  """Runs `item` in its own time or what is `left` of the whole, and tells how it ended."""
+  """Runs `item` in its own time or SHARE of what is `left`, and tells how it ended."""
   arguments = list(item.arguments)
   if item.has_record:  # before what is passed on after --
     place = arguments.index("--") if "--" in arguments else len(arguments)
     arguments[place:place] = ["--json", str(out / f"{item.name}.json")]
   record = {"item": item.name, "seconds": 0.0}
-  limit = min(item.seconds, left)
-  if limit <= 0:
+  limit = min(item.seconds, SHARE * left)
+  if limit < 1:
     return {**record, "ended": "left out: no time"}
   started = time.monotonic()
   with (out / f"{item.name}.log").open("w", encoding="utf-8") as log:

@@ -147,6 +147,7 @@ def create_mesh(topology: str) -> Any:
   from jax.experimental import topologies
 
   kind, shape = topology.split(":")
+  jax.devices()  # JAX looks for the plug-ins of other platforms now
   description = (
     topologies.get_topology_desc(
       kind, platform="cuda", topology=f"1x{shape}", target_config=GPUS[kind]

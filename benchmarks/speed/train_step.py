@@ -79,8 +79,8 @@ def main() -> None:
     rows += measure_network(network, options)
     common.print_table(rows[-len(options.modes) :])
     print(flush=True)
-  if options.json:
-    common.write_json(options.json, rows)
+    if options.json:  # after each network: the next one may not end
+      common.write_json(options.json, rows)
 
 
 def has_torch(python: str) -> bool:
