@@ -294,7 +294,7 @@ def test_every_norm_has_arguments_in_the_config():
 
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}  # of the largest value
-SHAPES = [(8, 5, 7, 4), (16, 1, 1, 8), (2, 26, 3, 32)]
+SHAPES = [(16, 1, 1, 8), (2, 26, 3, 32)]
 
 
 def list_sets(x, sets):

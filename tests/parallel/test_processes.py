@@ -121,7 +121,7 @@ def test_a_killed_process_ends_the_others_with_status_75(tmp_path):
 def test_a_stuck_process_ends_all_with_stacks_and_status_75(tmp_path):
   plan = [{"workdir": str(tmp_path / "run"), "data": tiny.write_data(tmp_path / "tiny.npz")}]
   plan[0] |= {"changes": {}, "hang": [1, 7]}
-  with launch.Launch(plan, processes=2, devices=1, flags=["--stall_timeout=20"]) as started:
+  with launch.Launch(plan, processes=2, devices=1, flags=["--stall_timeout=12"]) as started:
     ended = started.wait()
   for status, _, errors in ended:
     assert status == 75, errors

@@ -101,7 +101,6 @@ def test_a_run_stopped_in_an_evaluation_ends_the_same(
   ("policy", "saved"),
   [
     ({"every": 1}, [5, 10, 15]),
-    ({"every": 2}, [10, 15]),
     ({"every": 9, "every_minutes": 1e-9}, list(range(1, 16))),
     ({"every": 9, "every_steps": 4, "steps_per_call": 3}, [4, 8, 12, 15]),
   ],

@@ -65,8 +65,12 @@ def last_record(workdir):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"ema.decay": 0.9},
-    {"num_devices": 4, "augment.mean": (0.5, 0.4, 0.3), "augment.std": (0.3, 0.2, 0.1)},
+    {
+      "ema.decay": 0.9,
+      "num_devices": 4,
+      "augment.mean": (0.5, 0.4, 0.3),
+      "augment.std": (0.3, 0.2, 0.1),
+    },
   ],
 )
 def test_the_scores_are_those_of_the_run(tmp_path, data, monkeypatch, changes):
