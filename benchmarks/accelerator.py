@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import common
 from flax_cifar import files
 from flax_cifar.run import tables
 
@@ -192,16 +193,10 @@ def collect(folder: pathlib.Path) -> str:
 def format_record(name: str, record: dict[str, Any]) -> str:
   """One record as a headline, its origin and its table."""
   header = list(dict.fromkeys(key for row in record["rows"] for key in row))
-  cells = [[_format(row.get(key)) for key in header] for row in record["rows"]]
+  cells = [[common.format_cell(row.get(key)) for key in header] for row in record["rows"]]
   origin = f"{record['hardware']}, JAX {record['versions']['jax']}, commit {record['commit'][:7]}"
   command = f"    {record['command']}"
   return "\n\n".join([f"## {name}", origin, command, tables.format_markdown(header, cells)])
-
-
-def _format(value: Any) -> str:
-  if isinstance(value, float):
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-  return "" if value is None else str(value)
 
 
 if __name__ == "__main__":

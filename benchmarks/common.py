@@ -54,11 +54,12 @@ def interleave(cases: Mapping[str, Callable[[], None]], repeats: int) -> dict[st
 def print_table(rows: Sequence[Row]) -> None:
   """One line per row under the keys of the first one; numbers stand to the right."""
   header = list(rows[0])
-  cells = [header, *([_format(row[key]) for key in header] for row in rows)]
+  cells = [header, *([format_cell(row[key]) for key in header] for row in rows)]
   print("\n".join(tables.format_text(cells, [isinstance(rows[0][k], int | float) for k in header])))
 
 
-def _format(value: Any) -> str:
+def format_cell(value: Any) -> str:
+  """A value for a table: numbers to three digits, None as a blank."""
   if isinstance(value, float):
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
   return "" if value is None else str(value)
