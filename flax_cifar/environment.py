@@ -33,14 +33,14 @@ MALLOC = {
 }
 
 
-def find_cache() -> str:
-  """The folder for compiled programs; "", no cache, where there is no home directory to write to.
+def find_cache(kind: str) -> str:
+  """The folder for files of a `kind`; "", no cache, where there is no home directory to write to.
 
   A container may run as a user without one. A folder in /tmp would be no substitute: another user
   could put programs there.
   """
   try:
-    cache = pathlib.Path.home() / ".cache" / PACKAGE / "xla"
+    cache = pathlib.Path.home() / ".cache" / PACKAGE / kind
   except RuntimeError:
     return ""
   existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
@@ -48,7 +48,7 @@ def find_cache() -> str:
 
 
 VARIABLES = {
-  "JAX_COMPILATION_CACHE_DIR": find_cache(),
+  "JAX_COMPILATION_CACHE_DIR": find_cache("xla"),
   # Many small programs make up a start, and all are worth keeping.
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),

@@ -19,6 +19,7 @@ from flax_cifar.data import dataset
 from flax_cifar.data.augment import normalize as normalize_lib
 from flax_cifar.kernels import backend, norm_relu
 from flax_cifar.kernels import conv as conv_lib
+from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels.onednn import library
 from flax_cifar.parallel import mesh as mesh_lib
 from tests import numpy_networks, reference
@@ -97,10 +98,10 @@ def normalize_in_numpy(x, scale, bias, direction, groups):
 @pytest.mark.parametrize(
   ("sets", "groups"),
   [
-    (norm_relu.GhostBatches(1), (1, 32)),
-    (norm_relu.GhostBatches(2), (2, 32)),
-    (norm_relu.ChannelGroups(1), (128, 1)),
-    (norm_relu.ChannelGroups(2), (128, 2)),
+    (moments_lib.GhostBatches(1), (1, 32)),
+    (moments_lib.GhostBatches(2), (2, 32)),
+    (moments_lib.ChannelGroups(1), (128, 1)),
+    (moments_lib.ChannelGroups(2), (128, 2)),
   ],
   ids=["batch", "ghost", "layer", "group"],
 )

@@ -6,18 +6,31 @@ The environment variable FLAX_CIFAR_KERNELS holds a key of BACKENDS.
 import os
 import platform
 import sys
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from flax_cifar import errors
+from flax_cifar.kernels.native import separable
 from flax_cifar.kernels.onednn import convolution, library
 
 VARIABLE = "FLAX_CIFAR_KERNELS"
 BACKENDS = {
-  "auto": "onednn on a single CPU device, if it is installed; else xla on CPUs, else definition",
+  "auto": "on a single CPU device native or onednn, if they work; else xla on CPUs, or definition",
+  "native": "C++, compiled here, for separable units; for the rest oneDNN, or xla without it",
   "onednn": "kernels of oneDNN",
   "xla": "operations of XLA, put together for CPUs",
   "definition": "the plain operations of JAX",
+}
+
+# Those that may be missing, fastest first: whether they work, and what they need.
+OPTIONAL: dict[str, tuple[Callable[[], bool], str]] = {
+  "native": (lambda: separable.is_available(), "a C++ compiler is installed: c++, or CXX names it"),
+  "onednn": (
+    lambda: convolution.is_available(),
+    "onednn-cpu-gomp is installed and fits this JAX",
+  ),
 }
 
 
@@ -25,19 +38,31 @@ def select_backend() -> str:
   """Returns the key of BACKENDS that this process uses; "auto" is resolved.
 
   Raises:
-    UserError: the variable holds another value, or asks for oneDNN where it is missing.
+    UserError: the variable holds another value, or asks for what is missing here.
   """
   name = os.environ.get(VARIABLE) or "auto"
   errors.choose(VARIABLE, name, BACKENDS)
-  available = jax.default_backend() == "cpu" and convolution.is_available()
-  expected = "auto unless onednn-cpu-gomp is installed and fits this JAX"
-  errors.require(available or name != "onednn", VARIABLE, name, expected)
-  if name != "auto":
-    return name
-  if jax.default_backend() != "cpu":
-    return "definition"
-  # XLA cannot split a custom call over devices.
-  return "onednn" if available and jax.device_count() == 1 else "xla"
+  on_cpu = jax.default_backend() == "cpu"
+  if name == "auto":
+    if not on_cpu:
+      return "definition"
+    if jax.device_count() > 1:  # XLA cannot split a custom call over devices
+      return "xla"
+    return next((name for name, (works, _) in OPTIONAL.items() if works()), "xla")
+  works, needed = OPTIONAL.get(name, (None, ""))
+  errors.require(works is None or (on_cpu and works()), VARIABLE, name, f"auto unless {needed}")
+  return name
+
+
+def uses_onednn(dtype: jnp.dtype) -> bool:
+  """Whether oneDNN convolves arrays of `dtype` in this process."""
+  selected = select_backend() in OPTIONAL and convolution.is_available()
+  return selected and convolution.can_compute(dtype)
+
+
+def uses_native(dtype: jnp.dtype, channels: int, features: int) -> bool:
+  """Whether the kernels in C++ compute units in `dtype` from `channels` to `features` channels."""
+  return select_backend() == "native" and separable.can_compute(dtype, channels, features)
 
 
 def describe_backend() -> str:

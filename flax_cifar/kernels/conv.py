@@ -32,7 +32,7 @@ def conv_general_dilated(
   if isinstance(padding, str):
     extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-  if selected == "onednn" and convolution.can_compute(lhs.dtype):
+  if backend.uses_onednn(lhs.dtype):
     return convolution.convolve(
       lhs, rhs, bias, window_strides, padding, rhs_dilation, feature_group_count
     )

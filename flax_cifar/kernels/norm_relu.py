@@ -1,7 +1,7 @@
 """Normalization with ReLU as one differentiable function, and ReLU alone."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,96 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from flax_cifar.kernels import backend, sums
-from flax_cifar.parallel import mesh as mesh_lib
-
-
-class GhostBatches(NamedTuple):
-  """Statistics per channel, of each of the `number` interleaved parts of a batch."""
-
-  number: int
-
-  def reduce(self, values: Float32[Array, "n c"]) -> Float32[Array, "parts c"]:
-    """Averages over the examples of each part."""
-    return values.reshape(-1, self.number, values.shape[-1]).mean(0)
-
-  def broadcast(
-    self, reduced: Float32[Array, "parts c"], count: int, channels: int
-  ) -> Float32[Array, "n_or_1 c"]:
-    """Gives each of the `count` examples the values of its part."""
-    return reduced if self.number == 1 else jnp.tile(reduced, (count // self.number, 1))
-
-  def join(
-    self, means: Float32[Array, "n c"], variances: Float32[Array, "n c"]
-  ) -> tuple[Float32[Array, "parts c"], Float32[Array, "parts c"]]:
-    """Mean and variance of each part, from those of its examples.
-
-    Devices that share the batch exchange both at once, each for its own examples.
-    """
-    shards = mesh_lib.count_shards()
-    if shards == 1 or len(means) // shards % self.number:
-      return _join(means, variances, self)
-    own = (values.reshape(shards, -1, values.shape[-1]) for values in (means, variances))
-    joined = jnp.stack(jax.vmap(partial(_join, sets=self))(*own))
-    mean, var = mesh_lib.replicate(joined)  # (shards, parts, C) each
-    return mean.mean(0), (var + jnp.square(mean - mean.mean(0))).mean(0)
-
-
-class DeviceBatches(NamedTuple):
-  """Statistics per channel, of each of the `number` parts of a batch that follow one another.
-
-  With as many parts as devices share the batch, each device has its own statistics.
-  """
-
-  number: int
-
-  def reduce(self, values: Float32[Array, "n c"]) -> Float32[Array, "parts c"]:
-    """Averages over the examples of each part."""
-    return values.reshape(self.number, -1, values.shape[-1]).mean(1)
-
-  def broadcast(
-    self, reduced: Float32[Array, "parts c"], count: int, channels: int
-  ) -> Float32[Array, "n c"]:
-    """Gives each of the `count` examples the values of its part."""
-    return jnp.repeat(reduced, count // self.number, axis=0)
-
-  def join(
-    self, means: Float32[Array, "n c"], variances: Float32[Array, "n c"]
-  ) -> tuple[Float32[Array, "parts c"], Float32[Array, "parts c"]]:
-    """Mean and variance of each part, from those of its examples."""
-    return _join(means, variances, self)
-
-
-class ChannelGroups(NamedTuple):
-  """Statistics per example, of each of the `number` groups of channels."""
-
-  number: int
-
-  def reduce(self, values: Float32[Array, "n c"]) -> Float32[Array, "n groups"]:
-    """Averages over the channels of each group."""
-    return values.reshape(len(values), self.number, -1).mean(-1)
-
-  def broadcast(
-    self, reduced: Float32[Array, "n groups"], count: int, channels: int
-  ) -> Float32[Array, "n c"]:
-    """Gives each of the `channels` channels the values of its group."""
-    return jnp.repeat(reduced, channels // self.number, axis=-1)
-
-  def join(
-    self, means: Float32[Array, "n c"], variances: Float32[Array, "n c"]
-  ) -> tuple[Float32[Array, "n groups"], Float32[Array, "n groups"]]:
-    """Mean and variance of each group, from those of its channels."""
-    return _join(means, variances, self)
-
-
-Sets = GhostBatches | DeviceBatches | ChannelGroups
-
-
-def _join(means: Array, variances: Array, sets: Sets) -> tuple[Array, Array]:
-  """Mean and variance of each set, whose images or channels weigh the same."""
-  mean = sets.reduce(means)
-  apart = means - sets.broadcast(mean, *means.shape)
-  return mean, sets.reduce(variances + jnp.square(apart))
-
+from flax_cifar.kernels.moments import Sets
 
 # ---- Normalization with ReLU
 

@@ -19,6 +19,7 @@ from flax_cifar.models import (
   pyramid,
   skip,
   skip_dilated,
+  tiny,
 )
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -30,6 +31,7 @@ MODELS: dict[str, type[nn.Module]] = {
   "ghost": ghost.Ghost,
   "skip": skip.Skip,
   "skip_dilated": skip_dilated.SkipDilated,
+  "tiny50k": tiny.Tiny,
 }
 DTYPES: dict[str, blocks.DType] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

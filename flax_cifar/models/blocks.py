@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from flax_cifar.kernels import backend, norm_relu, pooling
 from flax_cifar.kernels import conv as conv_lib
-from flax_cifar.kernels import norm_relu, pooling
 from flax_cifar.kernels import padding as padding_lib
+from flax_cifar.kernels.native import separable
 from flax_cifar.models import dropout, norms
 
 Initializer = nn.initializers.Initializer
@@ -198,6 +199,65 @@ class DepthwiseSeparableUnit(Unit):
     return self.create_conv(
       self.features, (1, 1), fan_in=channels, use_bias=self.use_bias, name="pointwise"
     )(x)
+
+
+class ResidualSeparableUnit(Unit):
+  """Depthwise 3x3, norm, pointwise 1x1, norm, ReLU and dropout, plus the unit's input.
+
+  The input is left out where the unit changes its shape, by a stride or the number of channels.
+  Source: Howard et al. 2017 (arXiv:1704.04861), without ReLU after the depthwise convolution, as
+  Chollet 2017 (arXiv:1610.02357) recommends, and with the identity path of He et al. 2015
+  (arXiv:1512.03385).
+
+  Attributes:
+    stride: of the depthwise convolution, in pixels.
+  """
+
+  stride: int = 1
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "n h w c"], train: bool
+  ) -> Float[Array, "n h2 w2 {self.features}"]:
+    if self._is_native(x, train):
+      return self._compute_natively(x, train)
+    channels = x.shape[-1]
+    y = self.create_conv(
+      channels,
+      (3, 3),
+      fan_in=9,
+      padding=1,
+      strides=self.stride,
+      feature_group_count=channels,
+      use_bias=False,
+      name="depthwise",
+    )(x)
+    y = self.norm(relu=False, name="depthwise_norm")(y, train)
+    y = self.create_conv(self.features, (1, 1), fan_in=channels, use_bias=False, name="pointwise")(
+      y
+    )
+    y = self.norm(relu=True, name="norm")(y, train)
+    y = dropout.Dropout(self.dropout_rate, name="dropout")(y, train)
+    return x + y if self._keeps_shape(x) else y
+
+  def _keeps_shape(self, x: Array) -> bool:
+    return self.stride == 1 and x.shape[-1] == self.features
+
+  def _is_native(self, x: Array, train: bool) -> bool:
+    """Whether the kernels in C++ compute the unit; modules create its parameters."""
+    drops = train and self.dropout_rate > 0
+    possible = not self.is_initializing() and not drops and norms.has_affine(self.norm)
+    return possible and backend.uses_native(jnp.dtype(self.dtype), x.shape[-1], self.features)
+
+  def _compute_natively(self, x: Array, train: bool) -> Array:
+    depthwise, pointwise = (
+      self.variables["params"][name]["kernel"] for name in ("depthwise", "pointwise")
+    )
+    y, moments, x = separable.convolve_depthwise(x.astype(self.dtype), depthwise, self.stride)
+    affine = self.norm(relu=False, name="depthwise_norm").get_affine(moments, train)
+    y, moments = separable.convolve_pointwise(y, affine, pointwise, relu=False)
+    affine = self.norm(relu=True, name="norm").get_affine(moments, train)
+    return separable.finish(y, affine, x if self._keeps_shape(x) else None, relu=True)
 
 
 class SpatiallySeparableUnit(Unit):

@@ -1,7 +1,8 @@
 """Normalization layers behind one call, `norm(x, train)` with x (N, H, W, C), by name in NORMS.
 
 All of them compute in float32 and return the type of their input. ReLU may be their last part,
-because it needs no pass over the data of its own within `norm_relu.normalize`.
+because it needs no pass over the data of its own within `norm_relu.normalize`. Where the caller
+measures x and normalizes it, `norm.get_affine(moments, train)` tells it how.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels import norm_relu
 from flax_cifar.parallel import mesh as mesh_lib
 
@@ -50,38 +52,53 @@ class BatchNorm(nn.Module):
   train_scale: bool = True
   relu: bool = False
 
-  @nn.compact
   def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c"]:
-    channels = x.shape[-1]
-    scale = self._create_scale(channels)
-    bias = self.param("bias", nn.initializers.zeros, (channels,))
-    mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-    var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+    scale, bias, mean, var = self._create_variables(x.shape[-1])
     if not train:
       slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
       return norm_relu.scale_and_shift(x, mean.value, slope, bias, self.relu)
-
     sets = self._get_parts(len(x))
     y, part_mean, part_var = norm_relu.normalize(x, scale, bias, sets, self.epsilon, self.relu)
-    count = x.size // (sets.number * channels)
-    self._update(mean, part_mean)
-    self._update(var, part_var * (count / max(count - 1, 1)))
+    self._update(mean, var, part_mean, part_var, x.size // (sets.number * x.shape[-1]))
     return y
 
-  def _get_parts(self, count: int) -> norm_relu.Sets:
+  def get_affine(self, moments: moments_lib.Moments, train: bool) -> moments_lib.Affine:
+    """Returns what the norm does to the images that have these moments, ReLU aside."""
+    images, channels = moments.mean.shape
+    scale, bias, mean, var = self._create_variables(channels)
+    if not train:
+      slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
+      return moments_lib.Affine(mean.value[None], slope[None], bias[None])
+    sets = self._get_parts(images)
+    part_mean, part_var = sets.join(moments.mean, moments.variance)
+    self._update(mean, var, part_mean, part_var, images * moments.pixels // sets.number)
+    return moments_lib.get_affine(part_mean, part_var, scale, bias, sets, self.epsilon, images)
+
+  @nn.compact
+  def _create_variables(self, channels: int) -> tuple[Array, Array, nn.Variable, nn.Variable]:
+    """Returns scale and bias, and the running mean and variance."""
+    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+    var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+    if self.train_scale:
+      return self.param("scale", nn.initializers.ones, (channels,)), bias, mean, var
+    scale = self.param(FIXED_SCALE, nn.initializers.ones, (channels,))
+    return jax.lax.stop_gradient(scale), bias, mean, var
+
+  def _get_parts(self, count: int) -> moments_lib.Sets:
     if self.num_splits == 0:
-      return norm_relu.DeviceBatches(mesh_lib.count_shards())
+      return moments_lib.DeviceBatches(mesh_lib.count_shards())
     if self.num_splits < 0 or count % self.num_splits:
       raise ValueError(f"num_splits={self.num_splits} is not a divisor of the batch size {count}")
-    return norm_relu.GhostBatches(self.num_splits)
+    return moments_lib.GhostBatches(self.num_splits)
 
-  def _create_scale(self, channels: int) -> Array:
-    if self.train_scale:
-      return self.param("scale", nn.initializers.ones, (channels,))
-    return jax.lax.stop_gradient(self.param(FIXED_SCALE, nn.initializers.ones, (channels,)))
-
-  def _update(self, running: nn.Variable, parts: Array) -> None:
-    running.value = self.momentum * running.value + (1 - self.momentum) * parts.mean(0)
+  def _update(
+    self, mean: nn.Variable, var: nn.Variable, means: Array, variances: Array, count: int
+  ) -> None:
+    """Moves the running values towards those of the parts, which have `count` values each."""
+    unbiased = variances * (count / max(count - 1, 1))
+    for running, parts in ((mean, means), (var, unbiased)):
+      running.value = self.momentum * running.value + (1 - self.momentum) * parts.mean(0)
 
 
 class GroupNorm(nn.Module):
@@ -105,21 +122,32 @@ class GroupNorm(nn.Module):
   affine: bool = True
   relu: bool = False
 
-  @nn.compact
   def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c"]:
     del train  # the same in training and evaluation
-    channels = x.shape[-1]
+    scale, bias = self._create_variables(x.shape[-1])
+    sets = moments_lib.ChannelGroups(self.num_groups)
+    return norm_relu.normalize(x, scale, bias, sets, self.epsilon, self.relu)[0]
+
+  def get_affine(self, moments: moments_lib.Moments, train: bool) -> moments_lib.Affine:
+    """Returns what the norm does to the images that have these moments, ReLU aside."""
+    del train
+    images, channels = moments.mean.shape
+    scale, bias = self._create_variables(channels)
+    sets = moments_lib.ChannelGroups(self.num_groups)
+    mean, var = sets.join(moments.mean, moments.variance)
+    return moments_lib.get_affine(mean, var, scale, bias, sets, self.epsilon, images)
+
+  @nn.compact
+  def _create_variables(self, channels: int) -> tuple[Array, Array]:
+    """Returns scale and bias."""
     if self.num_groups < 1 or channels % self.num_groups:
       raise ValueError(
         f"num_groups={self.num_groups} is not a divisor of the {channels} channels of a layer"
       )
-    scale, bias = jnp.ones(channels), jnp.zeros(channels)
-    if self.affine:
-      scale = self.param("scale", nn.initializers.ones, (channels,))
-      bias = self.param("bias", nn.initializers.zeros, (channels,))
-    return norm_relu.normalize(
-      x, scale, bias, norm_relu.ChannelGroups(self.num_groups), self.epsilon, self.relu
-    )[0]
+    if not self.affine:
+      return jnp.ones(channels), jnp.zeros(channels)
+    scale = self.param("scale", nn.initializers.ones, (channels,))
+    return scale, self.param("bias", nn.initializers.zeros, (channels,))
 
 
 class NoNorm(nn.Module):
@@ -131,6 +159,13 @@ class NoNorm(nn.Module):
     del train
     return norm_relu.relu(x) if self.relu else x
 
+  def get_affine(self, moments: moments_lib.Moments, train: bool) -> moments_lib.Affine:
+    """Returns the identity."""
+    del train
+    channels = moments.mean.shape[-1]
+    zeros = jnp.zeros((1, channels))
+    return moments_lib.Affine(zeros, zeros + 1, zeros)
+
 
 NORMS: dict[str, Norm] = {
   "batch": BatchNorm,
@@ -139,3 +174,8 @@ NORMS: dict[str, Norm] = {
   "group": GroupNorm,
   "none": NoNorm,
 }
+
+
+def has_affine(norm: Norm) -> bool:
+  """Whether `norm` has the method get_affine, which kernels that normalize by themselves need."""
+  return hasattr(getattr(norm, "func", norm), "get_affine")

@@ -11,6 +11,7 @@ import pytest
 
 from flax_cifar import errors, models
 from flax_cifar.configs import common
+from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels import norm_relu
 from flax_cifar.models import norms
 from flax_cifar.parallel import mesh as mesh_lib
@@ -300,7 +301,7 @@ SHAPES = [(16, 1, 1, 8), (2, 26, 3, 32)]
 def list_sets(x, sets):
   """x with an axis for its sets, and the axes within each set."""
   count, height, width, channels = x.shape
-  if isinstance(sets, norm_relu.GhostBatches):
+  if isinstance(sets, moments_lib.GhostBatches):
     return x.reshape(-1, sets.number, height, width, channels), (0, 2, 3)
   return x.reshape(count, height, width, sets.number, -1), (1, 2, 4)
 
@@ -338,15 +339,15 @@ def get_operands(shape, dtype):
 @pytest.mark.parametrize(
   "sets",
   [
-    norm_relu.GhostBatches(1),
-    norm_relu.GhostBatches(2),
-    norm_relu.ChannelGroups(1),
-    norm_relu.ChannelGroups(4),
+    moments_lib.GhostBatches(1),
+    moments_lib.GhostBatches(2),
+    moments_lib.ChannelGroups(1),
+    moments_lib.ChannelGroups(4),
   ],
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_normalize_equals_float64_in_value_and_gradients(shape, sets, dtype, relu):
-  if shape[1:3] == (1, 1) and isinstance(sets, norm_relu.ChannelGroups):
+  if shape[1:3] == (1, 1) and isinstance(sets, moments_lib.ChannelGroups):
     shape = (*shape[:3], 32)  # two values are always equally far from their mean
   operands = get_operands(shape, dtype)
 
@@ -371,13 +372,13 @@ def test_normalize_is_bit_for_bit_repeatable():
   x, scale, bias, _ = get_operands((16, 8, 8, 32), jnp.float32)
   function = jax.jit(
     jax.grad(
-      lambda x: norm_relu.normalize(x, scale, bias, norm_relu.GhostBatches(2), 1.0, True)[0].sum()
+      lambda x: norm_relu.normalize(x, scale, bias, moments_lib.GhostBatches(2), 1.0, True)[0].sum()
     )
   )
   np.testing.assert_array_equal(function(x), function(x))
 
 
-@pytest.mark.parametrize("sets", [norm_relu.GhostBatches(2), norm_relu.ChannelGroups(2)])
+@pytest.mark.parametrize("sets", [moments_lib.GhostBatches(2), moments_lib.ChannelGroups(2)])
 def test_vmap_equals_one_by_one(sets):
   x, scale, bias, _ = get_operands((3, 4, 5, 5, 8), jnp.float32)
   scales = scale * jnp.arange(1, 4)[:, None]

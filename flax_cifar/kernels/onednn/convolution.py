@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from flax_cifar.kernels import taps
-from flax_cifar.kernels.onednn import ffi, library
+from flax_cifar.kernels import ffi, taps
+from flax_cifar.kernels.onednn import library
 
 TARGET = "flax_cifar_onednn_convolution"
 FORWARD, INPUT_GRADIENT, KERNEL_GRADIENT = range(3)

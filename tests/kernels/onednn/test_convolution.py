@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flax_cifar.kernels import backend, conv
-from flax_cifar.kernels.onednn import convolution, ffi, library
+from flax_cifar.kernels import backend, conv, ffi
+from flax_cifar.kernels.onednn import convolution, library
 
 if library.load_library() is None:
   pytest.skip("oneDNN is not installed: pip install onednn-cpu-gomp", allow_module_level=True)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors
-from flax_cifar.kernels import backend
-from flax_cifar.kernels.onednn import convolution, ffi
+from flax_cifar.kernels import backend, ffi
+from flax_cifar.kernels.onednn import convolution
 
 
 def view(address, count):

@@ -1,0 +1,69 @@
+"""Compiles C++ for this machine's processor, once, and loads the result.
+
+A wheel could hold machine code only for processors of twenty years ago. Compilers of Linux and
+macOS are `c++`; the environment variable CXX names another.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import shlex
+import subprocess
+import tempfile
+
+from flax_cifar import environment
+
+OPTIMIZE = ("-std=c++17", "-O3", "-shared", "-fPIC")
+# The second is for compilers without OpenMP, whose code keeps to one thread.
+PARALLEL = (("-fopenmp",), ("-Wno-unknown-pragmas",))
+
+
+@functools.cache
+def load(source: pathlib.Path) -> ctypes.CDLL | None:
+  """Loads the C++ file `source`, compiled for this processor.
+
+  Returns None where there is no compiler that can compile it. The machine code is kept in the
+  user's cache, under a name that depends on the source, the compiler and the processor.
+  """
+  command = [*shlex.split(os.environ.get("CXX") or "c++"), *OPTIMIZE]
+  for processor in ("-march=native", "-mcpu=native"):  # of x86 and of ARM
+    for parallel in PARALLEL:
+      try:
+        return _load([*command, processor, *parallel], source)
+      except (OSError, subprocess.CalledProcessError):
+        continue
+  return None
+
+
+def _load(command: list[str], source: pathlib.Path) -> ctypes.CDLL:
+  name = f"{source.stem}-{_get_digest(command, source)}.so"
+  if not (cache := environment.find_cache("kernels")):
+    with tempfile.TemporaryDirectory() as folder:
+      return _compile(command, source, pathlib.Path(folder, name))
+  path = pathlib.Path(cache, name)
+  return ctypes.CDLL(str(path)) if path.exists() else _compile(command, source, path)
+
+
+def _get_digest(command: list[str], source: pathlib.Path) -> str:
+  """Of all that the machine code depends on; home folders may be shared by unlike machines."""
+  # The compiler's version and the processor's instructions, as macros.
+  macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+  content = (shlex.join(command).encode(), macros, source.read_bytes())
+  return hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
+
+
+def _compile(command: list[str], source: pathlib.Path, path: pathlib.Path) -> ctypes.CDLL:
+  """Compiles to `path`, whole or not at all: other processes may compile the same at this time."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    part = os.path.join(folder, path.name)
+    _run([*command, "-o", part, str(source)])
+    os.replace(part, path)
+  return ctypes.CDLL(str(path))
+
+
+def _run(command: list[str]) -> bytes:
+  """Returns what `command` prints; raises an OSError or a CalledProcessError if it fails."""
+  return subprocess.run(command, check=True, capture_output=True).stdout

@@ -1,0 +1,36 @@
+"""Networks of residual depthwise-separable units, our own, for small numbers of parameters.
+
+`tiny50k` has 48,090 with batch norm.
+"""
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Float32
+
+from flax_cifar.models import blocks
+
+
+class Tiny(blocks.Network):
+  """A 3x3 convolution, then stages of residual units; all but the first begin with a stride.
+
+  Attributes:
+    widths: channels of each stage.
+    units: residual units of each stage, without the strided unit before them.
+  """
+
+  widths: tuple[int, ...] = (32, 48, 64)
+  units: tuple[int, ...] = (3, 4, 5)
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "n h w 3"], train: bool
+  ) -> Float32[Array, "n {self.num_classes}"]:
+    unit = self.get_unit(blocks.ResidualSeparableUnit)
+
+    x = self.get_unit(blocks.ConvUnit)(self.widths[0], name="stem")(images, train)
+    for stage, (width, number) in enumerate(zip(self.widths, self.units, strict=True), start=1):
+      if stage > 1:
+        x = unit(width, stride=2, name=f"stage{stage}_down")(x, train)
+      for i in range(1, number + 1):
+        x = unit(width, name=f"stage{stage}_unit{i}")(x, train)
+    x = self.norm(relu=False, name="norm")(x, train)
+    return self.get_head(use_bias=True)(x)
