@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
         "limit": 0,  # images used of each split, always the same ones; 0 means all
       },
       "model": {
-        # dilated | pyramid | keras_base | keras_fcn | five_convs | ghost | skip | skip_dilated
+        # dilated | pyramid | keras_base | keras_fcn | five_convs | ghost | skip | skip_dilated |
+        # tiny50k | wide
         "name": "dilated",
         "norm": "batch",  # batch | layer | group | ghost | none
         "dropout_rate": 0.05,

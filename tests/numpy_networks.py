@@ -221,12 +221,13 @@ class Network:
     dense = _get(self.params, path)
     return add_per_channel(multiply_matrix(x, dense["kernel"]), dense["bias"])
 
+  def finish(self, x, path):
+    """The norm of the unit at `path`, if it has one, and ReLU."""
+    return relu(self.normalize(x, f"{path}/norm") if "norm" in _get(self.params, path) else x)
+
   def normalize(self, x, path):
-    """The norm of the unit at `path`, if it has one; training updates its running statistics."""
-    if "norm" not in _get(self.params, path):
-      return x
-    norm = _get(self.params, f"{path}/norm")
-    stats = _get(self.batch_stats, f"{path}/norm")
+    """The norm at `path`; training updates its running statistics."""
+    norm, stats = _get(self.params, path), _get(self.batch_stats, path)
     if self.parts:
       x, moments = standardize(x, self.parts)
       for name, moment in zip(("mean", "var"), moments, strict=True):
@@ -235,18 +236,22 @@ class Network:
       x = Array((x.value - stats["mean"]) / np.sqrt(stats["var"] + EPSILON))
     return add_per_channel(multiply_per_channel(x, norm["scale"]), norm["bias"])
 
-  def finish(self, x, path):
-    return relu(self.normalize(x, path))
-
   def unit(self, x, path, **options):
     return self.finish(self.conv(x, f"{path}/conv", **options), path)
 
   def relu_first(self, x, path, *, padding=1, **options):
-    return self.normalize(relu(self.conv(x, f"{path}/conv", padding=padding, **options)), path)
+    x = relu(self.conv(x, f"{path}/conv", padding=padding, **options))
+    return self.normalize(x, f"{path}/norm")
 
   def separable(self, x, path):
     x = self.conv(x, f"{path}/depthwise", padding=1)
     return self.finish(self.conv(x, f"{path}/pointwise"), path)
+
+  def residual(self, x, path, *, stride=1):
+    """What a residual unit adds to its input."""
+    x = self.conv(x, f"{path}/depthwise", padding=1, stride=stride)
+    x = self.conv(self.normalize(x, f"{path}/depthwise_norm"), f"{path}/pointwise")
+    return self.finish(x, path)
 
   def spatial(self, x, path):
     x = self.conv(x, f"{path}/vertical", padding=(1, 0))
@@ -335,6 +340,27 @@ def run_skip_dilated(net, x):
   return net.head(net.relu_first(x, "c9", stride=2))
 
 
+def run_tiny50k(net, x):
+  x = net.unit(x, "stem", padding=1)
+  for i in range(1, 4):
+    x = x + net.residual(x, f"stage1_unit{i}")
+  x = net.residual(x, "stage2_down", stride=2)
+  for i in range(1, 5):
+    x = x + net.residual(x, f"stage2_unit{i}")
+  x = net.residual(x, "stage3_down", stride=2)
+  for i in range(1, 6):
+    x = x + net.residual(x, f"stage3_unit{i}")
+  return net.head(net.normalize(x, "norm"))
+
+
+def run_wide(net, x):
+  x = net.conv(x, "patches")
+  for group in ("group1", "group2", "group3"):
+    x = halve(net.conv(x, f"{group}_pooled/conv", padding=1))
+    x = net.unit(net.finish(x, f"{group}_pooled"), f"{group}_unit", padding=1)
+  return net.head(x)
+
+
 def run_keras_base(net, x):
   x = halve(net.unit(net.unit(x, "c1_1", padding=1), "c1_2"))
   x = halve(net.unit(net.unit(x, "c2_1", padding=1), "c2_2"))
@@ -371,6 +397,8 @@ NETWORKS = {
   "ghost": run_ghost,
   "skip": run_skip,
   "skip_dilated": run_skip_dilated,
+  "tiny50k": run_tiny50k,
+  "wide": run_wide,
 }
 
 

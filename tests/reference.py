@@ -19,6 +19,8 @@ NORMS = {
   "ghost": "ghost",
   "skip": "batch",
   "skip_dilated": "batch",
+  "tiny50k": "batch",
+  "wide": "batch",
 }
 TOTALS = {
   "dilated": 192_672,
@@ -29,6 +31,8 @@ TOTALS = {
   "ghost": 657_146,
   "skip": 48_552,
   "skip_dilated": 167_424,
+  "tiny50k": 48_090,
+  "wide": 569_632,
 }
 
 
@@ -84,6 +88,11 @@ def count_parameters(model):
 
 
 def draw_variables(model):
+  """Variables for images (N, 32, 32, 3)."""
+  return draw_like(get_variable_shapes(model))
+
+
+def draw_like(variables):
   """Random values of the size that keeps activations near one, as NumPy arrays."""
   rng = np.random.default_rng(0)
 
@@ -97,4 +106,4 @@ def draw_variables(model):
       value = rng.normal(0, 0.3, shape)
     return value.astype(np.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, get_variable_shapes(model))
+  return jax.tree_util.tree_map_with_path(draw, variables)

@@ -20,6 +20,7 @@ from flax_cifar.data.augment import normalize as normalize_lib
 from flax_cifar.kernels import backend, norm_relu
 from flax_cifar.kernels import conv as conv_lib
 from flax_cifar.kernels import moments as moments_lib
+from flax_cifar.kernels.native import separable
 from flax_cifar.kernels.onednn import library
 from flax_cifar.parallel import mesh as mesh_lib
 from tests import numpy_networks, reference
@@ -47,6 +48,8 @@ def draw(*shape, seed=0, mean=0.0):
 def use_backend(request, monkeypatch):
   if request.param == "onednn" and library.load_library() is None:
     pytest.skip("oneDNN is not installed: pip install onednn-cpu-gomp")
+  if request.param == "native" and not separable.is_available():
+    pytest.skip("there is no C++ compiler")
   monkeypatch.setenv(backend.VARIABLE, request.param)
 
 
@@ -229,7 +232,7 @@ def test_evaluation_counts_each_image_once():
 # ---- Whole steps
 
 
-@pytest.mark.parametrize("use_backend", ["onednn"], indirect=True)  # "auto" on one device
+@pytest.mark.parametrize("use_backend", ["native"], indirect=True)  # "auto" on one device
 @pytest.mark.parametrize("name", reference.NORMS)
 @pytest.mark.usefixtures("use_backend")
 def test_a_whole_step_of_each_network(name):

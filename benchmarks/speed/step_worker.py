@@ -29,8 +29,15 @@ NORMS = {
   "keras_base": "none",
   "keras_fcn": "batch",
   "five_convs": "batch",
+  "tiny50k": "batch",
+  "wide": "batch",
 }
-DROPOUT = dict.fromkeys(NORMS, 0.05) | {"ghost": 0.1, "keras_base": 0.25}
+DROPOUT = dict.fromkeys(NORMS, 0.05) | {
+  "ghost": 0.1,
+  "keras_base": 0.25,
+  "tiny50k": 0.0,
+  "wide": 0.0,
+}
 
 
 def main() -> None:

@@ -321,6 +321,51 @@ def create_five_convs(dropout: float = 0.05) -> nn.Module:
   )
 
 
+def create_tiny50k(dropout: float = 0.0) -> nn.Module:
+  """Residual depthwise-separable units in three stages."""
+
+  def unit(c_in: int, c_out: int, stride: int = 1) -> nn.Module:
+    return nn.Sequential(
+      nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False),
+      nn.BatchNorm2d(c_in),
+      nn.Conv2d(c_in, c_out, 1, bias=False),
+      nn.BatchNorm2d(c_out),
+      nn.ReLU(),
+      nn.Dropout(dropout),
+    )
+
+  return nn.Sequential(
+    *(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+    nn.Dropout(dropout),
+    *(Residual(unit(32, 32)) for _ in range(3)),
+    unit(32, 48, stride=2),
+    *(Residual(unit(48, 48)) for _ in range(4)),
+    unit(48, 64, stride=2),
+    *(Residual(unit(64, 64)) for _ in range(5)),
+    nn.BatchNorm2d(64),
+    create_head(64, nn.AdaptiveAvgPool2d(1), bias=True),
+  )
+
+
+def create_wide(dropout: float = 0.0) -> nn.Module:
+  """A 2x2 convolution, then three groups of two wide 3x3 convolutions."""
+
+  def group(c_in: int, c_out: int) -> list[nn.Module]:
+    return [
+      nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+      nn.MaxPool2d(2),
+      *(nn.BatchNorm2d(c_out), nn.ReLU(), nn.Dropout(dropout)),
+      nn.Conv2d(c_out, c_out, 3, padding=1, bias=False),
+      *(nn.BatchNorm2d(c_out), nn.ReLU(), nn.Dropout(dropout)),
+    ]
+
+  return nn.Sequential(
+    nn.Conv2d(3, 24, 2, bias=False),
+    *(*group(24, 64), *group(64, 128), *group(128, 128)),
+    create_head(128, nn.AdaptiveAvgPool2d(1)),
+  )
+
+
 TORCH_NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "dilated": create_dilated,
   "pyramid": create_pyramid,
@@ -330,4 +375,6 @@ TORCH_NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "ghost": create_ghost,
   "skip": create_skip,
   "skip_dilated": create_skip_dilated,
+  "tiny50k": create_tiny50k,
+  "wide": create_wide,
 }

@@ -20,6 +20,7 @@ from flax_cifar.models import (
   skip,
   skip_dilated,
   tiny,
+  wide,
 )
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -32,6 +33,7 @@ MODELS: dict[str, type[nn.Module]] = {
   "skip": skip.Skip,
   "skip_dilated": skip_dilated.SkipDilated,
   "tiny50k": tiny.Tiny,
+  "wide": wide.Wide,
 }
 DTYPES: dict[str, blocks.DType] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

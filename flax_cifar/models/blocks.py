@@ -179,6 +179,13 @@ class ConvUnit(Unit):
     )(padding_lib.pad_reflect(x, self.padding) if reflect else x)
 
 
+class PooledConvUnit(ConvUnit):
+  """A convolution, a 2x2 max pool, then norm, ReLU and dropout."""
+
+  def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
+    return MaxPool(2, name="pool")(super().convolve(x))
+
+
 class DepthwiseSeparableUnit(Unit):
   """Depthwise 3x3 (one filter per channel), then pointwise 1x1; only the second has a bias.
 

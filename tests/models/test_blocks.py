@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors, models
+from flax_cifar.kernels import backend
+from flax_cifar.kernels.native import separable
 from flax_cifar.models import blocks, norms
 from tests import reference
 
@@ -496,3 +498,64 @@ def test_he_init_keeps_the_variance_through_conv_and_relu():
 def test_attributes_that_a_convolution_would_ignore_are_refused(ignored):
   with pytest.raises(ValueError, match=rf"{next(iter(ignored))}=[\s\S]* has no effect"):
     blocks.Conv(4, (3, 3), **ignored).init(KEY, jnp.asarray(X))
+
+
+# ---- Residual separable units
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+  "norm",
+  [
+    NORM,
+    partial(NORM, num_splits=2),
+    partial(NORM, train_scale=False),
+    partial(norms.GroupNorm, num_groups=4, epsilon=1e-5),
+    partial(norms.GroupNorm, num_groups=1, epsilon=1e-5, affine=False),
+    norms.NoNorm,
+  ],
+  ids=["batch", "ghost", "fixed scale", "group", "layer", "none"],
+)
+@pytest.mark.parametrize(("stride", "features"), [(1, 32), (2, 48)])
+def test_a_residual_unit_in_cpp_equals_its_modules(stride, features, norm, train, monkeypatch):
+  if not separable.is_available():
+    pytest.skip("there is no C++ compiler")
+  unit = blocks.ResidualSeparableUnit(features, norm, blocks.INITS["he"], 0.0, F32, stride=stride)
+  x = jnp.asarray(RNG.normal(size=(8, 12, 11, 32)), F32)
+  drawn = reference.draw_like(unit.init(KEY, x, train=False))
+  variables = jax.tree.map(jnp.asarray, drawn)
+
+  def run(params, x):
+    y, changed = unit.apply(
+      {**variables, "params": params}, x, train=train, mutable=["batch_stats"]
+    )
+    return y, changed
+
+  def compute(params, x):
+    y, backward, changed = jax.vjp(run, params, x, has_aux=True)
+    return y, backward(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), changed
+
+  results = []
+  for name in ("native", "definition"):
+    monkeypatch.setenv(backend.VARIABLE, name)
+    results.append(jax.jit(lambda *a: compute(*a))(variables["params"], x))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), *results
+  )
+
+
+def test_a_residual_unit_with_a_norm_of_its_own_is_computed_by_modules(monkeypatch):
+  """A norm without get_affine, as in docs/extending.md."""
+  monkeypatch.setenv(backend.VARIABLE, "auto")
+
+  class Halve(nn.Module):
+    relu: bool = False
+
+    def __call__(self, x, train):
+      return nn.relu(x / 2) if self.relu else x / 2
+
+  unit = blocks.ResidualSeparableUnit(32, Halve, blocks.INITS["he"], 0.0, F32)
+  x = jnp.asarray(RNG.normal(size=(2, 4, 4, 32)), F32)
+  y, _ = unit.init_with_output(KEY, x, train=False)
+  assert not unit.bind({})._is_native(x, train=False)
+  assert y.shape == x.shape

@@ -67,6 +67,27 @@ def block(side, last_channels, last_parameters):
   ]
 
 
+def pooled(side, channels, features):
+  """Convolution, pool, norm."""
+  conv, norm = unit("conv 3x3", side, features, 9 * channels * features)
+  half = (side // 2, side // 2, features)
+  return [conv, pool(side // 2, features), (norm[0], half, norm[2])]
+
+
+def residual(side, channels, features):
+  """Depthwise, norm, pointwise, norm."""
+  return [
+    *unit(f"conv 3x3 groups {channels}", side, channels, 9 * channels),
+    *unit("conv 1x1", side, features, channels * features),
+  ]
+
+
+def strided(side, channels, features):
+  """The residual unit that halves the sides."""
+  first, *rest = residual(side, channels, features)
+  return [(first[0].replace(" groups", " stride 2 groups"), *first[1:]), *rest]
+
+
 # In execution order. The widths of `keras_fcn` and `five_convs` are ours.
 PUBLISHED = {
   "dilated": [
@@ -191,6 +212,28 @@ PUBLISHED = {
     ("GlobalAveragePool", (1, 1, 128), 0),
     ("conv 1x1", (1, 1, 10), 128 * 10),
   ],
+  "tiny50k": [
+    *unit("conv 3x3", 32, 32, 864),
+    *(3 * residual(32, 32, 32)),
+    *strided(16, 32, 48),
+    *(4 * residual(16, 48, 48)),
+    *strided(8, 48, 64),
+    *(5 * residual(8, 64, 64)),
+    ("norm", (8, 8, 64), 128),
+    ("GlobalAveragePool", (1, 1, 64), 0),
+    ("conv 1x1", (1, 1, 10), 650),
+  ],
+  "wide": [
+    ("conv 2x2", (31, 31, 24), 288),
+    *pooled(31, 24, 64),
+    *unit("conv 3x3", 15, 64, 36_864),
+    *pooled(15, 64, 128),
+    *unit("conv 3x3", 7, 128, 147_456),
+    *pooled(7, 128, 128),
+    *unit("conv 3x3", 3, 128, 147_456),
+    ("GlobalAveragePool", (1, 1, 128), 0),
+    ("conv 1x1", (1, 1, 10), 1280),
+  ],
 }
 CASES = [*reference.NORMS.items(), ("keras_base", "batch")]
 NORM_PARAMETERS = {
@@ -202,8 +245,10 @@ NORM_PARAMETERS = {
   "ghost": 992,
   "skip": 480,
   "skip_dilated": 960,
+  "tiny50k": 64 + 4 * (3 * 32 + 4 * 48 + 5 * 64) + 2 * (32 + 48 + 48 + 64) + 128,
+  "wide": 2 * (2 * 64 + 4 * 128),
 }
-UNITS = {  # with a norm
+UNITS = {  # norms
   "dilated": 1 + 2 * 11,
   "pyramid": 8,
   "keras_base": 6,
@@ -212,10 +257,13 @@ UNITS = {  # with a norm
   "ghost": 8,
   "skip": 8,
   "skip_dilated": 9,
+  "tiny50k": 2 + 2 * 14,
+  "wide": 6,
 }
 RATE = 0.125
 DROPOUT = {name: [RATE] * units for name, units in UNITS.items()}
 DROPOUT["ghost"] = [0, *[RATE] * 7, 0, 0]  # the first unit and those without norm have none
+DROPOUT["tiny50k"] = [RATE] * (1 + 14)  # a residual unit has two norms and one dropout
 DROPOUT["keras_base"] = [0, 0, RATE] * 3 + [2 * RATE] * 2  # after the pools and the dense layers
 # 1 plus, for each layer, (kernel size - 1) x dilation x the product of the strides before it.
 RECEPTIVE_FIELDS = {
@@ -228,6 +276,8 @@ RECEPTIVE_FIELDS = {
   "ghost": 1 + (2 + 2 + 1) + 2 * (2 + 1) + 4 * (4 + 4 + 1) + 8 * (2 + 2),
   "skip": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 2 + 1) + 4 * (2 + 2 + 2),
   "skip_dilated": 1 + (2 + 2 + 2) + 2 * (4 + 2 + 2) + 4 * (2 + 2 + 2),
+  "tiny50k": 1 + 2 * (1 + 3 + 1) + 4 * (4 + 1) + 8 * 5,
+  "wide": 1 + (1 + 2 + 1) + 2 * (2 + 2 + 1) + 4 * (2 + 2 + 1) + 8 * 2,
 }
 
 

@@ -139,6 +139,7 @@ def test_dropout_has_the_published_rate(name):
   units = {"dilated": 23, "pyramid": 8, "keras_fcn": 6, "five_convs": 10, "skip": 8}
   expected = {unit: [0.05] * count for unit, count in units.items()}
   expected |= {"skip_dilated": [0.05] * 9, "ghost": [0.1] * 7, "keras_base": [0.25] * 3 + [0.5] * 2}
+  expected |= {"tiny50k": [0.0] * 15, "wide": [0.0] * 6}
   assert rates == expected[name]
 
 
