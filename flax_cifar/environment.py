@@ -36,13 +36,17 @@ MALLOC = {
 def find_cache(kind: str) -> str:
   """The folder for files of a `kind`; "", no cache, where there is no home directory to write to.
 
+  XDG_CACHE_HOME takes the place of ~/.cache, as its specification says.
+
   A container may run as a user without one. A folder in /tmp would be no substitute: another user
   could put programs there.
   """
+  root = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
   try:
-    cache = pathlib.Path.home() / ".cache" / PACKAGE / kind
+    root = root if root.is_absolute() else pathlib.Path.home() / ".cache"
   except RuntimeError:
     return ""
+  cache = root / PACKAGE / kind
   existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
   return str(cache) if os.access(existing, os.W_OK) else ""
 

@@ -20,8 +20,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Many tests train the same tiny network: compile it once, and never reuse old files. The processes
 # of pytest-xdist inherit the folder of the one that starts them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="flax_cifar_tests_")
-  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+  os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="flax_cifar_tests_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "xla")
+  atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # The tests check the annotations of these modules, shapes included, at each call of a function.

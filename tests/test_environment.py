@@ -164,10 +164,19 @@ def test_without_a_home_to_write_to_there_is_no_cache(monkeypatch, tmp_path, hom
       raise RuntimeError("Could not determine home directory.")
     return tmp_path / home
 
+  monkeypatch.delenv("XDG_CACHE_HOME")
   monkeypatch.setattr(pathlib.Path, "home", find_home)
   monkeypatch.setattr(os, "access", lambda path, mode: home == "missing")
-  cache = environment_lib.find_cache()
+  cache = environment_lib.find_cache("xla")
   assert cache == (str(tmp_path / "missing/.cache/flax_cifar/xla") if home == "missing" else "")
+
+
+def test_the_cache_follows_xdg_cache_home(monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  assert environment_lib.find_cache("data") == str(tmp_path / "flax_cifar" / "data")
+  monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification says to ignore it
+  monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
+  assert environment_lib.find_cache("data") == str(tmp_path / ".cache" / "flax_cifar" / "data")
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "gpu", "tpu", "bogus", "bogus,cuda"])

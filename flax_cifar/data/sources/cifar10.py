@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_cifar import errors, files
 from flax_cifar.data import dataset
-from flax_cifar.data.sources import cifar10_archive, cifar10_download, cifar10_tfds
+from flax_cifar.data.sources import cifar10_archive, cifar10_download, cifar10_tfds, decoded
 
 LOCK = "cifar10.lock"
 
@@ -34,9 +34,18 @@ def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, 
   """
   asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   root = errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
-  prepared = cifar10_tfds.find_prepared(root)
-  train, test = cifar10_tfds.read_prepared(prepared) if prepared else _read_and_prepare(root)
-  return _sort_by_pixels(train), _sort_by_pixels(test), cifar10_archive.CLASS_NAMES
+  if prepared := cifar10_tfds.find_prepared(root):
+    train, test = decoded.load_or_decode(
+      prepared, lambda: _sort(cifar10_tfds.read_prepared(prepared))
+    )
+  else:
+    train, test = _sort(_read_and_prepare(root))
+  return train, test, cifar10_archive.CLASS_NAMES
+
+
+def _sort(splits: decoded.Splits) -> decoded.Splits:
+  train, test = splits
+  return _sort_by_pixels(train), _sort_by_pixels(test)
 
 
 def _read_and_prepare(root: Path) -> tuple[dataset.Split, dataset.Split]:
