@@ -18,7 +18,6 @@ Nothing is random but what is drawn from one of these streams. Those in the uppe
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,42 +76,37 @@ class Progress:
   records: list[metrics.Record]
 
 
-def create_train_states(*, seeds: Iterable[int], **arguments: Any) -> list[TrainState]:
-  """The state before the first step for each of the `seeds`; see `create_train_state`."""
-  return [create_train_state(seed=seed, **arguments) for seed in seeds]
-
-
-def create_train_state(
+def create_train_states(
   *,
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   plateau: optim.Plateau,
   image_shape: tuple[int, int, int],
   ema_decay: float,
-  seed: int,
-) -> TrainState:
-  """The state before the first step; a pure function of `seed` on one kind of device."""
+  seeds: Iterable[int],
+) -> list[TrainState]:
+  """The state before the first step for each of the `seeds`.
+
+  It is a pure function of the seed on one kind of device.
+  """
+
+  @jax.jit  # one program: a program for each array would take seconds to load
+  def create(init_key: jax.Array, key: jax.Array) -> TrainState:
+    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      batch_stats=batch_stats,
+      opt_state=optimizer.init(params),
+      ema={"params": params, "batch_stats": batch_stats} if ema_decay else {},
+      plateau=plateau.init(params),
+      key=key,
+      finite=jnp.ones((), bool),
+    )
+
   # threefry, the default, takes XLA:CPU ten seconds to compile for this many shapes.
-  init_key = jax.random.key(seed, impl="rbg")
-  variables = _init(model, init_key, jnp.zeros((1, *image_shape)))
-  params, batch_stats = variables["params"], variables.get("batch_stats", {})
-  # Copies: a buffer that stands in the state twice could not be donated.
-  ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    batch_stats=batch_stats,
-    opt_state=optimizer.init(params),
-    ema=ema if ema_decay else {},
-    plateau=plateau.init(params),
-    key=jax.random.key(seed),
-    finite=jnp.ones((), bool),
-  )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
-  return model.init(key, images, train=False)
+  return [create(jax.random.key(seed, impl="rbg"), jax.random.key(seed)) for seed in seeds]
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:

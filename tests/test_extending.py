@@ -72,14 +72,14 @@ def train_steps(config, steps):
   """The losses of `steps` on one batch of tiny images, and the states before and after each."""
   model = config_lib.create_model(config, num_classes=tiny.CLASSES)
   optimizer = optax.sgd(0.1)
-  state = state_lib.create_train_state(
+  state = state_lib.create_train_states(
     model=model,
     optimizer=optimizer,
     plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
     image_shape=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3),
     ema_decay=0.0,
-    seed=0,
-  )
+    seeds=[0],
+  )[0]
   rng = np.random.default_rng(0)
   batch = {
     "image": rng.integers(0, 256, (16, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3), dtype=np.uint8),

@@ -76,14 +76,14 @@ def create_state_and_step(name):
   model = config_lib.create_model(config, num_classes=10)
   schedule = optim.create_schedule(steps_per_epoch=5, total_epochs=2, **config.schedule)
   optimizer = optim.create_optimizer(schedule, **config.optimizer)
-  state = state_lib.create_train_state(
+  state = state_lib.create_train_states(
     model=model,
     optimizer=optimizer,
     plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
     image_shape=(32, 32, 3),
     ema_decay=config.ema.decay,
-    seed=0,
-  )
+    seeds=[0],
+  )[0]
   params = draw_params(state.params)
   state = state.replace(
     params=params,

@@ -14,14 +14,14 @@ PLATEAU = {"factor": 0.5, "patience": 1, "threshold": 0.1, "cooldown": 0, "final
 
 
 def create(seed=0, ema_decay=0.0):
-  return state_lib.create_train_state(
+  return state_lib.create_train_states(
     model=tiny.TinyNet(),
     optimizer=optax.sgd(0.1),
     plateau=optim.create_plateau(enabled=True, **PLATEAU),
     image_shape=(8, 8, 3),
     ema_decay=ema_decay,
-    seed=seed,
-  )
+    seeds=[seed],
+  )[0]
 
 
 def test_state_is_a_function_of_the_seed():

@@ -444,14 +444,14 @@ def create_step(mixing=None, **changes):
   plateau = optim.create_plateau(
     enabled=True, factor=0.5, patience=1, threshold=0.1, cooldown=0, final=0.0
   )
-  state = state_lib.create_train_state(
+  state = state_lib.create_train_states(
     model=model,
     optimizer=optimizer,
     plateau=plateau,
     image_shape=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3),
     ema_decay=0.0,
-    seed=0,
-  )
+    seeds=[0],
+  )[0]
   settings = {"normalize": lambda x: x / 255, "label_smoothing": 0.0, "ema_decay": 0.0} | changes
   step = functools.partial(
     train.train_step, model=model, optimizer=optimizer, mixing=mixing, **settings

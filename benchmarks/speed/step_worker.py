@@ -140,14 +140,14 @@ def create_parts(network: str, dtype: str = "float32") -> tuple[Any, dict[str, A
   model = config_lib.create_model(config, num_classes=10)
   schedule = optim.create_schedule(steps_per_epoch=100, total_epochs=10, **config.schedule)
   optimizer = optim.create_optimizer(schedule, **config.optimizer)
-  state = state_lib.create_train_state(
+  state = state_lib.create_train_states(
     model=model,
     optimizer=optimizer,
     plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
     image_shape=(32, 32, 3),
     ema_decay=0,
-    seed=0,
-  )
+    seeds=[0],
+  )[0]
   return state, {
     "model": model,
     "optimizer": optimizer,

@@ -27,14 +27,14 @@ TOTALS = {
 
 
 def create(seed=0, **network):
-  return state_lib.create_train_state(
+  return state_lib.create_train_states(
     model=tiny.TinyNet(**network),
     optimizer=optax.sgd(0.1, momentum=0.9),
     plateau=optim.create_plateau(enabled=True, **PLATEAU),
     image_shape=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3),
     ema_decay=0.9,
-    seed=seed,
-  )
+    seeds=[seed],
+  )[0]
 
 
 def progress(step, state, totals=None, records=()):

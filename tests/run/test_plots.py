@@ -20,13 +20,13 @@ NAMES = ("cat", "dog", "frog")
 def titles(monkeypatch):
   """Collects the titles that are drawn."""
   seen = []
-  original = matplotlib.axes.Axes.set_title
+  original = matplotlib.axes.Axes.text
 
-  def remember(self, label, *args, **kwargs):
+  def remember(self, x, y, label, *args, **kwargs):
     seen.append(label)
-    return original(self, label, *args, **kwargs)
+    return original(self, x, y, label, *args, **kwargs)
 
-  monkeypatch.setattr(matplotlib.axes.Axes, "set_title", remember)
+  monkeypatch.setattr(matplotlib.axes.Axes, "text", remember)
   return seen
 
 
@@ -53,6 +53,22 @@ def test_augmented_samples_have_their_class_names(tmp_path, titles):
   batch = {"image": images(25), "label": np.arange(25) % 3}
   plots.save_augmented(tmp_path / "a.png", batch, NAMES)
   assert titles == [NAMES[i % 3] for i in range(20)]
+
+
+def test_images_stand_in_rows_upright_and_in_their_colors(tmp_path):
+  shown = np.full((7, 2, 2, 3), 255, np.uint8)
+  shown[:, 0, 0] = [[20 * i, 100, 0] for i in range(7)]  # the upper left corner
+  plots.save_images(tmp_path / "i.png", shown, ["name"] * 7)
+  picture = np.asarray(Image.open(tmp_path / "i.png").convert("RGB"))
+  assert picture.shape[:2] == (round(2 * 1.9 * plots.DPI), round(5 * 1.7 * plots.DPI))
+  for i, image in enumerate(shown):
+    row, column = divmod(i, 5)
+    cell = picture[row * 228 : (row + 1) * 228, column * 204 : (column + 1) * 204]
+    found = (cell == image[0, 0]).all(-1)
+    assert found.sum() == pytest.approx((plots.IMAGE * plots.DPI / 2) ** 2, rel=0.05)
+    rows, columns = np.nonzero(found)
+    assert rows.max() < 228 * 0.7
+    assert columns.max() < 204 * 0.6
 
 
 def test_a_plot_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
