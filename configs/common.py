@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
       "batch_size": 128,  # images per step, over all devices
       "eval_batch_size": 512,  # images per evaluation step, over all devices
       "total_epochs": 10,
-      "compute_dtype": "float32",  # of convolutions: float32 | bfloat16; parameters stay float32
+      # Of convolutions: float32 | bfloat16 | auto (bfloat16 where the device is fast at it);
+      # parameters stay float32.
+      "compute_dtype": "float32",
       "num_devices": 0,  # local devices to use; 0 means all of them
       # Steps per call of compiled code. 0 means 1 on a CPU or with albumentations, else an epoch.
       "steps_per_call": 0,

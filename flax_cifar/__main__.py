@@ -72,13 +72,14 @@ def train_here(config: ConfigDict) -> None:
   """Trains in --workdir or its default."""
   from flax_cifar import train as train_lib
   from flax_cifar.parallel import agreement
+  from flax_cifar.run import config as config_lib
   from flax_cifar.run import workdir as workdir_lib
 
   @agreement.by_first
   def find_workdir() -> str:
     if WORKDIR.value:
       return str(errors.get_path("--workdir", WORKDIR.value))
-    return str(workdir_lib.find_workdir(config.to_dict()))
+    return str(workdir_lib.find_workdir(config_lib.settle(config).to_dict()))
 
   train_lib.train_and_evaluate(config, pathlib.Path(find_workdir()))
 

@@ -149,12 +149,22 @@ def count_cores() -> int:
 
 
 def _processor() -> str:
+  return _read_processor("model name") or platform.processor() or platform.machine()
+
+
+def list_processor_features() -> list[str]:
+  """The processor's instruction sets, as Linux calls them; [] on other systems."""
+  return _read_processor("flags").split()
+
+
+def _read_processor(field: str) -> str:
+  """The text of a `field` of the first processor in /proc/cpuinfo; "" where it is not there."""
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
   except OSError:
-    return platform.processor() or platform.machine()
-  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-  return names[0] if names else platform.machine()
+    return ""
+  values = (line.partition(":") for line in lines)
+  return next((value.strip() for name, _, value in values if name.strip() == field), "")
 
 
 def get_command(arguments: Sequence[str] | None = None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flax_cifar import errors
+from flax_cifar import environment, errors
 from flax_cifar.kernels.native import separable
 from flax_cifar.kernels.onednn import convolution, library
 
@@ -23,6 +23,7 @@ BACKENDS = {
   "xla": "operations of XLA, put together for CPUs",
   "definition": "the plain operations of JAX",
 }
+FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # instruction sets
 
 # Those that may be missing, fastest first: whether they work, and what they need.
 OPTIONAL: dict[str, tuple[Callable[[], bool], str]] = {
@@ -63,6 +64,21 @@ def uses_onednn(dtype: jnp.dtype) -> bool:
 def uses_native(dtype: jnp.dtype, channels: int, features: int) -> bool:
   """Whether the kernels in C++ compute units in `dtype` from `channels` to `features` channels."""
   return select_backend() == "native" and separable.can_compute(dtype, channels, features)
+
+
+def settle_dtype(name: str) -> str:
+  """Returns `name`, or for "auto" the type in which this process computes fastest.
+
+  That is bfloat16 where the devices have instructions for it, else float32.
+  """
+  if name != "auto":
+    return name
+  device = jax.local_devices()[0]
+  if device.platform == "cpu":
+    fast = convolution.is_available() and FAST_BFLOAT16 & {*environment.list_processor_features()}
+  else:  # NVIDIA's GPUs have such instructions since Ampere, compute capability 8
+    fast = float(getattr(device, "compute_capability", None) or 8) >= 8
+  return "bfloat16" if fast else "float32"
 
 
 def describe_backend() -> str:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from flax_cifar import errors, models
 from flax_cifar import state as state_lib
 from flax_cifar.data.augment import arguments
+from flax_cifar.kernels import backend
 
 # A resumed run may change these: its results stay the same.
 FREE_KEYS = (
@@ -41,8 +42,21 @@ def without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
   return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in keys)}
 
 
-def check_values(config: ConfigDict) -> None:
-  """Raises a UserError for a value that no key may have; each module checks its keys' ranges."""
+def settle(config: ConfigDict) -> ConfigDict:
+  """Returns a config in which no value depends on the machine any more.
+
+  A run keeps it, so that its results can be repeated elsewhere.
+
+  Raises:
+    UserError: a key has a value that no key may have; each module checks its keys' ranges.
+  """
+  _check_values(config)
+  settled = config.copy_and_resolve_references()
+  settled.compute_dtype = backend.settle_dtype(config.compute_dtype)
+  return settled
+
+
+def _check_values(config: ConfigDict) -> None:
   for key, value in flatten(config.to_dict()).items():
     errors.require(value is not None, key, value, "set; configs/common.py has its default")
     errors.require(not isinstance(value, float) or math.isfinite(value), key, value, "finite")
@@ -99,7 +113,7 @@ def create_model(config: Mapping[str, Any], *, num_classes: int) -> nn.Module:
     **config["model"],
     num_classes=num_classes,
     norm_arguments=config["norm"],
-    dtype=config["compute_dtype"],
+    dtype=backend.settle_dtype(config["compute_dtype"]),
   )
 
 

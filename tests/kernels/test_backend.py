@@ -1,5 +1,7 @@
 """The choice of a kernel backend."""
 
+import types
+
 import pytest
 
 from flax_cifar import errors
@@ -21,3 +23,38 @@ def test_onednn_is_refused_where_it_is_missing(monkeypatch):
     backend.select_backend()
   monkeypatch.delenv(backend.VARIABLE)
   assert backend.select_backend() == "xla"
+
+
+@pytest.mark.parametrize(
+  ("platform", "capability", "features", "expected"),
+  [
+    ("cpu", None, ["avx2", "avx512f"], "float32"),
+    ("cpu", None, ["avx512f", "avx512_bf16"], "bfloat16"),
+    ("cpu", None, ["amx_bf16"], "bfloat16"),
+    ("cpu", None, [], "float32"),  # not Linux
+    ("gpu", "7.5", [], "float32"),
+    ("gpu", "8.0", [], "bfloat16"),
+    ("gpu", "10.0", [], "bfloat16"),
+    ("tpu", None, [], "bfloat16"),
+  ],
+)
+def test_auto_is_bfloat16_where_the_device_is_fast_at_it(
+  platform, capability, features, expected, monkeypatch
+):
+  device = types.SimpleNamespace(platform=platform)
+  if capability:
+    device.compute_capability = capability
+  monkeypatch.setattr(backend.jax, "local_devices", lambda: [device])
+  monkeypatch.setattr(backend.environment, "list_processor_features", lambda: features)
+  monkeypatch.setattr(backend.convolution, "is_available", lambda: True)
+  assert backend.settle_dtype("auto") == expected
+  assert backend.settle_dtype("float32") == "float32"
+  monkeypatch.setattr(backend.convolution, "is_available", lambda: False)
+  assert backend.settle_dtype("auto") == ("float32" if platform == "cpu" else expected)
+
+
+def test_native_is_refused_without_a_compiler(monkeypatch):
+  monkeypatch.setattr("flax_cifar.kernels.native.separable.is_available", lambda: False)
+  monkeypatch.setenv(backend.VARIABLE, "native")
+  with pytest.raises(errors.UserError, match=r"'native'.*C\+\+ compiler"):
+    backend.select_backend()

@@ -1,0 +1,80 @@
+"""Compiling C++: what is kept, and what happens without a compiler."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from flax_cifar.kernels.native import compiler
+
+if not shutil.which("c++"):
+  pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+  """Loads a source with a cache of its own, as a new process would."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  return compiler.load.__wrapped__
+
+
+def write(folder, value):
+  source = pathlib.Path(folder, "answer.cc")
+  source.write_text(f'extern "C" int answer() {{ return {value}; }}')
+  return source
+
+
+def list_kept(tmp_path):
+  return sorted((tmp_path / "cache").rglob("*.so"))
+
+
+def test_it_is_compiled_once_and_again_when_the_source_changes(load, tmp_path):
+  source = write(tmp_path, 41)
+  assert load(source).answer() == 41
+  (kept,) = list_kept(tmp_path)
+  written = kept.stat().st_mtime_ns
+  assert load(source).answer() == 41
+  assert kept.stat().st_mtime_ns == written
+  assert load(write(tmp_path, 42)).answer() == 42
+  assert len(list_kept(tmp_path)) == 2
+
+
+def test_without_a_cache_it_is_compiled_each_time(load, tmp_path, monkeypatch):
+  monkeypatch.setattr("flax_cifar.environment.find_cache", lambda kind: "")
+  assert load(write(tmp_path, 43)).answer() == 43
+  assert list_kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["no-such-compiler", "false", "true"])
+def test_a_compiler_that_does_not_work_is_none(load, tmp_path, monkeypatch, command):
+  monkeypatch.setenv("CXX", command)
+  assert load(write(tmp_path, 44)) is None
+
+
+def test_a_source_that_does_not_compile_leaves_nothing(load, tmp_path):
+  source = tmp_path / "wrong.cc"
+  source.write_text("int wrong(")
+  assert load(source) is None
+  assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_a_compiler_without_openmp_is_enough(load, tmp_path, monkeypatch):
+  script = tmp_path / "c++"
+  script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec c++ "$@"\n')
+  script.chmod(0o755)
+  monkeypatch.setenv("CXX", str(script))
+  assert load(write(tmp_path, 45)).answer() == 45
+
+
+def test_processes_that_compile_at_once_all_get_it(load, tmp_path):
+  source = write(tmp_path, 46)
+  code = f"""
+import pathlib
+from flax_cifar.kernels.native import compiler
+assert compiler.load(pathlib.Path({str(source)!r})).answer() == 46
+"""
+  processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+  assert [process.wait() for process in processes] == [0] * 4
+  assert len(list_kept(tmp_path)) == 1

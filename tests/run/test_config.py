@@ -1,0 +1,30 @@
+"""The values of a config that a run settles before it starts."""
+
+import pytest
+
+from flax_cifar import errors
+from flax_cifar.configs import common
+from flax_cifar.run import config as config_lib
+
+
+@pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+def test_a_run_keeps_the_type_that_auto_meant(monkeypatch, fast):
+  monkeypatch.setattr(
+    config_lib.backend, "settle_dtype", lambda name: fast if name == "auto" else name
+  )
+  config = common.get_config()
+  config.compute_dtype = "auto"
+  settled = config_lib.settle(config)
+  assert settled.compute_dtype == fast
+  assert config.compute_dtype == "auto"
+  assert config_lib.settle(settled).to_dict() == settled.to_dict()
+  assert config_lib.create_model(config, num_classes=10).dtype == fast
+  settled.compute_dtype = "auto"
+  assert settled.to_dict() == config.to_dict()  # nothing else changes
+
+
+def test_a_value_that_no_key_may_have_is_an_error():
+  config = common.get_config()
+  config.optimizer.learning_rate = float("nan")
+  with pytest.raises(errors.UserError, match="learning_rate=nan"):
+    config_lib.settle(config)
