@@ -1,5 +1,6 @@
 """The values of a config that a run settles before it starts."""
 
+import jax.numpy as jnp
 import pytest
 
 from flax_cifar import errors
@@ -18,7 +19,7 @@ def test_a_run_keeps_the_type_that_auto_meant(monkeypatch, fast):
   assert settled.compute_dtype == fast
   assert config.compute_dtype == "auto"
   assert config_lib.settle(settled).to_dict() == settled.to_dict()
-  assert config_lib.create_model(config, num_classes=10).dtype == fast
+  assert jnp.dtype(config_lib.create_model(config, num_classes=10).dtype) == fast
   settled.compute_dtype = "auto"
   assert settled.to_dict() == config.to_dict()  # nothing else changes
 
