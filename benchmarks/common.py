@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import itertools
+import json
 import pathlib
 import runpy
 import sys
@@ -17,7 +18,8 @@ from flax_cifar import environment, files
 from flax_cifar.run import tables
 
 Row = Mapping[str, Any]
-PATH_FLAGS = ("--json", "--output", "--torch-python")  # they name places of this machine
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of processors, by their Linux names
+PATH_FLAGS = ("--json", "--output", "--torch-python", "--add")  # they name places of this machine
 
 
 def positive(text: str) -> int:
@@ -67,15 +69,44 @@ def format_cell(value: Any) -> str:
 
 def write_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes the rows with versions, hardware, commit, date and command."""
-  record = {
+  files.write_json(pathlib.Path(path).expanduser(), create_record(rows))
+
+
+def add_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
+  """Adds the record of `rows` to the list of records in a file.
+
+  It replaces that of the same command on the same kind of machine, and no other.
+  """
+  path, record = pathlib.Path(path).expanduser(), create_record(rows)
+  records = read_records(path) if path.exists() else []
+  keys = ("command", "hardware")
+  others = [old for old in records if any(old[key] != record[key] for key in keys)]
+  files.write_json(path, [*others, record])
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a file of `add_json`."""
+  records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+  return records
+
+
+def create_record(rows: Sequence[Row]) -> dict[str, Any]:
+  """The rows with versions, hardware, commit, date and command."""
+  return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "command": environment.get_command(leave_out_paths(sys.orig_argv[1:])),
     "commit": environment.get_commit(),
-    "hardware": environment.get_hardware(len(jax.local_devices())),
+    "hardware": describe_hardware(),
     "versions": environment.get_versions(),
     "rows": list(rows),
   }
-  files.write_json(pathlib.Path(path).expanduser(), record)
+
+
+def describe_hardware() -> str:
+  """The devices and the processor, with the instruction sets that matter here."""
+  features = environment.list_processor_features()
+  known = [name for name in FEATURES if name in features]
+  return ", ".join([environment.get_hardware(len(jax.local_devices())), *known])
 
 
 def leave_out_paths(arguments: Sequence[str]) -> list[str]:

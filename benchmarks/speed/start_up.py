@@ -56,7 +56,7 @@ def time_imports() -> float:
 def time_first_step(network: str, cache: str) -> float:
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
   started = time.perf_counter()
-  worker = train_step.Worker(sys.executable, "ours", network, 128, environment)
+  worker = train_step.Worker(sys.executable, "ours", network, 128, environment=environment)
   seconds = time.perf_counter() - started
   worker.close()
   return seconds

@@ -1,12 +1,14 @@
-"""One training step in a process of its own, so that libraries' threads and settings stay apart.
+"""One step in a process of its own, so that libraries' threads and settings stay apart.
 
-Command     python -m benchmarks.speed.step_worker MODE NETWORK BATCH
+Command     python -m benchmarks.speed.step_worker MODE NETWORK BATCH [TASK]
 
 It prints one line of JSON when it is ready, with the seconds of the first step and the library;
 then, for each line with a number that it reads, the seconds that so many steps took; at the end of
-its input, the most memory it had, in MiB. MODE is a key of MODES.
+its input, the most memory it had, in MiB. MODE is a key of MODES. TASK is train (the default), a
+training step, or predict, from images in bytes to logits.
 """
 
+import functools
 import json
 import os
 import resource
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 Step = Callable[[], Any]  # runs one step and returns when it is done
+TASKS = ("train", "predict")
 
 # The norm and the dropout rate with which each network was published.
 NORMS = {
@@ -41,9 +44,9 @@ DROPOUT = dict.fromkeys(NORMS, 0.05) | {
 
 
 def main() -> None:
-  mode, network, batch_size = sys.argv[1:]
+  mode, network, batch_size, *rest = sys.argv[1:]
   started = time.perf_counter()
-  step = MODES[mode](network, int(batch_size))
+  step = MODES[mode](network, int(batch_size), *rest)
   step()
   ready = {"first_step": time.perf_counter() - started, "library": get_library(mode)}
   print(json.dumps(ready), flush=True)
@@ -78,22 +81,22 @@ def draw_batch(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def create_ours(
-  network: str, batch_size: int, *, kernels: str = "auto", dtype: str = "float32"
+  network: str,
+  batch_size: int,
+  task: str = "train",
+  *,
+  kernels: str = "auto",
+  dtype: str = "float32",
 ) -> Step:
-  """The step of `flax_cifar.train` under the settings of main.py."""
+  """The step of `flax_cifar.train`, or its model alone, under the settings of main.py."""
   from flax_cifar import environment
 
   os.environ["FLAX_CIFAR_KERNELS"] = kernels
   environment.apply_settings()
-  return _create_flax_step(network, batch_size, dtype)
+  return CREATE_FLAX[task](network, batch_size, dtype)
 
 
-def create_xla(network: str, batch_size: int) -> Step:
-  """Our step without oneDNN."""
-  return create_ours(network, batch_size, kernels="xla")
-
-
-def create_naive(network: str, batch_size: int) -> Step:
+def create_naive(network: str, batch_size: int, task: str = "train") -> Step:
   """Flax out of the box: lax convolutions, Flax's norm and dropout, no settings.
 
   The ghost norm is ours: Flax has none.
@@ -123,7 +126,7 @@ def create_naive(network: str, batch_size: int) -> Step:
 
   norms.NORMS["batch"] = BatchNorm
   setattr(dropout, "Dropout", Dropout)  # noqa: B010, mypy refuses an assignment
-  return _create_flax_step(network, batch_size, "float32")
+  return CREATE_FLAX[task](network, batch_size, "float32")
 
 
 def create_parts(network: str, dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
@@ -159,8 +162,6 @@ def create_parts(network: str, dtype: str = "float32") -> tuple[Any, dict[str, A
 
 
 def _create_flax_step(network: str, batch_size: int, dtype: str) -> Step:
-  import functools
-
   import jax
 
   from flax_cifar import train as train_lib
@@ -178,9 +179,22 @@ def _create_flax_step(network: str, batch_size: int, dtype: str) -> Step:
   return step
 
 
-def create_matmul(network: str, batch_size: int) -> Step:
+def _create_flax_prediction(network: str, batch_size: int, dtype: str) -> Step:
+  import jax
+
+  state, parts = create_parts(network, dtype)
+  model, normalize = parts["model"], parts["normalize"]
+  predict = jax.jit(lambda variables, images: model.apply(variables, normalize(images), False))
+  images, _ = draw_batch(batch_size)
+  return lambda: predict(state.eval_variables, images).block_until_ready()
+
+
+CREATE_FLAX = {"train": _create_flax_step, "predict": _create_flax_prediction}
+
+
+def create_matmul(network: str, batch_size: int, task: str = "train") -> Step:
   """2048 x 2048 matrices, float32, in XLA: the rate that convolutions are held against."""
-  del network, batch_size
+  del network, batch_size, task
   import jax
   import jax.numpy as jnp
 
@@ -195,12 +209,13 @@ def create_matmul(network: str, batch_size: int) -> Step:
 def create_torch(
   network: str,
   batch_size: int,
+  task: str = "train",
   *,
   channels_last: bool = False,
   bfloat16: bool = False,
   compiled: bool = False,
 ) -> Step:
-  """PyTorch with the optimiser of its source, on a GPU if there is one."""
+  """PyTorch with the optimizer of its source, on a GPU if there is one."""
   import torch
   import torch.nn.functional as F
 
@@ -217,29 +232,41 @@ def create_torch(
   images = torch.from_numpy(numpy_images).permute(0, 3, 1, 2).to(device)
   labels = torch.from_numpy(numpy_labels).long().to(device)
 
-  def step() -> None:
+  def compute() -> Any:
     x = ((images / 255 - 0.5) / 0.25).contiguous(memory_format=layout)
-    optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-      loss = F.cross_entropy(forward(x), labels)
-    loss.backward()
+      return forward(x)
+
+  def train() -> None:
+    optimizer.zero_grad(set_to_none=True)
+    F.cross_entropy(compute().float(), labels).backward()
     optimizer.step()
+
+  def predict() -> None:
+    with torch.inference_mode():
+      compute()
+
+  def step() -> None:
+    train() if task == "train" else predict()
     if device == "cuda":
       torch.cuda.synchronize()
 
+  model.train(task == "train")
   return step
 
 
-MODES: dict[str, Callable[[str, int], Step]] = {
+MODES: dict[str, Callable[..., Step]] = {  # called with network, batch size and task
   "ours": create_ours,
-  "ours bf16": lambda n, b: create_ours(n, b, dtype="bfloat16"),
-  "ours, XLA alone": create_xla,
+  "ours bf16": functools.partial(create_ours, dtype="bfloat16"),
+  "ours, XLA alone": functools.partial(create_ours, kernels="xla"),
   "naive Flax": create_naive,
   "PyTorch": create_torch,
-  "PyTorch channels_last": lambda n, b: create_torch(n, b, channels_last=True),
-  "PyTorch channels_last bf16": lambda n, b: create_torch(n, b, channels_last=True, bfloat16=True),
-  "PyTorch compiled bf16": lambda n, b: create_torch(
-    n, b, channels_last=True, bfloat16=True, compiled=True
+  "PyTorch channels_last": functools.partial(create_torch, channels_last=True),
+  "PyTorch bf16": functools.partial(create_torch, bfloat16=True),
+  "PyTorch channels_last bf16": functools.partial(create_torch, channels_last=True, bfloat16=True),
+  "PyTorch compiled": functools.partial(create_torch, channels_last=True, compiled=True),
+  "PyTorch compiled bf16": functools.partial(
+    create_torch, channels_last=True, bfloat16=True, compiled=True
   ),
   "matmul": create_matmul,
 }

@@ -1,14 +1,19 @@
-"""Training steps per second: ours, naive Flax and eager PyTorch, by turns in one run.
+"""Training steps, or predictions, per second: ours, naive Flax and PyTorch, by turns in one run.
 
-Command     python -m benchmarks.speed.train_step [--networks dilated ghost skip pyramid]
-                [--repeats N] [--modes ours "naive Flax" ...] [--json FILE]
+Command     python -m benchmarks.speed.train_step [--task train | predict]
+                [--networks dilated ghost skip pyramid tiny50k wide] [--repeats N]
+                [--modes ours "naive Flax" ...] [--add FILE]
                 [--torch-python /other/bin/python where PyTorch lives in another environment]
+            python -m benchmarks.speed.train_step --show FILE
 
-PyTorch comes with the extra `benchmark`; without it, its rows are left out.
+--add adds a record to those of other commands and other processors in a file, and --show prints
+such a file as Markdown. PyTorch comes with the extra `benchmark`; without it, its rows are left
+out. A ratio compares with the fastest mode of PyTorch of the same type.
 """
 
 import argparse
 import json
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -17,10 +22,16 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.speed import step_worker
+from flax_cifar.run import tables
 
-NETWORKS = ("dilated", "ghost", "skip", "pyramid")  # of docs/performance.md
+NETWORKS = ("dilated", "ghost", "skip", "pyramid", "tiny50k", "wide")  # of docs/performance.md
 MATMUL = "matmul"
 MATMUL_FLOP = 2 * 2048**3
+FLOP = {"train": 6, "predict": 2}  # floating-point operations per multiply-add of the layer table
+SHOWN = (
+  *("network", "mode", "images/s", "slowest", "fastest", "x PyTorch", "GFLOP/s", "% of matmul"),
+  "peak MiB",
+)
 
 
 class Worker:
@@ -32,15 +43,20 @@ class Worker:
     mode: str,
     network: str,
     batch_size: int,
+    task: str = "train",
+    *,
     environment: Mapping[str, str] | None = None,
+    folder: pathlib.Path | None = None,
   ):
+    """`folder` is that of another checkout, whose code the process runs."""
     command = [python, "-m", "benchmarks.speed.step_worker", mode, network, str(batch_size)]
     self._process = subprocess.Popen(
-      command,
+      command if task == "train" else [*command, task],  # earlier commits know no tasks
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
       env=environment,
+      cwd=folder,
     )
     ready = json.loads(self._read())
     self.first_step, self.library = ready["first_step"], ready["library"]
@@ -70,6 +86,10 @@ class Worker:
 
 def main() -> None:
   options = parse_options()
+  if options.show:
+    for record in common.read_records(pathlib.Path(options.show)):
+      print(format_record(record))
+    return
   others = [mode for mode in options.modes if not mode.startswith("PyTorch")]
   if others != options.modes and not has_torch(options.torch_python):
     print(f"PyTorch is left out: {options.torch_python} has none; --torch-python names another")
@@ -81,6 +101,8 @@ def main() -> None:
     print(flush=True)
     if options.json:  # after each network: the next one may not end
       common.write_json(options.json, rows)
+    if options.add:
+      common.add_json(options.add, rows)
 
 
 def has_torch(python: str) -> bool:
@@ -89,6 +111,7 @@ def has_torch(python: str) -> bool:
 
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--task", default="train", choices=step_worker.TASKS)
   parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=list(step_worker.NORMS))
   modes = [mode for mode in step_worker.MODES if mode != MATMUL]
   parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
@@ -97,7 +120,21 @@ def parse_options() -> argparse.Namespace:
   parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
   parser.add_argument("--torch-python", default=sys.executable)
   parser.add_argument("--json", default="", help="file for the record")
+  parser.add_argument("--add", default="", help="file of records that gets this one, too")
+  parser.add_argument("--show", default="", help="file of records to print as Markdown")
   return parser.parse_args()
+
+
+def format_record(record: Mapping[str, Any]) -> str:
+  """A table of a record, below a line that says where it comes from."""
+  versions = {row["library"] for row in record["rows"]}
+  origin = (
+    f"`{record['command']}`, {record['hardware']}, {', '.join(sorted(versions))}, commit "
+    f"`{record['commit'][:7]}`, {record['date'][:10]}:"
+  )
+  cells = [[common.format_cell(row[key]) for key in SHOWN] for row in record["rows"]]
+  numeric = [key not in ("network", "mode") for key in SHOWN]
+  return f"{origin}\n\n{tables.format_markdown(SHOWN, cells, numeric)}"
 
 
 def measure_network(network: str, options: argparse.Namespace) -> list[common.Row]:
@@ -105,11 +142,11 @@ def measure_network(network: str, options: argparse.Namespace) -> list[common.Ro
   workers = {}
   for mode in [*options.modes, MATMUL]:
     python = options.torch_python if mode.startswith("PyTorch") else sys.executable
-    workers[mode] = Worker(python, mode, network, options.batch)
+    workers[mode] = Worker(python, mode, network, options.batch, options.task)
   seconds = take_turns(workers, options.repeats, options.seconds)
   memory = {mode: worker.close() for mode, worker in workers.items()}
   peak = MATMUL_FLOP / statistics.median(seconds.pop(MATMUL))
-  flop = 6 * count_multiply_adds(network) * options.batch
+  flop = FLOP[options.task] * count_multiply_adds(network) * options.batch
   return [
     {
       **describe(network, mode, seconds, options.batch, flop, peak),
@@ -139,9 +176,13 @@ def describe(
   flop: int,
   peak: float,
 ) -> dict[str, Any]:
-  """The ratio is the median over turns, each against the fastest float32 PyTorch of its turn."""
+  """The ratio is the median over turns, each against the fastest PyTorch of its turn and type."""
   own = seconds[mode]
-  rivals = [seconds[name] for name in ("PyTorch", "PyTorch channels_last") if name in seconds]
+  rivals = [
+    seconds[name]
+    for name in seconds
+    if name.startswith("PyTorch") and ("bf16" in name) == ("bf16" in mode)
+  ]
   best = [min(turn) for turn in zip(*rivals, strict=True)]
   ratios = [rival / mine for rival, mine in zip(best, own, strict=False)]
   median = statistics.median(own)
@@ -151,7 +192,7 @@ def describe(
     "images/s": batch_size / median,
     "slowest": batch_size / max(own),
     "fastest": batch_size / min(own),
-    "x best PyTorch f32": statistics.median(ratios) if ratios else None,
+    "x PyTorch": statistics.median(ratios) if ratios else None,
     "GFLOP/s": flop / median / 1e9,
     "% of matmul": 100 * flop / median / peak,
   }
