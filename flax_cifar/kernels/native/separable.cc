@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "pool.h"
+
 namespace {
 
 using Index = int64_t;
@@ -79,6 +81,13 @@ struct Prefetch {
     }
   }
 };
+
+Pool* pool;
+
+template <class Function>
+inline void for_each(Index count, const Function& function) {
+  pool->for_each(count, function);
+}
 
 struct Shape {
   Index count, height, width, channels, features;  // of the input; features of the output
@@ -223,8 +232,7 @@ void depthwise_forward(const Shape& s, const T* images, const float* kernel, T* 
                        float* means, float* variances) {
   const Index height = get_outputs(s.height, s.stride), width = get_outputs(s.width, s.stride);
   const Index row_size = width * s.channels;
-#pragma omp parallel for schedule(static)
-  for (Index n = 0; n < s.count; n++) {
+  for_each(s.count, [&](Index n) {
     const T* image = images + n * s.pixels() * s.channels;
     Rows rows(s.width, s.channels);
     std::vector<float> sums(row_size);
@@ -238,7 +246,7 @@ void depthwise_forward(const Shape& s, const T* images, const float* kernel, T* 
       moments.add(row, width);
     }
     moments.finish(height * width);
-  }
+  });
 }
 
 // The gradient of an output is `gradients` + factor * (output - mean) + constant, because the
@@ -249,8 +257,7 @@ void depthwise_backward(const Shape& s, const T* gradients, const T* outputs, co
                         const float* kernel, const T* shortcuts, T* to_images, float* to_kernels) {
   const Index height = get_outputs(s.height, s.stride), width = get_outputs(s.width, s.stride);
   const Index row_size = s.width * s.channels;
-#pragma omp parallel for schedule(static)
-  for (Index part = 0; part < s.parts; part++) {
+  for_each(s.parts, [&](Index part) {
     Rows input(s.width, s.channels), gradient(s.width, s.channels);
     std::vector<float> sums(row_size);
     float* to_kernel = to_kernels + part * 9 * s.channels;
@@ -282,7 +289,7 @@ void depthwise_backward(const Shape& s, const T* gradients, const T* outputs, co
           store(to_images + start + i, load(shortcuts + start + i) + load(sums.data() + i));
       }
     }
-  }
+  });
 }
 
 // ---- Products of small matrices, which lie row by row
@@ -356,8 +363,7 @@ void normalize(const T* block, Index pixels, Index channels, const Affine& affin
 template <class T>
 void pointwise_forward(const Shape& s, const T* images, Affine affines, const float* kernel,
                        T* outputs, float* means, float* variances) {
-#pragma omp parallel for schedule(static)
-  for (Index n = 0; n < s.count; n++) {
+  for_each(s.count, [&](Index n) {
     std::vector<float> input(PIXELS * s.channels), product(PIXELS * s.features);
     const Affine affine = affines.of(n, s.channels);
     Moments moments(n, s.features, means, variances);
@@ -375,7 +381,7 @@ void pointwise_forward(const Shape& s, const T* images, Affine affines, const fl
       moments.add(to, size);
     }
     moments.finish(s.pixels());
-  }
+  });
 }
 
 // The gradient of an output is that of `depthwise_backward`; `transposed` is (features, channels).
@@ -384,8 +390,7 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
                         const float* factor, const float* constant, const T* images, Affine affines,
                         const float* transposed, T* to_images, float* to_slopes, float* to_biases,
                         float* to_kernels) {
-#pragma omp parallel for schedule(static)
-  for (Index part = 0; part < s.parts; part++) {
+  for_each(s.parts, [&](Index part) {
     std::vector<float> input(PIXELS * s.channels), back(PIXELS * s.channels);
     std::vector<float> gradient(PIXELS * s.features);
     float* to_kernel = to_kernels + part * s.channels * s.features;
@@ -433,7 +438,7 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
         store_all(to_images + to, back.data(), size * s.channels);
       }
     }
-  }
+  });
 }
 
 // ---- The end of a unit: normalization, ReLU, and the sum with a shortcut
@@ -441,8 +446,7 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
 template <class T>
 void finish_forward(const Shape& s, const T* images, Affine affines, const T* shortcuts,
                     T* outputs) {
-#pragma omp parallel for schedule(static)
-  for (Index n = 0; n < s.count; n++) {
+  for_each(s.count, [&](Index n) {
     const Affine affine = affines.of(n, s.channels);
     for (Index p = 0; p < s.pixels(); p++)
       for (Index i = 0; i < s.channels; i += LANES) {
@@ -452,14 +456,13 @@ void finish_forward(const Shape& s, const T* images, Affine affines, const T* sh
         if (shortcuts) y += load(shortcuts + at);
         store(outputs + at, y);
       }
-  }
+  });
 }
 
 template <class T>
 void finish_backward(const Shape& s, const T* gradients, const T* images, Affine affines,
                      T* to_images, float* to_slopes, float* to_biases) {
-#pragma omp parallel for schedule(static)
-  for (Index n = 0; n < s.count; n++) {
+  for_each(s.count, [&](Index n) {
     const Affine affine = affines.of(n, s.channels);
     float *to_slope = to_slopes + n * s.channels, *to_bias = to_biases + n * s.channels;
     std::fill_n(to_slope, s.channels, 0.f);
@@ -486,7 +489,7 @@ void finish_backward(const Shape& s, const T* gradients, const T* images, Affine
         store(to_bias + i, biases);
       }
     }
-  }
+  });
 }
 
 template <class T>
@@ -518,6 +521,9 @@ void run(Index function, const Shape& s, void** arrays) {
 }
 
 }  // namespace
+
+// Starts `threads` threads for the functions; once in a process.
+extern "C" void flax_cifar_start(int threads) { pool = new Pool(threads); }
 
 // Runs a function on arrays: its operands, then its results. `key` has the function's number, 1 for
 // bfloat16, and the fields of Shape.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from flax_cifar import environment
 from flax_cifar.kernels import ffi
 from flax_cifar.kernels.moments import Affine, Moments
 from flax_cifar.kernels.native import compiler
@@ -36,6 +37,7 @@ def is_available() -> bool:
   library = compiler.load(SOURCE)
   if library is None:
     return False
+  library.flax_cifar_start(environment.count_cores())
 
   def execute(key: tuple[int, ...], addresses: list[int]) -> None:
     numbers = (ctypes.c_int64 * len(key))(*key)

@@ -60,12 +60,22 @@ def test_a_source_that_does_not_compile_leaves_nothing(load, tmp_path):
   assert list(tmp_path.rglob("*.so")) == []
 
 
-def test_a_compiler_without_openmp_is_enough(load, tmp_path, monkeypatch):
+def test_a_compiler_that_does_not_know_gccs_options_is_enough(load, tmp_path, monkeypatch):
   script = tmp_path / "c++"
-  script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec c++ "$@"\n')
+  script.write_text('#!/bin/sh\ncase "$*" in *-fno-tree*) exit 1;; esac\nexec c++ "$@"\n')
   script.chmod(0o755)
   monkeypatch.setenv("CXX", str(script))
   assert load(write(tmp_path, 45)).answer() == 45
+
+
+def test_a_header_beside_the_source_counts(load, tmp_path):
+  header = tmp_path / "value.h"
+  header.write_text("#define VALUE 47")
+  source = tmp_path / "answer.cc"
+  source.write_text('#include "value.h"\nextern "C" int answer() { return VALUE; }')
+  assert load(source).answer() == 47
+  header.write_text("#define VALUE 48")
+  assert load(source).answer() == 48
 
 
 def test_processes_that_compile_at_once_all_get_it(load, tmp_path):
