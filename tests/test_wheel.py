@@ -57,6 +57,9 @@ def test_the_wheel_holds_the_configs_and_nothing_beside_the_package(installed):
   assert names - {"sitecustomize.py", "__pycache__"} == {"bin", "flax_cifar"}
   shipped = {path.name for path in (installed / "flax_cifar" / "configs").glob("*.py")}
   assert shipped == {path.name for path in (ROOT / "configs").glob("*.py")}
+  native = pathlib.Path("flax_cifar", "kernels", "native")
+  for name in ("separable.cc", "pool.h"):
+    assert (installed / native / name).read_bytes() == (ROOT / native / name).read_bytes()
 
 
 def test_the_installed_package_trains_in_an_empty_folder(installed, tmp_path):

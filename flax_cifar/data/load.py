@@ -9,7 +9,7 @@ import numpy as np
 from flax_cifar import errors
 from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.data.augment import arguments
-from flax_cifar.data.sources import folder, npz, shapes
+from flax_cifar.data.sources import cifar10, cifar10_archive, folder, npz, shapes
 
 
 def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset:
@@ -93,9 +93,6 @@ def _check_size(split: dataset_lib.Split, image_size: int, *, where: str) -> Non
 
 def _load_cifar10(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
   del path
-  # Imported here, because tensorflow_datasets takes most of a second to import.
-  from flax_cifar.data.sources import cifar10, cifar10_archive
-
   errors.require(
     image_size == cifar10_archive.IMAGE_SHAPE[0],
     "data.image_size",

@@ -29,3 +29,32 @@ def test_a_config_file_may_have_a_variant():
 def test_a_missing_config_is_named(text, message):
   with pytest.raises(argparse.ArgumentTypeError, match=message):
     common.config_file(text)
+
+
+def test_a_record_joins_those_of_other_machines_and_replaces_its_own(tmp_path, monkeypatch):
+  path = tmp_path / "records.json"
+
+  def add(hardware, command, speed):
+    monkeypatch.setattr(common, "describe_hardware", lambda: hardware)
+    monkeypatch.setattr(common.sys, "orig_argv", ["python", "-m", command])
+    common.add_json(path, [{"images/s": speed}])
+
+  add("two cores", "benchmarks.x", 1)
+  add("four cores", "benchmarks.x", 2)
+  add("two cores", "benchmarks.y", 3)
+  add("two cores", "benchmarks.x", 4)
+  found = [
+    (record["hardware"], record["command"], record["rows"][0]["images/s"])
+    for record in common.read_records(path)
+  ]
+  assert found == [
+    ("four cores", "python -m benchmarks.x", 2),
+    ("two cores", "python -m benchmarks.y", 3),
+    ("two cores", "python -m benchmarks.x", 4),
+  ]
+
+
+def test_the_hardware_names_the_instruction_sets(monkeypatch):
+  features = ["fpu", "avx512f", "avx2", "avx512_bf16"]
+  monkeypatch.setattr(common.environment, "list_processor_features", lambda: features)
+  assert common.describe_hardware().endswith(", avx2, avx512f, avx512_bf16")

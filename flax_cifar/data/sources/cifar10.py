@@ -1,8 +1,13 @@
-"""CIFAR-10, found on disk in any of its usual forms, or downloaded."""
+"""CIFAR-10, found on disk in any of its usual forms, or downloaded.
+
+The modules that prepare, read and download it are imported where they are needed, which is seldom:
+tensorflow_datasets takes most of a second to import.
+"""
 
 import contextlib
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +16,7 @@ import numpy as np
 
 from flax_cifar import errors, files
 from flax_cifar.data import dataset
-from flax_cifar.data.sources import cifar10_archive, cifar10_download, cifar10_tfds, decoded
+from flax_cifar.data.sources import cifar10_archive, decoded
 
 LOCK = "cifar10.lock"
 
@@ -34,13 +39,24 @@ def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, 
   """
   asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   root = errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
-  if prepared := cifar10_tfds.find_prepared(root):
-    train, test = decoded.load_or_decode(
-      prepared, lambda: _sort(cifar10_tfds.read_prepared(prepared))
-    )
+  if prepared := find_prepared(root):
+    train, test = decoded.load_or_decode(prepared, lambda: _sort(_read_prepared(prepared)))
   else:
     train, test = _sort(_read_and_prepare(root))
   return train, test, cifar10_archive.CLASS_NAMES
+
+
+def find_prepared(root: Path) -> Path | None:
+  """Returns the newest complete `<root>/cifar10/3.x.y`, or None."""
+  infos = root.glob("cifar10/3.*/dataset_info.json")
+  folders = [info.parent for info in infos if re.fullmatch(r"3\.\d+\.\d+", info.parent.name)]
+  return max(folders, key=lambda folder: [int(n) for n in folder.name.split(".")], default=None)
+
+
+def _read_prepared(folder: Path) -> decoded.Splits:
+  from flax_cifar.data.sources import cifar10_tfds
+
+  return cifar10_tfds.read_prepared(folder)
 
 
 def _sort(splits: decoded.Splits) -> decoded.Splits:
@@ -48,10 +64,12 @@ def _sort(splits: decoded.Splits) -> decoded.Splits:
   return _sort_by_pixels(train), _sort_by_pixels(test)
 
 
-def _read_and_prepare(root: Path) -> tuple[dataset.Split, dataset.Split]:
+def _read_and_prepare(root: Path) -> decoded.Splits:
+  from flax_cifar.data.sources import cifar10_download
+
   with _lock(root):
-    if prepared := cifar10_tfds.find_prepared(root):  # by the process that held the lock before
-      return cifar10_tfds.read_prepared(prepared)
+    if prepared := find_prepared(root):  # by the process that held the lock before
+      return _read_prepared(prepared)
     train, test = cifar10_archive.read_archive(
       cifar10_archive.find_archive(root) or cifar10_download.download_archive(root)
     )
@@ -89,6 +107,8 @@ def _remove_empty(root: Path, created: Sequence[Path]) -> None:
 
 
 def _prepare(train: dataset.Split, test: dataset.Split, root: Path) -> None:
+  from flax_cifar.data.sources import cifar10_tfds
+
   _print(f"Preparing CIFAR-10 in {root / 'cifar10'}, once; about half a minute.")
   try:
     cifar10_tfds.prepare_cifar10(train=train, test=test, data_dir=root)

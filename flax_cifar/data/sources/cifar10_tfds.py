@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,13 +22,6 @@ from flax_cifar.data import dataset
 from flax_cifar.data.sources import cifar10_archive
 
 # ---- Reading a prepared directory
-
-
-def find_prepared(root: Path) -> Path | None:
-  """Returns the newest complete `<root>/cifar10/3.x.y`, or None."""
-  infos = root.glob("cifar10/3.*/dataset_info.json")
-  folders = [info.parent for info in infos if re.fullmatch(r"3\.\d+\.\d+", info.parent.name)]
-  return max(folders, key=lambda folder: [int(n) for n in folder.name.split(".")], default=None)
 
 
 def read_prepared(folder: Path) -> tuple[dataset.Split, dataset.Split]:

@@ -172,11 +172,11 @@ def test_prepared_directory_in_either_format(tmp_path, prepared, convert):
 
 
 def test_newest_version_wins(tmp_path, prepared):
-  assert cifar10_tfds.find_prepared(tmp_path) == prepared
+  assert cifar10.find_prepared(tmp_path) == prepared
   for name in ("3.0.10", "3.0.9", "4.0.0", "3.0.99.incomplete"):
     (tmp_path / "cifar10" / name).mkdir()
     shutil.copy(prepared / "dataset_info.json", tmp_path / "cifar10" / name)
-  assert cifar10_tfds.find_prepared(tmp_path).name == "3.0.10"
+  assert cifar10.find_prepared(tmp_path).name == "3.0.10"
 
 
 @pytest.mark.parametrize("convert", [lambda folder: None, cifar10_files.to_tfrecord])
