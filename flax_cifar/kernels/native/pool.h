@@ -13,58 +13,61 @@
 #include <mutex>
 #include <thread>
 
+using Function = std::function<void(int64_t)>;
+
 class Pool {
  public:
   // The threads never end: they live as long as the process.
   explicit Pool(int threads) {
     for (int i = 1; i < threads; i++) std::thread([this] { work(); }).detach();
-    workers_ = threads - 1;
   }
 
   // Calls `function` with 0, 1, ... count - 1, each once, in any order and on any thread.
-  void for_each(int64_t count, const std::function<void(int64_t)>& function) {
+  void for_each(int64_t count, const Function& function) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) {  // another caller has the threads
       for (int64_t i = 0; i < count; i++) function(i);
       return;
     }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      function_ = &function;
-      count_ = count;
-      next_ = 0;
-      running_ = workers_;
-      round_++;
-    }
-    wake_.notify_all();
-    take_pieces();
     std::unique_lock<std::mutex> lock(mutex_);
+    function_ = &function;
+    count_ = count;
+    next_ = 0;
+    round_++;
+    lock.unlock();
+    wake_.notify_all();
+    take_pieces(function, count);
+    lock.lock();
+    function_ = nullptr;  // threads that wake up only now go back to sleep
     done_.wait(lock, [this] { return running_ == 0; });
   }
 
  private:
-  void take_pieces() {
-    for (int64_t i = next_++; i < count_; i = next_++) (*function_)(i);
+  void take_pieces(const Function& function, int64_t count) {
+    for (int64_t i = next_++; i < count; i = next_++) function(i);
   }
 
   void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
     for (uint64_t seen = 0;;) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return round_ != seen; });
-        seen = round_;
-      }
-      take_pieces();
-      std::lock_guard<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return function_ && round_ != seen; });
+      seen = round_;
+      running_++;
+      const Function& function = *function_;
+      const int64_t count = count_;
+      lock.unlock();
+      take_pieces(function, count);
+      lock.lock();
       if (--running_ == 0) done_.notify_one();
     }
   }
 
-  std::mutex turn_, mutex_;
+  std::mutex turn_;   // held by the caller that has the threads
+  std::mutex mutex_;  // held to read or write what is below, but for next_
   std::condition_variable wake_, done_;
-  const std::function<void(int64_t)>* function_ = nullptr;
+  const Function* function_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
-  int workers_ = 0, running_ = 0;
+  int running_ = 0;
   uint64_t round_ = 0;
 };

@@ -2,8 +2,8 @@
 // the cache, and computes all that can be computed meanwhile.
 //
 // Images are NHWC, in float or bfloat16; all sums are in float. The numbers of channels are
-// multiples of 16. An "affine" is what normalization comes down to, (x - center) * slope + bias with
-// three numbers for each channel of each image.
+// multiples of 16. An "affine" is what normalization comes down to, (x - center) * slope + bias
+// with three numbers for each channel of each image.
 
 #include <algorithm>
 #include <cstdint>
@@ -114,7 +114,9 @@ struct Moments {
   std::vector<float> first;
 
   Moments(Index number, Index channels, float* means, float* variances)
-      : channels(channels), mean(means + number * channels), variance(variances + number * channels) {
+      : channels(channels),
+        mean(means + number * channels),
+        variance(variances + number * channels) {
     std::fill_n(mean, channels, 0.f);
     std::fill_n(variance, channels, 0.f);
   }
@@ -190,9 +192,12 @@ void convolve_row(Rows& rows, Index row, const float* kernel, Index step, Index 
     const Taps k(kernel + i, step);
     const float *a = rows.at(row - 1) + i, *b = rows.at(row) + i, *c = rows.at(row + 1) + i;
     for (Index x = 0; x < count; x++) {
-      const Vector upper = k.t[0] * load(a) + k.t[1] * load(a + channels) + k.t[2] * load(a + 2 * channels);
-      const Vector middle = k.t[3] * load(b) + k.t[4] * load(b + channels) + k.t[5] * load(b + 2 * channels);
-      const Vector lower = k.t[6] * load(c) + k.t[7] * load(c + channels) + k.t[8] * load(c + 2 * channels);
+      const Vector upper =
+          k.t[0] * load(a) + k.t[1] * load(a + channels) + k.t[2] * load(a + 2 * channels);
+      const Vector middle =
+          k.t[3] * load(b) + k.t[4] * load(b + channels) + k.t[5] * load(b + 2 * channels);
+      const Vector lower =
+          k.t[6] * load(c) + k.t[7] * load(c + channels) + k.t[8] * load(c + 2 * channels);
       store(out + x * channels + i, upper + middle + lower);
       a += stride * channels;
       b += stride * channels;
@@ -283,7 +288,8 @@ void depthwise_backward(const Shape& s, const T* gradients, const T* outputs, co
           add_kernel_gradient(input, gradient, y, s.stride, width, to_kernel);
         }
         if (y == 0) continue;
-        convolve_row(gradient, y - 1, kernel + 8 * s.channels, -s.channels, 1, s.width, sums.data());
+        convolve_row(gradient, y - 1, kernel + 8 * s.channels, -s.channels, 1, s.width,
+                     sums.data());
         const Index start = (n * s.height + y - 1) * row_size;
         for (Index i = 0; i < row_size; i += LANES)
           store(to_images + start + i, load(shortcuts + start + i) + load(sums.data() + i));
@@ -373,7 +379,8 @@ void pointwise_forward(const Shape& s, const T* images, Affine affines, const fl
       Prefetch next;
       next.add(block + PIXELS * s.channels, PIXELS * s.channels);
       normalize(block, size, s.channels, affine, s.relu, input.data());
-      const Product forward{input.data(), size, s.channels, kernel, s.features, product.data(), next};
+      const Product forward{input.data(), size,           s.channels, kernel,
+                            s.features,   product.data(), next};
       next.spread(forward.count_tiles());
       forward.compute<Left::PLAIN>();
       T* to = outputs + (n * s.pixels() + p) * s.features;
@@ -416,8 +423,10 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
                   load(gradients + at) + moments.apply(load(outputs + at), i));
           }
         normalize(images + to, size, s.channels, affine, s.relu, input.data());
-        const Product outer{input.data(), s.channels, size, gradient.data(), s.features, to_kernel, next};
-        const Product backward{gradient.data(), size, s.features, transposed, s.channels, back.data(), next};
+        const Product outer{input.data(), s.channels, size, gradient.data(),
+                            s.features,   to_kernel,  next};
+        const Product backward{gradient.data(), size,        s.features, transposed,
+                               s.channels,      back.data(), next};
         next.spread(outer.count_tiles() + backward.count_tiles());
         outer.compute<Left::ADD_TRANSPOSED>();
         backward.compute<Left::PLAIN>();

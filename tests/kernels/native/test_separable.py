@@ -1,5 +1,10 @@
 """Separable units in C++ against the definitions of their parts, in value and gradients."""
 
+import concurrent.futures
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,3 +175,44 @@ def test_the_variance_survives_a_mean_that_is_far_from_zero():
 )
 def test_what_can_be_computed(dtype, channels, features, expected):
   assert separable.can_compute(jnp.dtype(dtype), channels, features) == expected
+
+
+def test_calls_at_the_same_time_do_not_mix():
+  kernel = draw(1, 1, 32, 32)
+  images = [draw(16, 16, 16, 32, seed=i) for i in range(8)]
+  affine = draw_affine(images[0])
+  convolve = jax.jit(lambda x: separable.convolve_pointwise(x, affine, kernel, relu=True)[0])
+  expected = [np.asarray(convolve(x)) for x in images]
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    for _ in range(20):
+      for actual, one in zip(pool.map(convolve, images), expected, strict=True):
+        np.testing.assert_array_equal(actual, one)
+
+
+def test_the_same_numbers_come_from_any_number_of_threads():
+  """Each sum has its own order, whoever computes it."""
+  code = """
+import jax, numpy as np, hashlib
+from flax_cifar.kernels.native import separable
+from tests.kernels.native.test_separable import draw, draw_affine
+x = draw(37, 8, 8, 32)
+def run(x, kernel):
+  return separable.convolve_pointwise(x, draw_affine(x), kernel, relu=True)[0].sum()
+gradients = jax.jit(jax.grad(run, (0, 1)))(x, draw(1, 1, 32, 48))
+print(hashlib.sha256(b"".join(np.asarray(g).tobytes() for g in gradients)).hexdigest())
+"""
+  digests = {
+    subprocess.run(
+      [
+        sys.executable,
+        "-c",
+        f"from flax_cifar import environment as e; e.count_cores = lambda: {n}" + code,
+      ],
+      cwd=pathlib.Path(__file__).parents[3],
+      check=True,
+      capture_output=True,
+      text=True,
+    ).stdout
+    for n in (1, 2, 5)
+  }
+  assert len(digests) == 1
