@@ -23,7 +23,7 @@ BACKENDS = {
   "xla": "operations of XLA, put together for CPUs",
   "definition": "the plain operations of JAX",
 }
-FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # instruction sets
+FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # instruction sets
 
 # Those that may be missing, fastest first: whether they work, and what they need.
 OPTIONAL: dict[str, tuple[Callable[[], bool], str]] = {
@@ -75,7 +75,8 @@ def settle_dtype(name: str) -> str:
     return name
   device = jax.local_devices()[0]
   if device.platform == "cpu":
-    fast = convolution.is_available() and FAST_BFLOAT16 & {*environment.list_processor_features()}
+    features = environment.list_processor_features()
+    fast = convolution.is_available() and any(name in FAST_BFLOAT16 for name in features)
   else:  # NVIDIA's GPUs have such instructions since Ampere, compute capability 8
     fast = float(getattr(device, "compute_capability", None) or 8) >= 8
   return "bfloat16" if fast else "float32"
@@ -88,9 +89,13 @@ def describe_backend() -> str:
 
 
 def _get_hint() -> str:
-  installable = sys.platform == "linux" and platform.machine() == "x86_64"
-  if not installable or jax.default_backend() != "cpu" or convolution.is_available():
+  if jax.default_backend() != "cpu" or jax.device_count() > 1:  # neither would be used
     return ""
-  if library.load_library() is None:
-    return "; oneDNN would be faster: pip install onednn-cpu-gomp"
-  return "; oneDNN is installed but does not fit this version of JAX"
+  hints = []
+  if not separable.is_available():
+    hints.append("depthwise separable units would be faster with a C++ compiler (c++, or CXX)")
+  if sys.platform == "linux" and platform.machine() == "x86_64" and not convolution.is_available():
+    missing = library.load_library() is None
+    remedy = "would be faster: pip install onednn-cpu-gomp"
+    hints.append(f"oneDNN {remedy if missing else 'does not fit this version of JAX'}")
+  return "".join(f"; {hint}" for hint in hints)

@@ -79,4 +79,4 @@ def _map(path: pathlib.Path) -> np.ndarray:
 
 
 def _digest(array: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+  return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -4,6 +4,7 @@ A wheel could hold machine code only for processors of twenty years ago. Compile
 macOS are `c++`; the environment variable CXX names another.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -27,13 +28,14 @@ def load(source: pathlib.Path) -> ctypes.CDLL | None:
   Returns None where there is no compiler that can compile it. The machine code is kept in the
   user's cache, under a name that depends on the source, the compiler and the processor.
   """
-  compiler = shlex.split(os.environ.get("CXX") or "c++")
+  try:
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+  except ValueError:  # an open quotation mark
+    return None
   for optimize in (OPTIMIZE, OPTIMIZE[:-1]):  # Clang may not know the last one
     for processor in ("-march=native", "-mcpu=native"):  # of x86 and of ARM
-      try:
+      with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return _load([*compiler, *BUILD, *optimize, processor], source)
-      except (OSError, subprocess.CalledProcessError):
-        continue
   return None
 
 

@@ -47,7 +47,7 @@ def test_without_a_cache_it_is_compiled_each_time(load, tmp_path, monkeypatch):
   assert list_kept(tmp_path) == []
 
 
-@pytest.mark.parametrize("command", ["no-such-compiler", "false", "true"])
+@pytest.mark.parametrize("command", ["no-such-compiler", "false", "true", "c++ '", "/"])
 def test_a_compiler_that_does_not_work_is_none(load, tmp_path, monkeypatch, command):
   monkeypatch.setenv("CXX", command)
   assert load(write(tmp_path, 44)) is None
