@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from flax_cifar.kernels import backend, sums
-from flax_cifar.kernels.moments import Sets
+from flax_cifar.kernels import moments as moments_lib
 
 # ---- Normalization with ReLU
 
@@ -19,7 +19,7 @@ def normalize(
   x: Float[Array, "n h w c"],
   scale: Float32[Array, " c"],
   bias: Float32[Array, " c"],
-  sets: Sets,
+  sets: moments_lib.Sets,
   epsilon: float,
   relu: bool,
 ) -> tuple[Float[Array, "n h w c"], Float32[Array, "a b"], Float32[Array, "a b"]]:
@@ -47,7 +47,9 @@ def _normalize_forward(x: Array, scale: Array, bias: Array, *arguments: Any) -> 
   return (y, mean, var), (x, scale, bias, mean, var)
 
 
-def _normalize_backward(sets: Sets, epsilon: float, relu: bool, saved: Any, gradients: Any) -> Any:
+def _normalize_backward(
+  sets: moments_lib.Sets, epsilon: float, relu: bool, saved: Any, gradients: Any
+) -> Any:
   """With v = (x - mean) / sd: scale / sd * gradient, less its projections on 1 and on v."""
   x, scale, bias, mean, var = saved
   gradient = gradients[0].astype(jnp.float32)
@@ -81,7 +83,7 @@ def scale_and_shift(
   return (nn.relu(y) if relu else y).astype(x.dtype)
 
 
-def _compute_moments(x: Array, sets: Sets) -> tuple[Array, Array]:
+def _compute_moments(x: Array, sets: moments_lib.Sets) -> tuple[Array, Array]:
   """Computes mean and biased variance of each set, in one pass over the data.
 
   It first computes them for each channel of an image, from the distance to the image's first
@@ -99,7 +101,7 @@ def _compute_moments(x: Array, sets: Sets) -> tuple[Array, Array]:
   return sets.join(means, variances)
 
 
-def _broadcast(reduced: Array, x: Array, sets: Sets) -> Array:
+def _broadcast(reduced: Array, x: Array, sets: moments_lib.Sets) -> Array:
   """Gives each element of (N, H, W, C) `x` the value of its set: (N or 1, 1, 1, C)."""
   return sets.broadcast(reduced, x.shape[0], x.shape[-1])[:, None, None]
 

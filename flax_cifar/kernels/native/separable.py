@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32
 
 from flax_cifar import environment
 from flax_cifar.kernels import ffi
-from flax_cifar.kernels.moments import Affine, Moments
+from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels.native import compiler
 
 TARGET = "flax_cifar_separable"
@@ -79,15 +79,17 @@ def _floats(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _spread(affine: Affine, x: Array) -> Affine:
+def _spread(affine: moments_lib.Affine, x: Array) -> moments_lib.Affine:
   """Gives each image of `x` numbers of its own."""
-  return Affine(*(jnp.broadcast_to(a, (len(x), x.shape[-1])) for a in affine))
+  return moments_lib.Affine(*(jnp.broadcast_to(a, (len(x), x.shape[-1])) for a in affine))
 
 
-def _get_moment_terms(y: Array, mean: Array, to_mean: Array, to_variance: Array) -> Affine:
+def _get_moment_terms(
+  y: Array, mean: Array, to_mean: Array, to_variance: Array
+) -> moments_lib.Affine:
   """What the gradients of the moments of `y` add to its own: (y - center) * slope + bias."""
   pixels = y.shape[1] * y.shape[2]
-  return Affine(mean, 2 * to_variance / pixels, to_mean / pixels)
+  return moments_lib.Affine(mean, 2 * to_variance / pixels, to_mean / pixels)
 
 
 # ---- Depthwise
@@ -95,7 +97,7 @@ def _get_moment_terms(y: Array, mean: Array, to_mean: Array, to_variance: Array)
 
 def convolve_depthwise(
   x: Float[Array, "n h w c"], kernel: Float32[Array, "3 3 1 c"], stride: int
-) -> tuple[Float[Array, "n h2 w2 c"], Moments, Float[Array, "n h w c"]]:
+) -> tuple[Float[Array, "n h2 w2 c"], moments_lib.Moments, Float[Array, "n h w c"]]:
   """Convolves each channel with its 3x3 filter, with one pixel of zeros around the image.
 
   Args:
@@ -108,7 +110,7 @@ def convolve_depthwise(
     which is added in the pass that computes it.
   """
   y, mean, variance, x = _depthwise(x, kernel, stride)
-  return y, Moments(mean, variance, y.shape[1] * y.shape[2]), x
+  return y, moments_lib.Moments(mean, variance, y.shape[1] * y.shape[2]), x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -143,8 +145,12 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def convolve_pointwise(
-  x: Float[Array, "n h w c"], affine: Affine, kernel: Float32[Array, "1 1 c o"], *, relu: bool
-) -> tuple[Float[Array, "n h w o"], Moments]:
+  x: Float[Array, "n h w c"],
+  affine: moments_lib.Affine,
+  kernel: Float32[Array, "1 1 c o"],
+  *,
+  relu: bool,
+) -> tuple[Float[Array, "n h w o"], moments_lib.Moments]:
   """Convolves `affine.apply(x)`, with ReLU if `relu`, with a 1x1 kernel.
 
   Args:
@@ -157,18 +163,20 @@ def convolve_pointwise(
     The output and its moments.
   """
   y, mean, variance = _pointwise(x, _spread(affine, x), kernel, relu)
-  return y, Moments(mean, variance, y.shape[1] * y.shape[2])
+  return y, moments_lib.Moments(mean, variance, y.shape[1] * y.shape[2])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _pointwise(x: Array, affine: Affine, kernel: Array, relu: bool) -> tuple[Array, Array, Array]:
+def _pointwise(
+  x: Array, affine: moments_lib.Affine, kernel: Array, relu: bool
+) -> tuple[Array, Array, Array]:
   n, h, w, _ = x.shape
   o = kernel.shape[-1]
   results = _like(x, n, h, w, o), _floats(n, o), _floats(n, o)
   return _call(_POINTWISE, x, (x, *affine, kernel), results, features=o, relu=relu)
 
 
-def _pointwise_forward(x: Array, affine: Affine, kernel: Array, relu: bool) -> Any:
+def _pointwise_forward(x: Array, affine: moments_lib.Affine, kernel: Array, relu: bool) -> Any:
   y, mean, variance = _pointwise(x, affine, kernel, relu)
   return (y, mean, variance), (x, affine, kernel, y, mean)
 
@@ -183,7 +191,7 @@ def _pointwise_backward(relu: bool, saved: Any, gradients: Any) -> Any:
   to_x, to_slope, to_bias, to_kernels = _call(
     _POINTWISE_BACK, x, operands, results, features=o, relu=relu
   )
-  to_affine = Affine(-affine.slope * to_bias, to_slope, to_bias)
+  to_affine = moments_lib.Affine(-affine.slope * to_bias, to_slope, to_bias)
   return to_x, to_affine, to_kernels.sum(0).reshape(kernel.shape)
 
 
@@ -195,7 +203,7 @@ _pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 def finish(
   x: Float[Array, "n h w c"],
-  affine: Affine,
+  affine: moments_lib.Affine,
   shortcut: Float[Array, "n h w c"] | None,
   *,
   relu: bool,
@@ -205,14 +213,16 @@ def finish(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _finish(x: Array, affine: Affine, shortcut: Array | None, relu: bool) -> Array:
+def _finish(x: Array, affine: moments_lib.Affine, shortcut: Array | None, relu: bool) -> Array:
   operands = (x, *affine) if shortcut is None else (x, *affine, shortcut)
   function = _FINISH if shortcut is None else _FINISH_WITH_SHORTCUT
   (y,) = _call(function, x, operands, (_like(x, *x.shape),), features=x.shape[-1], relu=relu)
   return y
 
 
-def _finish_forward(x: Array, affine: Affine, shortcut: Array | None, relu: bool) -> Any:
+def _finish_forward(
+  x: Array, affine: moments_lib.Affine, shortcut: Array | None, relu: bool
+) -> Any:
   return _finish(x, affine, shortcut, relu), (x, affine, shortcut is None)
 
 
@@ -222,7 +232,7 @@ def _finish_backward(relu: bool, saved: Any, gradient: Array) -> Any:
   results = _like(x, *x.shape), _floats(n, c), _floats(n, c)
   operands = gradient, x, *affine
   to_x, to_slope, to_bias = _call(_FINISH_BACK, x, operands, results, features=c, relu=relu)
-  to_affine = Affine(-affine.slope * to_bias, to_slope, to_bias)
+  to_affine = moments_lib.Affine(-affine.slope * to_bias, to_slope, to_bias)
   return to_x, to_affine, None if alone else gradient
 
 

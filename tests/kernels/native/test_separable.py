@@ -186,6 +186,23 @@ def test_what_can_be_computed(dtype, channels, features, expected):
   assert separable.can_compute(jnp.dtype(dtype), channels, features) == expected
 
 
+def test_several_seeds_at_once_equal_each_alone():
+  x, depthwise = draw(3, 4, 8, 8, 16), draw(3, 3, 3, 1, 16, seed=1)
+  pointwise = draw(3, 1, 1, 16, 32, seed=2)
+
+  def run(x, depthwise, pointwise):
+    y, moments, _ = separable.convolve_depthwise(x, depthwise, 1)
+    affine = moments_lib.Affine(moments.mean, 1 / (1 + moments.variance), moments.mean)
+    return separable.convolve_pointwise(y, affine, pointwise, relu=True)[0].sum()
+
+  gradient = jax.grad(run, (0, 1, 2))
+  together = jax.jit(jax.vmap(gradient))(x, depthwise, pointwise)
+  for i in range(3):
+    alone = jax.jit(gradient)(x[i], depthwise[i], pointwise[i])
+    for one, other in zip(together, alone, strict=True):
+      np.testing.assert_allclose(one[i], other, rtol=1e-5, atol=1e-5)
+
+
 def test_calls_at_the_same_time_do_not_mix():
   kernel = draw(1, 1, 32, 32)
   images = [draw(16, 16, 16, 32, seed=i) for i in range(8)]
