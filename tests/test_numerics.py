@@ -28,13 +28,8 @@ from tests import numpy_networks, reference
 SHAPE = (128, 32, 32, 32)  # a batch in the first layers
 RATE, SMOOTHING, DECAY = 0.1, 0.05, 0.998
 BACKENDS = ("onednn", "xla", "definition")
-LARGE = (
-  "dilated",
-  "ghost",
-  "five_convs",
-  "tiny50k",
-  "wide",
-)  # float64 needs gigabytes for a batch of 128
+# Their float64 twins need gigabytes, or half a minute, for a batch of 128.
+LARGE = ("dilated", "ghost", "five_convs", "tiny50k", "wide")
 
 
 def get_error(actual, expected):
