@@ -142,6 +142,19 @@ class Unit(nn.Module):
       **options,
     )
 
+  def create_depthwise(self, channels: int, *, stride: int = 1) -> Conv:
+    """Creates a depthwise 3x3 convolution without a bias, called `depthwise`."""
+    return self.create_conv(
+      channels,
+      (3, 3),
+      fan_in=9,
+      padding=1,
+      strides=stride,
+      feature_group_count=channels,
+      use_bias=False,
+      name="depthwise",
+    )
+
 
 class ConvUnit(Unit):
   """One convolution, which may be dilated, strided, grouped or padded by reflection.
@@ -194,15 +207,7 @@ class DepthwiseSeparableUnit(Unit):
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     channels = x.shape[-1]
-    x = self.create_conv(
-      channels,
-      (3, 3),
-      fan_in=9,
-      padding=1,
-      feature_group_count=channels,
-      use_bias=False,
-      name="depthwise",
-    )(x)
+    x = self.create_depthwise(channels)(x)
     return self.create_conv(
       self.features, (1, 1), fan_in=channels, use_bias=self.use_bias, name="pointwise"
     )(x)
@@ -229,16 +234,7 @@ class ResidualSeparableUnit(Unit):
     if self._is_native(x, train):
       return self._compute_natively(x, train)
     channels = x.shape[-1]
-    y = self.create_conv(
-      channels,
-      (3, 3),
-      fan_in=9,
-      padding=1,
-      strides=self.stride,
-      feature_group_count=channels,
-      use_bias=False,
-      name="depthwise",
-    )(x)
+    y = self.create_depthwise(channels, stride=self.stride)(x)
     y = self.norm(relu=False, name="depthwise_norm")(y, train)
     y = self.create_conv(self.features, (1, 1), fan_in=channels, use_bias=False, name="pointwise")(
       y
