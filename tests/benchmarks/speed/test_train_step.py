@@ -67,9 +67,16 @@ def test_the_regression_is_the_median_ratio_of_the_turns():
   assert rows == {"base images/s": 4.0, "now images/s": 2.0, "ratio": 1.0}
 
 
-def test_another_commit_is_checked_out_and_removed():
-  with regression.checked_out("HEAD") as folder:
-    assert (folder / "flax_cifar" / "train.py").is_file()
+def test_another_commit_is_checked_out_and_removed(tmp_path, monkeypatch):
+  monkeypatch.setattr(regression, "ROOT", tmp_path)
+  author = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+  regression.git("init", "--quiet")
+  for content in ("old", "new"):
+    (tmp_path / "file").write_text(content)
+    regression.git("add", "file")
+    regression.git(*author, "commit", "--quiet", "--message", content)
+  with regression.checked_out("HEAD~1") as folder:
+    assert (folder / "file").read_text() == "old"
   assert not folder.exists()
   with pytest.raises(SystemExit, match="no-such-commit"):
     regression.checked_out("no-such-commit").__enter__()
