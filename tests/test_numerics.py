@@ -20,7 +20,7 @@ from flax_cifar.data.augment import normalize as normalize_lib
 from flax_cifar.kernels import backend, norm_relu
 from flax_cifar.kernels import conv as conv_lib
 from flax_cifar.kernels import moments as moments_lib
-from flax_cifar.kernels.native import separable
+from flax_cifar.kernels.native import library as native
 from flax_cifar.kernels.onednn import library
 from flax_cifar.parallel import mesh as mesh_lib
 from tests import numpy_networks, reference
@@ -49,7 +49,7 @@ def draw(*shape, seed=0, mean=0.0):
 def use_backend(request, monkeypatch):
   if request.param == "onednn" and library.load_library() is None:
     pytest.skip("oneDNN is not installed: pip install onednn-cpu-gomp")
-  if request.param == "native" and not separable.is_available():
+  if request.param == "native" and not native.is_available():
     pytest.skip("there is no C++ compiler")
   monkeypatch.setenv(backend.VARIABLE, request.param)
 

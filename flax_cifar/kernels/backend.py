@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from flax_cifar import environment, errors
-from flax_cifar.kernels.native import separable
+from flax_cifar.kernels.native import library as native
 from flax_cifar.kernels.onednn import convolution, library
 
 VARIABLE = "FLAX_CIFAR_KERNELS"
 BACKENDS = {
   "auto": "on a single CPU device native or onednn, if they work; else xla on CPUs, or definition",
-  "native": "C++, compiled here, for separable units; for the rest oneDNN, or xla without it",
+  "native": "C++, compiled here, where it has a kernel; for the rest oneDNN, or xla without it",
   "onednn": "kernels of oneDNN",
   "xla": "operations of XLA, put together for CPUs",
   "definition": "the plain operations of JAX",
@@ -27,7 +27,7 @@ FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # instruction sets
 
 # Those that may be missing, fastest first: whether they work, and what they need.
 OPTIONAL: dict[str, tuple[Callable[[], bool], str]] = {
-  "native": (lambda: separable.is_available(), "a C++ compiler is installed: c++, or CXX names it"),
+  "native": (lambda: native.is_available(), "a C++ compiler is installed: c++, or CXX names it"),
   "onednn": (
     lambda: convolution.is_available(),
     "onednn-cpu-gomp is installed and fits this JAX",
@@ -61,9 +61,9 @@ def uses_onednn(dtype: jnp.dtype) -> bool:
   return selected and convolution.can_compute(dtype)
 
 
-def uses_native(dtype: jnp.dtype, channels: int, features: int) -> bool:
-  """Whether the kernels in C++ compute units in `dtype` from `channels` to `features` channels."""
-  return select_backend() == "native" and separable.can_compute(dtype, channels, features)
+def uses_native(dtype: jnp.dtype) -> bool:
+  """Whether the kernels in C++ compute arrays of `dtype` in this process."""
+  return select_backend() == "native" and dtype in native.DTYPES
 
 
 def settle_dtype(name: str) -> str:
@@ -92,8 +92,8 @@ def _get_hint() -> str:
   if jax.default_backend() != "cpu" or jax.device_count() > 1:  # neither would be used
     return ""
   hints = []
-  if not separable.is_available():
-    hints.append("depthwise separable units would be faster with a C++ compiler (c++, or CXX)")
+  if not native.is_available():
+    hints.append("most networks would be faster with a C++ compiler (c++, or CXX)")
   if sys.platform == "linux" and platform.machine() == "x86_64" and not convolution.is_available():
     missing = library.load_library() is None
     remedy = "would be faster: pip install onednn-cpu-gomp"

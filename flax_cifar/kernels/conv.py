@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32
 from flax_cifar.kernels import backend
 from flax_cifar.kernels import sums as sums_lib
 from flax_cifar.kernels import taps as taps_lib
+from flax_cifar.kernels.native import winograd
 from flax_cifar.kernels.onednn import convolution
 
 
@@ -32,12 +33,18 @@ def conv_general_dilated(
   if isinstance(padding, str):
     extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
+  dense, depthwise = feature_group_count == 1, feature_group_count == lhs.shape[-1] == rhs.shape[-1]
+  by_ones = {*window_strides} == {1}
+  window = winograd.Window(*padding[0], *padding[1], False, rhs_dilation[0])
+  square = rhs.shape[:2] == (3, 3) and len({*rhs_dilation}) == 1
+  fits = dense and by_ones and square and winograd.is_efficient(*lhs.shape[1:3], window)
+  if fits and backend.uses_native(lhs.dtype):
+    return winograd.convolve(lhs, rhs.astype(jnp.float32), bias, window, relu=False)
   if backend.uses_onednn(lhs.dtype):
     return convolution.convolve(
       lhs, rhs, bias, window_strides, padding, rhs_dilation, feature_group_count
     )
-  dense, depthwise = feature_group_count == 1, feature_group_count == lhs.shape[-1] == rhs.shape[-1]
-  fast = selected != "definition" and {*window_strides} == {1}
+  fast = selected != "definition" and by_ones
   if fast and dense:
     y = _dense(lhs, rhs, tuple(map(tuple, padding)), tuple(rhs_dilation))
   elif fast and depthwise:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32
 from flax_cifar.kernels import backend, norm_relu, pooling
 from flax_cifar.kernels import conv as conv_lib
 from flax_cifar.kernels import padding as padding_lib
-from flax_cifar.kernels.native import separable
+from flax_cifar.kernels.native import finish, separable, winograd
 from flax_cifar.models import dropout, norms
 
 Initializer = nn.initializers.Initializer
@@ -175,6 +175,35 @@ class ConvUnit(Unit):
   stride: int = 1
   groups: int = 1
 
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "n h w c"], train: bool
+  ) -> Float[Array, "n h2 w2 {self.features}"]:
+    return self._compute_natively(x, train) if self._is_native(x) else super().__call__(x, train)
+
+  def _is_native(self, x: Array) -> bool:
+    """Whether the kernels in C++ compute the unit; modules create its parameters."""
+    square = self.stride == self.groups == 1 and get_pair(self.kernel_size) == (3, 3)
+    fits = square and winograd.is_efficient(*x.shape[1:3], self._get_window())
+    possible = fits and not self.is_initializing() and norms.has_affine(self.norm)
+    return possible and backend.uses_native(jnp.dtype(self.dtype))
+
+  def _get_window(self) -> winograd.Window:
+    pad = self.padding
+    return winograd.Window(pad, pad, pad, pad, self.pad_mode == "reflect", self.dilation)
+
+  def _compute_natively(self, x: Array, train: bool) -> Array:
+    norm_first = self.order == "conv_norm_relu"
+    params = self.variables["params"]["conv"]
+    operands = x.astype(self.dtype), params["kernel"], params.get("bias"), self._get_window()
+    mask = dropout.Dropout(self.dropout_rate, name="dropout").get_mask(train)
+    if norms.is_identity(self.norm) and mask is None:
+      return _check_map(winograd.convolve(*operands, relu=True), self.name)
+    y, moments = winograd.convolve_and_measure(*operands, relu=not norm_first)
+    _check_map(y, self.name)
+    affine = self.norm(relu=norm_first, name="norm").get_affine(moments, train)
+    return finish.finish(y, affine, None, mask, relu=norm_first)
+
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     reflect = self.pad_mode == "reflect"
     size = self.kernel_size
@@ -197,6 +226,10 @@ class PooledConvUnit(ConvUnit):
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     return MaxPool(2, name="pool")(super().convolve(x))
+
+  def _is_native(self, x: Array) -> bool:
+    del x
+    return False  # the moments are those of the pooled images; the convolution is still native
 
 
 class DepthwiseSeparableUnit(Unit):
@@ -231,7 +264,7 @@ class ResidualSeparableUnit(Unit):
   def __call__(
     self, x: Float[Array, "n h w c"], train: bool
   ) -> Float[Array, "n h2 w2 {self.features}"]:
-    if self._is_native(x, train):
+    if self._is_native(x):
       return self._compute_natively(x, train)
     channels = x.shape[-1]
     y = self.create_depthwise(channels, stride=self.stride)(x)
@@ -246,11 +279,11 @@ class ResidualSeparableUnit(Unit):
   def _keeps_shape(self, x: Array) -> bool:
     return self.stride == 1 and x.shape[-1] == self.features
 
-  def _is_native(self, x: Array, train: bool) -> bool:
+  def _is_native(self, x: Array) -> bool:
     """Whether the kernels in C++ compute the unit; modules create its parameters."""
-    drops = train and self.dropout_rate > 0
-    possible = not self.is_initializing() and not drops and norms.has_affine(self.norm)
-    return possible and backend.uses_native(jnp.dtype(self.dtype), x.shape[-1], self.features)
+    possible = not self.is_initializing() and norms.has_affine(self.norm)
+    fits = separable.can_compute(x.shape[-1], self.features)
+    return possible and fits and backend.uses_native(jnp.dtype(self.dtype))
 
   def _compute_natively(self, x: Array, train: bool) -> Array:
     depthwise, pointwise = (
@@ -260,7 +293,8 @@ class ResidualSeparableUnit(Unit):
     affine = self.norm(relu=False, name="depthwise_norm").get_affine(moments, train)
     y, moments = separable.convolve_pointwise(y, affine, pointwise, relu=False)
     affine = self.norm(relu=True, name="norm").get_affine(moments, train)
-    return separable.finish(y, affine, x if self._keeps_shape(x) else None, relu=True)
+    mask = dropout.Dropout(self.dropout_rate, name="dropout").get_mask(train)
+    return finish.finish(y, affine, x if self._keeps_shape(x) else None, mask, relu=True)
 
 
 class SpatiallySeparableUnit(Unit):

@@ -24,10 +24,27 @@ class Dropout(nn.Module):
   def __call__(self, x: Float[Array, "*shape"], train: bool) -> Float[Array, "*shape"]:
     return _drop(x, self.make_rng("dropout"), self.rate) if train and self.rate > 0 else x
 
+  @nn.compact
+  def get_mask(self, train: bool) -> UInt32[Array, " 4"] | None:
+    """Returns what kernels that drop by themselves need, or None if nothing is dropped.
+
+    The numbers are start and step of the sequence of `hash_bits`, the least hash of what is kept,
+    and the bits of the kept share as float32.
+    """
+    if not train or self.rate == 0:
+      return None
+    kept = jax.lax.bitcast_convert_type(jnp.float32(1 - self.rate), jnp.uint32)
+    start, step = _get_sequence(self.make_rng("dropout"))
+    return jnp.stack([start, step, _get_threshold(self.rate), kept])
+
+
+def _get_threshold(rate: float) -> Array:
+  return jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _drop(x: Array, key: Array, rate: float) -> Array:
-  keep = hash_bits(key, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+  keep = hash_bits(key, x.shape) >= _get_threshold(rate)
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
@@ -54,13 +71,18 @@ def hash_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "*sh
   they cost a tenth of `jax.random.bits` on a CPU. They are good enough for masks, not for
   cryptography.
   """
-  first, second = jax.random.key_data(key).astype(jnp.uint32)
-  start = _mix(_mix(first) ^ second)
-  step = _mix(start ^ first) | jnp.uint32(1)
+  start, step = _get_sequence(key)
   counter = jnp.broadcast_to(start, shape)
   for axis, stride in enumerate(_strides(shape)):
     counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * (step * jnp.uint32(stride))
   return _mix(counter)
+
+
+def _get_sequence(key: Array) -> tuple[Array, Array]:
+  """Returns start and step."""
+  first, second = jax.random.key_data(key).astype(jnp.uint32)
+  start = _mix(_mix(first) ^ second)
+  return start, _mix(start ^ first) | jnp.uint32(1)
 
 
 def _mix(x: Array) -> Array:

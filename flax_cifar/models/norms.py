@@ -179,3 +179,8 @@ NORMS: dict[str, Norm] = {
 def has_affine(norm: Norm) -> bool:
   """Whether `norm` has the method get_affine, which kernels that normalize by themselves need."""
   return hasattr(getattr(norm, "func", norm), "get_affine")
+
+
+def is_identity(norm: Norm) -> bool:
+  """Whether `norm` does nothing."""
+  return getattr(norm, "func", norm) is NoNorm

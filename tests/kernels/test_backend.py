@@ -54,7 +54,7 @@ def test_auto_is_bfloat16_where_the_device_is_fast_at_it(
 
 
 def test_native_is_refused_without_a_compiler(monkeypatch):
-  monkeypatch.setattr("flax_cifar.kernels.native.separable.is_available", lambda: False)
+  monkeypatch.setattr("flax_cifar.kernels.native.library.is_available", lambda: False)
   monkeypatch.setenv(backend.VARIABLE, "native")
   with pytest.raises(errors.UserError, match=r"'native'.*C\+\+ compiler"):
     backend.select_backend()
@@ -64,17 +64,17 @@ def test_the_banner_says_what_would_be_faster(monkeypatch):
   monkeypatch.setattr(backend.jax, "default_backend", lambda: "cpu")
   monkeypatch.setattr(backend.jax, "device_count", lambda: 1)
   monkeypatch.setattr(backend, "select_backend", lambda: "xla")
-  monkeypatch.setattr(backend.separable, "is_available", lambda: False)
+  monkeypatch.setattr(backend.native, "is_available", lambda: False)
   monkeypatch.setattr(backend.convolution, "is_available", lambda: False)
   monkeypatch.setattr(backend.library, "load_library", lambda: None)
   monkeypatch.setattr(backend.sys, "platform", "linux")
   monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
   text = backend.describe_backend()
   assert text.startswith("xla: ")
-  assert "; depthwise separable units would be faster with a C++ compiler" in text
+  assert "; most networks would be faster with a C++ compiler" in text
   assert text.endswith("; oneDNN would be faster: pip install onednn-cpu-gomp")
   monkeypatch.setattr(backend.library, "load_library", lambda: "there")
   assert backend.describe_backend().endswith("; oneDNN does not fit this version of JAX")
-  monkeypatch.setattr(backend.separable, "is_available", lambda: True)
+  monkeypatch.setattr(backend.native, "is_available", lambda: True)
   monkeypatch.setattr(backend.convolution, "is_available", lambda: True)
   assert backend.describe_backend().endswith(f"({backend.VARIABLE})")

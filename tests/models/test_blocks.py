@@ -10,7 +10,7 @@ import pytest
 
 from flax_cifar import errors, models
 from flax_cifar.kernels import backend
-from flax_cifar.kernels.native import separable
+from flax_cifar.kernels.native import library
 from flax_cifar.models import blocks, norms
 from tests import reference
 
@@ -500,10 +500,10 @@ def test_attributes_that_a_convolution_would_ignore_are_refused(ignored):
     blocks.Conv(4, (3, 3), **ignored).init(KEY, jnp.asarray(X))
 
 
-# ---- Residual separable units
+# ---- Units in C++
 
 
-RESIDUAL_NORMS = {
+UNIT_NORMS = {
   "batch": NORM,
   "ghost": partial(NORM, num_splits=2),
   "fixed scale": partial(NORM, train_scale=False),
@@ -511,24 +511,39 @@ RESIDUAL_NORMS = {
   "layer": partial(norms.GroupNorm, num_groups=1, epsilon=1e-5, affine=False),
   "none": norms.NoNorm,
 }
+residual = partial(blocks.ResidualSeparableUnit, 32)
+conv = partial(blocks.ConvUnit, 24)
+CPP_UNITS = {
+  **{f"residual {norm}": (residual, norm, 0.0, True) for norm in UNIT_NORMS},
+  "residual evaluation": (residual, "batch", 0.1, False),
+  "residual dropout": (residual, "batch", 0.1, True),
+  "strided": (partial(blocks.ResidualSeparableUnit, 48, stride=2), "batch", 0.0, True),
+  **{f"conv {norm}": (partial(conv, use_bias=True), norm, 0.1, True) for norm in UNIT_NORMS},
+  "conv evaluation": (conv, "batch", 0.1, False),
+  "bare": (partial(conv, use_bias=True), "none", 0.0, True),
+  "relu first": (partial(conv, order="conv_relu_norm"), "ghost", 0.0, True),
+  "reflected": (partial(conv, pad_mode="reflect", padding=2, dilation=2), "batch", 0.0, True),
+  "pooled": (partial(blocks.PooledConvUnit, 16), "batch", 0.0, True),
+}
 
 
-@pytest.mark.parametrize(
-  ("norm", "stride", "train"),
-  [*((norm, 1, True) for norm in RESIDUAL_NORMS), ("batch", 2, True), ("batch", 1, False)],
-)
-def test_a_residual_unit_in_cpp_equals_its_modules(norm, stride, train, monkeypatch):
-  if not separable.is_available():
+@pytest.mark.parametrize("name", CPP_UNITS)
+def test_a_unit_in_cpp_equals_its_modules(name, monkeypatch):
+  if not library.is_available():
     pytest.skip("there is no C++ compiler")
-  features, kind = 32 if stride == 1 else 48, RESIDUAL_NORMS[norm]
-  unit = blocks.ResidualSeparableUnit(features, kind, blocks.INITS["he"], 0.0, F32, stride=stride)
+  kind, norm, rate, train = CPP_UNITS[name]
+  unit = kind(norm=UNIT_NORMS[norm], kernel_init=blocks.INITS["he"], dropout_rate=rate, dtype=F32)
   x = jnp.asarray(RNG.normal(size=(8, 12, 11, 32)), F32)
   drawn = reference.draw_like(unit.init(KEY, x, train=False))
   variables = jax.tree.map(jnp.asarray, drawn)
 
   def run(params, x):
     y, changed = unit.apply(
-      {**variables, "params": params}, x, train=train, mutable=["batch_stats"]
+      {**variables, "params": params},
+      x,
+      train=train,
+      mutable=["batch_stats"],
+      rngs={"dropout": jax.random.key(1)},
     )
     return y, changed
 
@@ -537,9 +552,9 @@ def test_a_residual_unit_in_cpp_equals_its_modules(norm, stride, train, monkeypa
     return y, backward(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), changed
 
   results = []
-  for name in ("native", "definition"):
-    monkeypatch.setenv(backend.VARIABLE, name)
-    results.append(jax.jit(lambda *a: compute(*a))(variables["params"], x))
+  for backend_name in ("native", "definition"):
+    monkeypatch.setenv(backend.VARIABLE, backend_name)
+    results.append(jax.jit(lambda *a: compute(*a))(variables.get("params", {}), x))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), *results
   )
@@ -558,5 +573,5 @@ def test_a_residual_unit_with_a_norm_of_its_own_is_computed_by_modules(monkeypat
   unit = blocks.ResidualSeparableUnit(32, Halve, blocks.INITS["he"], 0.0, F32)
   x = jnp.asarray(RNG.normal(size=(2, 4, 4, 32)), F32)
   y, _ = unit.init_with_output(KEY, x, train=False)
-  assert not unit.bind({})._is_native(x, train=False)
+  assert not unit.bind({})._is_native(x)
   assert y.shape == x.shape

@@ -1,0 +1,67 @@
+"""The end of a unit in one pass: normalization, ReLU, dropout, and the sum with a shortcut."""
+
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, UInt32
+
+from flax_cifar.kernels import moments as moments_lib
+from flax_cifar.kernels.native import library
+
+
+def finish(
+  x: Float[Array, "n h w c"],
+  affine: moments_lib.Affine,
+  shortcut: Float[Array, "n h w c"] | None,
+  mask: UInt32[Array, " 4"] | None,
+  *,
+  relu: bool,
+) -> Float[Array, "n h w c"]:
+  """Normalizes `x`, applies ReLU and dropout, and adds a shortcut; differentiable once.
+
+  Args:
+    x: (N, H, W, C).
+    affine: normalizes x.
+    shortcut: added at the end, or None.
+    mask: what to drop, by `dropout.Dropout.get_mask`, or None.
+    relu: whether ReLU follows the normalization.
+  """
+  return _finish(x, library.spread(affine, x), shortcut, mask, relu)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _finish(
+  x: Array, affine: moments_lib.Affine, shortcut: Array | None, mask: Array | None, relu: bool
+) -> Array:
+  present = [array for array in (shortcut, mask) if array is not None]
+  shape = _get_shape(x, relu, shortcut is not None, mask is not None)
+  operands = x, *affine, *present
+  (y,) = library.call(library.FINISH, x.dtype, shape, operands, (library.like(x, *x.shape),))
+  return y
+
+
+def _get_shape(x: Array, relu: bool, has_shortcut: bool, drops: bool) -> tuple[int, ...]:
+  """The fields of `Ending` in finish.h."""
+  n, h, w, c = x.shape
+  return n, h * w, c, int(relu), int(has_shortcut), int(drops)
+
+
+def _finish_forward(
+  x: Array, affine: moments_lib.Affine, shortcut: Array | None, mask: Array | None, relu: bool
+) -> Any:
+  return _finish(x, affine, shortcut, mask, relu), (x, affine, mask, shortcut is not None)
+
+
+def _finish_backward(relu: bool, saved: Any, gradient: Array) -> Any:
+  x, affine, mask, has_shortcut = saved
+  n, c = len(x), x.shape[-1]
+  shape = _get_shape(x, relu, False, mask is not None)
+  results = library.like(x, *x.shape), library.floats(n, c), library.floats(n, c)
+  operands = (gradient, x, *affine, *([] if mask is None else [mask]))
+  to_x, to_slope, to_bias = library.call(library.FINISH_BACK, x.dtype, shape, operands, results)
+  to_affine = moments_lib.Affine(-affine.slope * to_bias, to_slope, to_bias)
+  return to_x, to_affine, gradient if has_shortcut else None, None
+
+
+_finish.defvjp(_finish_forward, _finish_backward)

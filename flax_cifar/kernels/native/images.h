@@ -1,0 +1,86 @@
+// Normalization of images: what it does to them, and what it needs to know of them.
+
+#pragma once
+
+#include <vector>
+
+#include "vectors.h"
+
+struct Shape {
+  Index count, height, width, channels, features;  // of the input; features of the output
+  Index stride, relu, parts;  // parts: of the images, which have a gradient of the kernel each
+  Index pixels() const { return height * width; }
+  Index first(Index part) const { return part * count / parts; }
+};
+
+constexpr Index PIXELS = 32;  // of a block
+
+// Normalization: (x - center) * slope + bias, with numbers for each channel of each image.
+struct Affine {
+  const float *center, *slope, *bias;
+  Affine of(Index image, Index channels) const {
+    const Index i = image * channels;
+    return {center + i, slope + i, bias + i};
+  }
+  Vector apply(Vector x, Index channel, Index rest = LANES) const {
+    return (x - load(center + channel, rest)) * load(slope + channel, rest) +
+           load(bias + channel, rest);
+  }
+};
+
+// Mean and variance of an image's channels, from the distance to its first pixel.
+struct Moments {
+  Index channels;
+  float *mean, *variance;
+  std::vector<float> first;
+
+  Moments(Index number, Index channels, float* means, float* variances)
+      : channels(channels),
+        mean(means + number * channels),
+        variance(variances + number * channels) {
+    std::fill_n(mean, channels, 0.f);
+    std::fill_n(variance, channels, 0.f);
+  }
+
+  template <class T>
+  void add(const T* block, Index pixels) {
+    if (first.empty()) {
+      first.resize(round_up(channels));
+      for (Index i = 0; i < channels; i += LANES) store(first.data() + i, load(block + i));
+    }
+    for (Index i = 0; i < channels; i += LANES) {
+      const Vector origin = load(first.data() + i);
+      Vector sum = load(mean + i), squares = load(variance + i);
+      for (Index p = 0; p < pixels; p++) {
+        const Vector distance = load(block + p * channels + i) - origin;
+        sum += distance;
+        squares += distance * distance;
+      }
+      store(mean + i, sum);
+      store(variance + i, squares);
+    }
+  }
+
+  // Adds sums over pixels of the distance to `origin`, the first pixel, and of its square.
+  void add_sums(Index channel, Vector origin, Vector sum, Vector squares) {
+    const Index rest = channels - channel;
+    store(origin_at(channel), origin);
+    store(mean + channel, load(mean + channel, rest) + sum, rest);
+    store(variance + channel, load(variance + channel, rest) + squares, rest);
+  }
+
+  float* origin_at(Index channel) {
+    first.resize(round_up(channels));
+    return first.data() + channel;
+  }
+
+  void finish(Index pixels) {
+    const float share = 1.f / pixels;
+    for (Index i = 0; i < channels; i += LANES) {
+      const Index rest = channels - i;
+      const Vector shift = load(mean + i, rest) * share;
+      store(variance + i, load(variance + i, rest) * share - shift * shift, rest);
+      store(mean + i, load(first.data() + i) + shift, rest);
+    }
+  }
+};

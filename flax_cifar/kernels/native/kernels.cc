@@ -1,0 +1,84 @@
+// The functions that Python calls.
+//
+// Images are NHWC, in float or bfloat16; all sums are in float.
+
+#include "finish.h"
+#include "separable.h"
+#include "winograd.h"
+
+namespace {
+
+// The arrays of a call: the operands of a function, then its results.
+template <class T>
+struct Arrays {
+  void** arrays;
+  T* images(int i) const { return (T*)arrays[i]; }
+  float* floats(int i) const { return (float*)arrays[i]; }
+  uint32_t* numbers(int i) const { return (uint32_t*)arrays[i]; }
+  Affine affine(int i) const { return {floats(i), floats(i + 1), floats(i + 2)}; }
+};
+
+template <class T>
+void run_separable(Index function, const Shape& s, Arrays<T> a) {
+  switch (function) {
+    case 0:
+      return depthwise_forward(s, a.images(0), a.floats(1), a.images(2), a.floats(3), a.floats(4));
+    case 1:
+      return depthwise_backward(s, a.images(0), a.images(1), a.floats(2), a.floats(3), a.floats(4),
+                                a.images(5), a.floats(6), a.images(7), a.images(8), a.floats(9));
+    case 2:
+      return pointwise_forward(s, a.images(0), a.affine(1), a.floats(4), a.images(5), a.floats(6),
+                               a.floats(7));
+    case 3:
+      return pointwise_backward(s, a.images(0), a.images(1), a.floats(2), a.floats(3), a.floats(4),
+                                a.images(5), a.affine(6), a.floats(9), a.images(10), a.floats(11),
+                                a.floats(12), a.floats(13));
+  }
+}
+
+template <class T>
+void run_finish(Index function, const Ending& s, Arrays<T> a) {
+  if (function == 4) {
+    const int mask = 4 + s.has_shortcut, to = mask + s.drops;
+    return finish_forward(s, a.images(0), a.affine(1), a.images(4), a.numbers(mask), a.images(to));
+  }
+  const int to = 5 + s.drops;
+  finish_backward(s, a.images(0), a.images(1), a.affine(2), a.numbers(5), a.images(to),
+                  a.floats(to + 1), a.floats(to + 2));
+}
+
+template <class T>
+void run_winograd(Index function, const Convolution& c, Arrays<T> a) {
+  if (function == 6)
+    return winograd_forward(c, a.images(0), a.floats(1), a.floats(2), a.images(3), a.floats(4),
+                            a.floats(5));
+  winograd_backward(c, a.images(0), a.images(1), a.affine(2), a.images(5), a.floats(6), a.images(7),
+                    a.floats(8), a.floats(9));
+}
+
+template <class Struct>
+Struct read(const int64_t* fields) {
+  Struct shape;
+  std::memcpy(&shape, fields, sizeof(shape));
+  return shape;
+}
+
+template <class T>
+void run(Index function, const int64_t* fields, void** arrays) {
+  const Arrays<T> a{arrays};
+  if (function < 4) return run_separable(function, read<Shape>(fields), a);
+  if (function < 6) return run_finish(function, read<Ending>(fields), a);
+  run_winograd(function, read<Convolution>(fields), a);
+}
+
+}  // namespace
+
+// Starts `threads` threads for the functions; once in a process.
+extern "C" void flax_cifar_start(int threads) { pool = new Pool(threads); }
+
+// Runs a function on arrays: its operands, then its results. `key` has the function's number, 1 for
+// bfloat16, and the fields of the struct that describes the arrays.
+extern "C" void flax_cifar_run(const int64_t* key, void** arrays) {
+  if (key[1]) return run<bfloat16>(key[0], key + 2, arrays);
+  run<float>(key[0], key + 2, arrays);
+}

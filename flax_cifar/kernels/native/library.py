@@ -1,0 +1,76 @@
+"""The functions in C++, compiled for this machine, as functions of JAX."""
+
+import ctypes
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from flax_cifar import environment
+from flax_cifar.kernels import ffi
+from flax_cifar.kernels import moments as moments_lib
+from flax_cifar.kernels.native import compiler
+
+TARGET = "flax_cifar_native"
+SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
+PARTS = 32  # of a batch, whose kernel gradients are computed side by side and then added
+DTYPES = {jnp.dtype(jnp.float32): 0, jnp.dtype(jnp.bfloat16): 1}
+
+# The numbers of the functions in SOURCE.
+DEPTHWISE, DEPTHWISE_BACK, POINTWISE, POINTWISE_BACK = range(4)
+FINISH, FINISH_BACK, WINOGRAD, WINOGRAD_BACK = range(4, 8)
+
+
+@functools.cache
+def is_available() -> bool:
+  """Whether a compiler is here and XLA accepts calls of what it compiled."""
+  library = compiler.load(SOURCE)
+  if library is None:
+    return False
+  library.flax_cifar_start(environment.count_cores())
+
+  def execute(key: tuple[int, ...], addresses: list[int]) -> None:
+    numbers = (ctypes.c_int64 * len(key))(*key)
+    arrays = (ctypes.c_void_p * len(addresses))(*addresses)
+    library.flax_cifar_run(numbers, arrays)
+
+  return ffi.register(TARGET, execute)
+
+
+def call(
+  function: int,
+  dtype: jnp.dtype,
+  shape: Sequence[int],
+  operands: Sequence[Array],
+  results: Sequence[jax.ShapeDtypeStruct],
+) -> Any:
+  """Calls a function of SOURCE; `shape` has the fields of its struct in C++."""
+  is_available()  # registers them
+  return ffi.call(TARGET, (function, DTYPES[dtype], *shape), operands, results)
+
+
+def like(x: Array, *shape: int) -> jax.ShapeDtypeStruct:
+  """Describes a result of the type of `x`."""
+  return jax.ShapeDtypeStruct(shape, x.dtype)
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+  """Describes a float32 result."""
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def spread(affine: moments_lib.Affine, x: Array) -> moments_lib.Affine:
+  """Gives each image of `x` numbers of its own."""
+  return moments_lib.Affine(*(jnp.broadcast_to(a, (len(x), x.shape[-1])) for a in affine))
+
+
+def get_moment_terms(
+  y: Array, mean: Array, to_mean: Array, to_variance: Array
+) -> moments_lib.Affine:
+  """What the gradients of the moments of `y` add to its own: (y - center) * slope + bias."""
+  pixels = y.shape[1] * y.shape[2]
+  return moments_lib.Affine(mean, 2 * to_variance / pixels, to_mean / pixels)

@@ -1,0 +1,70 @@
+// Products of small matrices.
+
+#pragma once
+
+#include "vectors.h"
+
+constexpr Index PANEL = 2 * LANES;  // columns that are computed together
+
+// The operands and the result, with the distances in memory between their neighbours.
+struct Left {
+  const float* data;
+  Index row, inner;
+};
+struct Right {
+  const float* data;
+  Index inner, panel;
+};
+struct Result {
+  float* data;
+  Index row;
+};
+
+struct Product {
+  Index rows, inner, columns;  // columns: a multiple of LANES
+  Left left;
+  Right right;
+  Result result;
+  Prefetch* next = nullptr;
+
+  Index count_tiles() const {
+    return (rows / 6 + rows % 6 / 2 + rows % 2) * ((columns + PANEL - 1) / PANEL);
+  }
+
+  // Computes R rows and V vectors of columns, and if ADD adds them to what is there.
+  template <bool ADD, int R, int V>
+  void compute_tile(Index row, Index column) const {
+    const float* a = left.data + row * left.row;
+    const float* b = right.data + column / PANEL * right.panel;
+    float* to = result.data + row * result.row + column;
+    if (next) next->advance();
+    Vector sums[R][V] = {};
+    if (ADD)
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r][v] = load(to + r * result.row + v * LANES);
+    for (Index k = 0; k < inner; k++, a += left.inner, b += right.inner) {
+      Vector vectors[V];
+      for (int v = 0; v < V; v++) vectors[v] = load(b + v * LANES);
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r][v] += vectors[v] * a[r * left.row];
+    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) store(to + r * result.row + v * LANES, sums[r][v]);
+  }
+
+  // Six rows and two vectors are as much as the registers hold.
+  template <bool ADD, int V>
+  void compute_columns(Index column) const {
+    Index r = 0;
+    for (; r + 6 <= rows; r += 6) compute_tile<ADD, 6, V>(r, column);
+    for (; r + 2 <= rows; r += 2) compute_tile<ADD, 2, V>(r, column);
+    for (; r < rows; r++) compute_tile<ADD, 1, V>(r, column);
+  }
+
+  template <bool ADD>
+  void compute() const {
+    Index c = 0;
+    for (; c + PANEL <= columns; c += PANEL) compute_columns<ADD, 2>(c);
+    for (; c < columns; c += LANES) compute_columns<ADD, 1>(c);
+  }
+};
