@@ -35,9 +35,10 @@ def conv_general_dilated(
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
   dense, depthwise = feature_group_count == 1, feature_group_count == lhs.shape[-1] == rhs.shape[-1]
   by_ones = {*window_strides} == {1}
-  window = winograd.Window(*padding[0], *padding[1], False, rhs_dilation[0])
+  (top, bottom), (left, right) = padding
+  window = winograd.Window(top, bottom, left, right, False, rhs_dilation[0])
   square = rhs.shape[:2] == (3, 3) and len({*rhs_dilation}) == 1
-  fits = dense and by_ones and square and winograd.is_efficient(*lhs.shape[1:3], window)
+  fits = dense and by_ones and square and winograd.is_efficient(lhs.shape, window)
   if fits and backend.uses_native(lhs.dtype):
     return winograd.convolve(lhs, rhs.astype(jnp.float32), bias, window, relu=False)
   if backend.uses_onednn(lhs.dtype):

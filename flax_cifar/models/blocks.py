@@ -184,7 +184,7 @@ class ConvUnit(Unit):
   def _is_native(self, x: Array) -> bool:
     """Whether the kernels in C++ compute the unit; modules create its parameters."""
     square = self.stride == self.groups == 1 and get_pair(self.kernel_size) == (3, 3)
-    fits = square and winograd.is_efficient(*x.shape[1:3], self._get_window())
+    fits = square and winograd.is_efficient(x.shape, self._get_window())
     possible = fits and not self.is_initializing() and norms.has_affine(self.norm)
     return possible and backend.uses_native(jnp.dtype(self.dtype))
 

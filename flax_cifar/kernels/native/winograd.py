@@ -5,6 +5,7 @@ in float32; the result is as exact as that of a plain convolution but for one bi
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ LEAST_GAIN = 2  # multiplications of a plain convolution for each one here
 class _Convolution(NamedTuple):
   """The fields of `Convolution` in winograd.h."""
 
-  count: int
+  images: int
   height: int
   width: int
   channels: int
@@ -52,9 +53,9 @@ class Window(NamedTuple):
   dilation: int
 
 
-def is_efficient(height: int, width: int, window: Window) -> bool:
-  """Whether tiles of 4x4 outputs fit the output of images of this size well."""
-  rows, columns = _get_output_size(height, width, window)
+def is_efficient(shape: Sequence[int], window: Window) -> bool:
+  """Whether tiles of 4x4 outputs fit the output of images of this shape, NHWC, well."""
+  rows, columns = _get_output_size(shape[1], shape[2], window)
   tiles = _count_tiles(rows, window.dilation) * _count_tiles(columns, window.dilation)
   return 0 < LEAST_GAIN * POINTS * tiles <= 9 * rows * columns
 
@@ -98,11 +99,11 @@ def _fill(bias: Array | None, kernel: Array) -> Array:
 
 
 def _describe(x: Array, kernel: Array, w: Window, relu: bool, measured: bool) -> _Convolution:
-  count, height, width, channels = x.shape
+  images, height, width, channels = x.shape
   out_height, out_width = _get_output_size(height, width, w)
-  tiles = count * _count_tiles(out_height, w.dilation) * _count_tiles(out_width, w.dilation)
+  tiles = images * _count_tiles(out_height, w.dilation) * _count_tiles(out_width, w.dilation)
   return _Convolution(
-    count,
+    images,
     height,
     width,
     channels,
@@ -115,7 +116,7 @@ def _describe(x: Array, kernel: Array, w: Window, relu: bool, measured: bool) ->
     w.dilation,
     int(relu),
     int(measured),
-    parts=_count_parts(count, tiles, channels * kernel.shape[-1]),
+    parts=_count_parts(images, tiles, channels * kernel.shape[-1]),
   )
 
 
@@ -137,8 +138,8 @@ def _count_parts(images: int, tiles: int, weights: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _convolve(x: Array, kernel: Array, bias: Array, c: _Convolution) -> tuple[Array, Array, Array]:
-  output = library.like(x, c.count, c.out_height, c.out_width, c.features)
-  rows = c.count if c.measured else 0
+  output = library.like(x, c.images, c.out_height, c.out_width, c.features)
+  rows = c.images if c.measured else 0
   results = output, *(library.floats(rows, c.features),) * 2
   return library.call(library.WINOGRAD, x.dtype, c, (x, kernel, bias), results)
 
