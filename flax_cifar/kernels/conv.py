@@ -35,12 +35,11 @@ def conv_general_dilated(
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
   dense, depthwise = feature_group_count == 1, feature_group_count == lhs.shape[-1] == rhs.shape[-1]
   by_ones = {*window_strides} == {1}
-  (top, bottom), (left, right) = padding
-  window = winograd.Window(top, bottom, left, right, False, rhs_dilation[0])
-  square = rhs.shape[:2] == (3, 3) and len({*rhs_dilation}) == 1
-  fits = dense and by_ones and square and winograd.is_efficient(lhs.shape, window)
-  if fits and backend.uses_native(lhs.dtype):
-    return winograd.convolve(lhs, rhs.astype(jnp.float32), bias, window, relu=False)
+  if backend.uses_native(lhs.dtype) and dense and by_ones and len({*rhs_dilation}) == 1:
+    (top, bottom), (left, right) = padding
+    window = winograd.Window(top, bottom, left, right, False, rhs_dilation[0])
+    if winograd.is_efficient(lhs.shape, rhs.shape[:2], window):
+      return winograd.convolve(lhs, rhs.astype(jnp.float32), bias, window, relu=False)
   if backend.uses_onednn(lhs.dtype):
     return convolution.convolve(
       lhs, rhs, bias, window_strides, padding, rhs_dilation, feature_group_count

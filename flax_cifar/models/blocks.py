@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Float32
 
 from flax_cifar.kernels import backend, norm_relu, pooling
 from flax_cifar.kernels import conv as conv_lib
+from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels import padding as padding_lib
-from flax_cifar.kernels.native import finish, separable, winograd
+from flax_cifar.kernels.native import finish as finish_lib
+from flax_cifar.kernels.native import separable, winograd
 from flax_cifar.models import dropout, norms
 
 Initializer = nn.initializers.Initializer
@@ -119,10 +121,40 @@ class Unit(nn.Module):
   def __call__(
     self, x: Float[Array, "n h w c"], train: bool
   ) -> Float[Array, "n h2 w2 {self.features}"]:
+    # Modules create the parameters, so they compute what initializes them.
+    possible = not self.is_initializing() and norms.has_affine(self.norm)
+    if possible and backend.uses_native(jnp.dtype(self.dtype)) and self.fits_native(x):
+      return self.compute_natively(x.astype(self.dtype), train)
+    return self.compute_by_modules(x, train)
+
+  def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
+    """Whether the unit is one that the kernels in C++ compute."""
+    del x
+    return False
+
+  def compute_natively(self, x: Float[Array, "n h w c"], train: bool) -> Array:
+    """Computes the unit by kernels in C++, where `fits_native` says that they can."""
+    raise NotImplementedError
+
+  def compute_by_modules(self, x: Float[Array, "n h w c"], train: bool) -> Array:
+    """Computes the unit by modules of its own."""
     x = _check_map(self.convolve(x), self.name)
-    norm_first = self.order == "conv_norm_relu"
-    x = self.norm(relu=norm_first, name="norm")(x if norm_first else norm_relu.relu(x), train)
+    x = self.norm(relu=self._norm_first, name="norm")(
+      x if self._norm_first else norm_relu.relu(x), train
+    )
     return dropout.Dropout(self.dropout_rate, name="dropout")(x, train)
+
+  @property
+  def _norm_first(self) -> bool:
+    return self.order == "conv_norm_relu"
+
+  def finish(
+    self, x: Array, moments: moments_lib.Moments, train: bool, shortcut: Array | None = None
+  ) -> Array:
+    """Applies norm, dropout and the ReLU after the norm to `x` by a kernel; adds `shortcut`."""
+    affine = self.norm(relu=self._norm_first, name="norm").get_affine(moments, train)
+    mask = dropout.Dropout(self.dropout_rate, name="dropout").get_mask(train)
+    return finish_lib.finish(x, affine, shortcut, mask, relu=self._norm_first)
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     """Applies the unit's convolution."""
@@ -175,34 +207,24 @@ class ConvUnit(Unit):
   stride: int = 1
   groups: int = 1
 
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "n h w c"], train: bool
-  ) -> Float[Array, "n h2 w2 {self.features}"]:
-    return self._compute_natively(x, train) if self._is_native(x) else super().__call__(x, train)
+  def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
+    """Whether the convolution has stride 1 and no groups, and Winograd's algorithm fits."""
+    sides = get_pair(self.kernel_size)
+    fits = winograd.is_efficient(x.shape, sides, self._get_window())
+    return fits and self.stride == self.groups == 1
 
-  def _is_native(self, x: Array) -> bool:
-    """Whether the kernels in C++ compute the unit; modules create its parameters."""
-    square = self.stride == self.groups == 1 and get_pair(self.kernel_size) == (3, 3)
-    fits = square and winograd.is_efficient(x.shape, self._get_window())
-    possible = fits and not self.is_initializing() and norms.has_affine(self.norm)
-    return possible and backend.uses_native(jnp.dtype(self.dtype))
+  def compute_natively(self, x: Float[Array, "n h w c"], train: bool) -> Array:
+    """Computes the unit by kernels in C++."""
+    params = self.variables["params"]["conv"]
+    operands = x, params["kernel"], params.get("bias"), self._get_window()
+    if norms.is_identity(self.norm) and not (train and self.dropout_rate):
+      return _check_map(winograd.convolve(*operands, relu=True), self.name)
+    y, moments = winograd.convolve_and_measure(*operands, relu=not self._norm_first)
+    return self.finish(_check_map(y, self.name), moments, train)
 
   def _get_window(self) -> winograd.Window:
     pad = self.padding
     return winograd.Window(pad, pad, pad, pad, self.pad_mode == "reflect", self.dilation)
-
-  def _compute_natively(self, x: Array, train: bool) -> Array:
-    norm_first = self.order == "conv_norm_relu"
-    params = self.variables["params"]["conv"]
-    operands = x.astype(self.dtype), params["kernel"], params.get("bias"), self._get_window()
-    mask = dropout.Dropout(self.dropout_rate, name="dropout").get_mask(train)
-    if norms.is_identity(self.norm) and mask is None:
-      return _check_map(winograd.convolve(*operands, relu=True), self.name)
-    y, moments = winograd.convolve_and_measure(*operands, relu=not norm_first)
-    _check_map(y, self.name)
-    affine = self.norm(relu=norm_first, name="norm").get_affine(moments, train)
-    return finish.finish(y, affine, None, mask, relu=norm_first)
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     reflect = self.pad_mode == "reflect"
@@ -227,9 +249,10 @@ class PooledConvUnit(ConvUnit):
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     return MaxPool(2, name="pool")(super().convolve(x))
 
-  def _is_native(self, x: Array) -> bool:
+  def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
+    """No: the norm needs the moments of the pooled images. The convolution alone is native."""
     del x
-    return False  # the moments are those of the pooled images; the convolution is still native
+    return False
 
 
 class DepthwiseSeparableUnit(Unit):
@@ -237,6 +260,20 @@ class DepthwiseSeparableUnit(Unit):
 
   Source: Chollet 2017 (arXiv:1610.02357).
   """
+
+  def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
+    """Whether the norm comes before ReLU, there is no bias, and the channels fit."""
+    fits = separable.can_compute(x.shape[-1], self.features)
+    return fits and self._norm_first and not self.use_bias
+
+  def compute_natively(self, x: Float[Array, "n h w c"], train: bool) -> Array:
+    """Computes the unit by kernels in C++."""
+    params, identity = self.variables["params"], moments_lib.get_identity(x.shape[-1])
+    y, _, _ = separable.convolve_depthwise(x, params["depthwise"]["kernel"], 1)
+    y, moments = separable.convolve_pointwise(
+      y, identity, params["pointwise"]["kernel"], relu=False
+    )
+    return self.finish(y, moments, train)
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     channels = x.shape[-1]
@@ -260,12 +297,20 @@ class ResidualSeparableUnit(Unit):
 
   stride: int = 1
 
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "n h w c"], train: bool
-  ) -> Float[Array, "n h2 w2 {self.features}"]:
-    if self._is_native(x):
-      return self._compute_natively(x, train)
+  def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
+    """Whether the norm comes before ReLU and the channels fit."""
+    return self._norm_first and separable.can_compute(x.shape[-1], self.features)
+
+  def compute_natively(self, x: Float[Array, "n h w c"], train: bool) -> Array:
+    """Computes the unit by kernels in C++."""
+    params = self.variables["params"]
+    y, moments, x = separable.convolve_depthwise(x, params["depthwise"]["kernel"], self.stride)
+    affine = self.norm(relu=False, name="depthwise_norm").get_affine(moments, train)
+    y, moments = separable.convolve_pointwise(y, affine, params["pointwise"]["kernel"], relu=False)
+    return self.finish(y, moments, train, x if self._keeps_shape(x) else None)
+
+  def compute_by_modules(self, x: Float[Array, "n h w c"], train: bool) -> Array:
+    """Computes the unit by modules of its own."""
     channels = x.shape[-1]
     y = self.create_depthwise(channels, stride=self.stride)(x)
     y = self.norm(relu=False, name="depthwise_norm")(y, train)
@@ -278,23 +323,6 @@ class ResidualSeparableUnit(Unit):
 
   def _keeps_shape(self, x: Array) -> bool:
     return self.stride == 1 and x.shape[-1] == self.features
-
-  def _is_native(self, x: Array) -> bool:
-    """Whether the kernels in C++ compute the unit; modules create its parameters."""
-    possible = not self.is_initializing() and norms.has_affine(self.norm)
-    fits = separable.can_compute(x.shape[-1], self.features)
-    return possible and fits and backend.uses_native(jnp.dtype(self.dtype))
-
-  def _compute_natively(self, x: Array, train: bool) -> Array:
-    depthwise, pointwise = (
-      self.variables["params"][name]["kernel"] for name in ("depthwise", "pointwise")
-    )
-    y, moments, x = separable.convolve_depthwise(x.astype(self.dtype), depthwise, self.stride)
-    affine = self.norm(relu=False, name="depthwise_norm").get_affine(moments, train)
-    y, moments = separable.convolve_pointwise(y, affine, pointwise, relu=False)
-    affine = self.norm(relu=True, name="norm").get_affine(moments, train)
-    mask = dropout.Dropout(self.dropout_rate, name="dropout").get_mask(train)
-    return finish.finish(y, affine, x if self._keeps_shape(x) else None, mask, relu=True)
 
 
 class SpatiallySeparableUnit(Unit):

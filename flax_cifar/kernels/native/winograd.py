@@ -53,8 +53,10 @@ class Window(NamedTuple):
   dilation: int
 
 
-def is_efficient(shape: Sequence[int], window: Window) -> bool:
-  """Whether tiles of 4x4 outputs fit the output of images of this shape, NHWC, well."""
+def is_efficient(shape: Sequence[int], kernel_size: Sequence[int], window: Window) -> bool:
+  """Whether the kernel is 3x3 and tiles of 4x4 fit the output of images of this shape well."""
+  if tuple(kernel_size) != (3, 3):
+    return False
   rows, columns = _get_output_size(shape[1], shape[2], window)
   tiles = _count_tiles(rows, window.dilation) * _count_tiles(columns, window.dilation)
   return 0 < LEAST_GAIN * POINTS * tiles <= 9 * rows * columns

@@ -122,4 +122,4 @@ def test_a_number_that_is_not_finite_stays_so(value):
   ],
 )
 def test_it_is_efficient_where_tiles_fit(size, window, expected):
-  assert winograd.is_efficient((2, *size, 16), window) == expected
+  assert winograd.is_efficient((2, *size, 16), (3, 3), window) == expected
