@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_configs_and_nothing_beside_the_package(installed):
   shipped = {path.name for path in (installed / "flax_cifar" / "configs").glob("*.py")}
   assert shipped == {path.name for path in (ROOT / "configs").glob("*.py")}
   native = pathlib.Path("flax_cifar", "kernels", "native")
-  for name in ("separable.cc", "pool.h"):
+  for name in ("kernels.cc", "pool.h", "winograd.h"):
     assert (installed / native / name).read_bytes() == (ROOT / native / name).read_bytes()
 
 

@@ -126,9 +126,10 @@ struct Convolution {
   Index out_height, out_width;
   Index top, left, reflect;  // pixels before the image: zeros, or the image reflected
   Index dilation;
-  Index relu;      // of the output
-  Index measured;  // whether the output's moments are asked for
-  Index parts;     // of the images, which have a gradient of the kernel each
+  Index relu;       // of the output
+  Index measured;   // whether the output's moments are asked for
+  Index parts;      // of the images, which have a gradient of the kernel each
+  Index to_images;  // whether their gradient is computed
   Index first(Index part) const { return part * count / parts; }
 };
 
@@ -479,17 +480,18 @@ struct Backward : Direction {
         });
         multiply(n, start, size);
         for_each_tile(start, size, [&](Index i, Grid::Tile tile, Index t) {
-          add_tile(c, grid, tile, t, inputs, to_group + i * pixels * inputs.channels);
+          if (c.to_images)
+            add_tile(c, grid, tile, t, inputs, to_group + i * pixels * inputs.channels);
         });
       });
-      write_images(n, number);
+      if (c.to_images) write_images(n, number);
     });
     write_kernel(to_kernels + part * TAPS * TAPS * c.channels * c.features);
     for (Index k = 0; k < c.features; k += LANES)
       store(to_biases + part * c.features + k, load(to_bias + k), c.features - k);
   }
 
-  // Adds to the gradient of the kernel; replaces the inputs of a block by their gradient.
+  // Adds to the gradient of the kernel, and replaces the inputs of a block by their gradient.
   void multiply(Index n, Index start, Index size) const {
     Prefetch next;
     blocks.add(next, images, in_size, n, start + size);
@@ -512,7 +514,7 @@ struct Backward : Direction {
                              &next};
       if (p == 0) next.spread(POINTS * (outer.count_tiles() + backward.count_tiles()));
       outer.compute<true>();
-      backward.compute<false>();
+      if (c.to_images) backward.compute<false>();
     }
   }
 

@@ -40,6 +40,7 @@ class _Convolution(NamedTuple):
   relu: int
   measured: int
   parts: int
+  to_images: int  # whether the gradient of the images is computed
 
 
 class Window(NamedTuple):
@@ -119,6 +120,7 @@ def _describe(x: Array, kernel: Array, w: Window, relu: bool, measured: bool) ->
     int(relu),
     int(measured),
     parts=_count_parts(images, tiles, channels * kernel.shape[-1]),
+    to_images=1,
   )
 
 
@@ -146,24 +148,33 @@ def _convolve(x: Array, kernel: Array, bias: Array, c: _Convolution) -> tuple[Ar
   return library.call(library.WINOGRAD, x.dtype, c, (x, kernel, bias), results)
 
 
-def _convolve_forward(x: Array, kernel: Array, bias: Array, c: _Convolution) -> Any:
-  y, mean, variance = _convolve(x, kernel, bias, c)
+def _convolve_forward(x: Any, kernel: Any, bias: Any, c: _Convolution) -> Any:
+  y, mean, variance = _convolve(x.value, kernel.value, bias.value, c)
   # Without ReLU and moments the gradient does not depend on the output.
-  return (y, mean, variance), (x, kernel, mean, y if c.relu or c.measured else None)
+  output = y if c.relu or c.measured else None
+  # The first layer of a network gets no gradient of its images; an empty tuple has no arrays.
+  return (y, mean, variance), (x.value, kernel.value, mean, output, () if x.perturbed else None)
 
 
 def _convolve_backward(c: _Convolution, saved: Any, gradients: Any) -> Any:
-  x, kernel, mean, y = saved
-  to_y, to_mean, to_variance = gradients
+  x, kernel, mean, y, perturbed = saved
+  c = c._replace(to_images=int(perturbed is not None))
+  to_y, to_mean, to_variance = map(_fill_zeros, gradients)
   terms = library.get_moment_terms(to_y, mean, to_mean, to_variance)
   results = (
-    library.like(x, *x.shape),
+    library.like(x, *(x.shape if c.to_images else (0,))),
     library.floats(c.parts, *kernel.shape),
     library.floats(c.parts, c.features),
   )
   operands = to_y, to_y if y is None else y, *terms, x, kernel
   to_x, to_kernels, to_biases = library.call(library.WINOGRAD_BACK, x.dtype, c, operands, results)
-  return to_x, to_kernels.sum(0), to_biases.sum(0)
+  return to_x if c.to_images else None, to_kernels.sum(0), to_biases.sum(0)
 
 
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+def _fill_zeros(gradient: Any) -> Array:
+  """Makes an array of the gradient of a result that nothing depends on."""
+  is_zero = isinstance(gradient, jax.custom_derivatives.SymbolicZero)
+  return jnp.zeros(gradient.shape, gradient.dtype) if is_zero else gradient
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward, symbolic_zeros=True)

@@ -88,6 +88,18 @@ def test_without_a_bias():
   np.testing.assert_array_equal(winograd.convolve(x, kernel, None, SAME, relu=False), expected)
 
 
+def test_the_gradient_of_the_kernel_alone_is_the_same():
+  """As in the first layer of a network, whose images need no gradient."""
+  operands = draw_operands((3, 8, 9, 3), 16, "float32")
+
+  def add_up(*operands):
+    return jnp.sum(winograd.convolve(*operands, SAME, relu=True) ** 2)
+
+  _, *expected = jax.jit(jax.grad(add_up, (0, 1, 2)))(*operands)
+  for one, other in zip(jax.jit(jax.grad(add_up, (1, 2)))(*operands), expected, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
 def test_it_is_nearly_as_exact_as_a_plain_convolution():
   """The usual points 0, +-1 and +-2 would cost two bits more."""
   x, kernel, _ = draw_operands((8, 32, 32, 32), 32, "float32")
