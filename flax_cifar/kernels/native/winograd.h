@@ -227,7 +227,7 @@ struct Kernels {
   Right at(Index point) const { return {data.data() + point * step, PANEL, inner * PANEL}; }
 };
 
-constexpr Index BLOCK = 48, LEAST = 24;   // tiles
+constexpr Index BLOCK = 48, LEAST = 24;   // most tiles of a block: of few channels, of many
 constexpr Index CACHED = 384 * 1024 / 4;  // floats of a block, if that leaves enough tiles
 
 // Divides the tiles of some images into blocks: of a part of an image, or of several images.
@@ -296,11 +296,11 @@ template <class T>
 void write_outputs(const Convolution& c, Grid::Tile tile, Index number, const Values& values,
                    const float* bias, T* image, Moments* moments) {
   for (Index k = 0; k < c.features; k += LANES) {
-    const Index size = c.features - k;
+    const Index rest = c.features - k;
     Vector m[POINTS], y[OUT * OUT];
     values.read(number, k, m);
     transform<OutputMap>(m, y);
-    const Vector shift = load(bias + k, size);
+    const Vector shift = load(bias + k, rest);
     Vector origin = {}, sum = {}, squares = {};
     if (moments && tile.y + tile.x > 0) origin = load(moments->origin_at(k));
     for (int i = 0; i < OUT; i++)
@@ -310,9 +310,9 @@ void write_outputs(const Convolution& c, Grid::Tile tile, Index number, const Va
         Vector out = y[i * OUT + j] + shift;
         if (c.relu) out = relu(out);
         T* to = image + (row * c.out_width + column) * c.features + k;
-        store(to, out, size);
+        store(to, out, rest);
         if (!moments) continue;
-        const Vector stored = load(to, size);
+        const Vector stored = load(to, rest);
         if (row + column == 0) origin = stored;
         sum += stored - origin;
         squares += (stored - origin) * (stored - origin);
@@ -327,13 +327,13 @@ template <class T>
 void read_gradient(const Convolution& c, Grid::Tile tile, Index number, const T* gradients,
                    const T* outputs, const Affine& terms, const Values& values, float* to_bias) {
   for (Index k = 0; k < c.features; k += LANES) {
-    const Index size = c.features - k;
+    const Index rest = c.features - k;
     Vector g[OUT * OUT], m[POINTS], total = {};
     Vector center, slope, shift;
     if (c.measured) {
-      center = load(terms.center + k, size);
-      slope = load(terms.slope + k, size);
-      shift = load(terms.bias + k, size);
+      center = load(terms.center + k, rest);
+      slope = load(terms.slope + k, rest);
+      shift = load(terms.bias + k, rest);
     }
     for (int i = 0; i < OUT; i++)
       for (int j = 0; j < OUT; j++) {
@@ -342,9 +342,9 @@ void read_gradient(const Convolution& c, Grid::Tile tile, Index number, const T*
         const Index row = tile.y + i * c.dilation, column = tile.x + j * c.dilation;
         if (row >= c.out_height || column >= c.out_width) continue;
         const Index at = (row * c.out_width + column) * c.features + k;
-        value = load(gradients + at, size);
+        value = load(gradients + at, rest);
         if (c.measured || c.relu) {
-          const Vector y = load(outputs + at, size);
+          const Vector y = load(outputs + at, rest);
           if (c.measured) value += (y - center) * slope + shift;
           if (c.relu) value = y > 0 ? value : Vector{};
         }

@@ -56,7 +56,8 @@ class Window(NamedTuple):
 
 def is_efficient(shape: Sequence[int], kernel_size: Sequence[int], window: Window) -> bool:
   """Whether the kernel is 3x3 and tiles of 4x4 fit the output of images of this shape well."""
-  if tuple(kernel_size) != (3, 3):
+  too_small = window.reflect and max(window[:4]) >= min(shape[1:3])  # to be reflected
+  if tuple(kernel_size) != (3, 3) or too_small:
     return False
   rows, columns = _get_output_size(shape[1], shape[2], window)
   tiles = _count_tiles(rows, window.dilation) * _count_tiles(columns, window.dilation)

@@ -131,6 +131,8 @@ def test_a_number_that_is_not_finite_stays_so(value):
     ((5, 5), SAME, False),  # 64 outputs for 25
     ((2, 2), winograd.Window(0, 0, 0, 0, False, 1), False),  # none
     ((30, 30), winograd.Window(8, 8, 8, 8, True, 8), True),
+    ((9, 9), winograd.Window(8, 8, 8, 8, True, 1), True),
+    ((8, 8), winograd.Window(8, 8, 8, 8, True, 1), False),  # too small to be reflected
   ],
 )
 def test_it_is_efficient_where_tiles_fit(size, window, expected):
