@@ -197,13 +197,12 @@ inline float* get_memory(Index size) {
 
 // Kernels at the points, as right operands: (POINTS, panels, inner, PANEL).
 struct Kernels {
-  Index inner, columns, step;
+  Index inner, step;
   std::vector<float> data;
 
   // From a kernel (TAPS * TAPS, inner, columns), or if `swap` (TAPS * TAPS, columns, inner).
   Kernels(const float* kernel, Index inner, Index columns, bool swap)
       : inner(inner),
-        columns(columns),
         step((round_up(columns) + PANEL - 1) / PANEL * PANEL * inner),
         data(POINTS * step) {
     for_each(inner, [&](Index k) {
