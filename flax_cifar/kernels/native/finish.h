@@ -36,22 +36,49 @@ struct Mask {
 
 constexpr uint32_t KEEP_ALL[4] = {0, 0, 0, 0x3f800000};
 
+// One pixel after the other, because memory is read fastest in its order.
+template <class T>
+void finish_image(const Ending& shape, Mask mask, Index start, const T* images, Affine affine,
+                  const T* shortcuts, T* outputs) {
+  const Ending s = shape;
+  for (Index p = 0, at = start; p < s.pixels; p++, at += s.channels)
+    for (Index i = 0; i < s.channels; i += LANES) {
+      const Index rest = s.channels - i;
+      Vector y = affine.apply(load(images + at + i, rest), i, rest);
+      if (s.relu) y = relu(y);
+      if (s.drops) y = mask.apply(y, at + i);
+      if (s.has_shortcut) y += load(shortcuts + at + i, rest);
+      store(outputs + at + i, y, rest);
+    }
+}
+
 template <class T>
 void finish_forward(const Ending& s, const T* images, Affine affines, const T* shortcuts,
                     const uint32_t* numbers, T* outputs) {
   const Mask mask(s.drops ? numbers : KEEP_ALL);
   for_each(s.count, [&](Index n) {
-    const Affine affine = affines.of(n, s.channels);
-    for (Index p = 0; p < s.pixels; p++)
-      for (Index i = 0; i < s.channels; i += LANES) {
-        const Index at = (n * s.pixels + p) * s.channels + i, rest = s.channels - i;
-        Vector y = affine.apply(load(images + at, rest), i, rest);
-        if (s.relu) y = relu(y);
-        if (s.drops) y = mask.apply(y, at);
-        if (s.has_shortcut) y += load(shortcuts + at, rest);
-        store(outputs + at, y, rest);
-      }
+    finish_image(s, mask, n * s.pixels * s.channels, images, affines.of(n, s.channels), shortcuts,
+                 outputs);
   });
+}
+
+template <class T>
+void finish_image_backward(const Ending& shape, Mask mask, Index start, const T* gradients,
+                           const T* images, Affine affine, T* to_images, float* to_slope,
+                           float* to_bias) {
+  const Ending s = shape;
+  for (Index p = 0, at = start; p < s.pixels; p++, at += s.channels)
+    for (Index i = 0; i < s.channels; i += LANES) {
+      const Index rest = s.channels - i;
+      const Vector slope = load(affine.slope + i, rest);
+      const Vector distance = load(images + at + i, rest) - load(affine.center + i, rest);
+      Vector g = load(gradients + at + i, rest);
+      if (s.drops) g = mask.apply(g, at + i);
+      if (s.relu) g = distance * slope + load(affine.bias + i, rest) > 0 ? g : Vector{};
+      store(to_bias + i, load(to_bias + i, rest) + g, rest);
+      store(to_slope + i, load(to_slope + i, rest) + g * distance, rest);
+      store(to_images + at + i, g * slope, rest);
+    }
 }
 
 template <class T>
@@ -59,35 +86,10 @@ void finish_backward(const Ending& s, const T* gradients, const T* images, Affin
                      const uint32_t* numbers, T* to_images, float* to_slopes, float* to_biases) {
   const Mask mask(s.drops ? numbers : KEEP_ALL);
   for_each(s.count, [&](Index n) {
-    const Affine affine = affines.of(n, s.channels);
-    for (Index i = 0; i < s.channels; i += LANES) {
-      store(to_slopes + n * s.channels + i, Vector{}, s.channels - i);
-      store(to_biases + n * s.channels + i, Vector{}, s.channels - i);
-    }
-    for (Index p = 0; p < s.pixels; p += PIXELS) {
-      const Index start = (n * s.pixels + p) * s.channels;
-      const Index size = std::min(PIXELS, s.pixels - p);
-      prefetch(gradients + start + PIXELS * s.channels, PIXELS * s.channels);
-      prefetch(images + start + PIXELS * s.channels, PIXELS * s.channels);
-      for (Index i = 0; i < s.channels; i += LANES) {
-        const Index rest = s.channels - i;
-        const Vector center = load(affine.center + i, rest), slope = load(affine.slope + i, rest);
-        const Vector bias = load(affine.bias + i, rest);
-        float *to_slope = to_slopes + n * s.channels + i, *to_bias = to_biases + n * s.channels + i;
-        Vector slopes = load(to_slope, rest), biases = load(to_bias, rest);
-        for (Index q = 0; q < size; q++) {
-          const Index at = start + q * s.channels + i;
-          const Vector distance = load(images + at, rest) - center;
-          Vector g = load(gradients + at, rest);
-          if (s.drops) g = mask.apply(g, at);
-          if (s.relu) g = distance * slope + bias > 0 ? g : Vector{};
-          biases += g;
-          slopes += g * distance;
-          store(to_images + at, g * slope, rest);
-        }
-        store(to_slope, slopes, rest);
-        store(to_bias, biases, rest);
-      }
-    }
+    float *to_slope = to_slopes + n * s.channels, *to_bias = to_biases + n * s.channels;
+    std::fill_n(to_slope, s.channels, 0.f);
+    std::fill_n(to_bias, s.channels, 0.f);
+    finish_image_backward(s, mask, n * s.pixels * s.channels, gradients, images,
+                          affines.of(n, s.channels), to_images, to_slope, to_bias);
   });
 }

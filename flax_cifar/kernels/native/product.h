@@ -31,25 +31,34 @@ struct Product {
     return (rows / 6 + rows % 6 / 2 + rows % 2) * ((columns + PANEL - 1) / PANEL);
   }
 
-  // Computes R rows and V vectors of columns, and if ADD adds them to what is there.
+  // Computes R rows and V vectors of columns, and if ADD adds them to what is there. Distances are
+  // copied and loops unrolled, so that compilers keep all of them in registers.
   template <bool ADD, int R, int V>
   void compute_tile(Index row, Index column) const {
-    const float* a = left.data + row * left.row;
-    const float* b = right.data + column / PANEL * right.panel;
-    float* to = result.data + row * result.row + column;
+    const Left a = {left.data + row * left.row, left.row, left.inner};
+    const Right b = {right.data + column / PANEL * right.panel, right.inner, right.panel};
+    const Result to = {result.data + row * result.row + column, result.row};
+    const Index count = inner;
     if (next) next->advance();
-    Vector sums[R][V] = {};
-    if (ADD)
-      for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sums[r][v] = load(to + r * result.row + v * LANES);
-    for (Index k = 0; k < inner; k++, a += left.inner, b += right.inner) {
-      Vector vectors[V];
-      for (int v = 0; v < V; v++) vectors[v] = load(b + v * LANES);
-      for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sums[r][v] += vectors[v] * a[r * left.row];
-    }
+    Vector sums[R][V];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) store(to + r * result.row + v * LANES, sums[r][v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++)
+        sums[r][v] = ADD ? load(to.data + r * to.row + v * LANES) : Vector{};
+    for (Index k = 0; k < count; k++) {
+      Vector vectors[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) vectors[v] = load(b.data + k * b.inner + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sums[r][v] += vectors[v] * a.data[k * a.inner + r * a.row];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) store(to.data + r * to.row + v * LANES, sums[r][v]);
   }
 
   // Six rows and two vectors are as much as the registers hold.

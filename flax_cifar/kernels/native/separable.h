@@ -10,6 +10,24 @@
 #include "pool.h"
 #include "product.h"
 
+// Functions get pointers one by one where their loops are short: of arrays that a struct or a
+// lambda refers to, compilers would read the addresses again after each store.
+
+// The gradient of an output: `gradients` + factor * (output - mean) + constant, because the moments
+// have gradients too. Its pixels are written `step` pixels apart.
+template <class T>
+void join_gradients(const T* gradients, const T* outputs, Affine moments, Index pixels,
+                    Index channels, Index step, float* to) {
+  for (Index p = 0; p < pixels; p++, to += (step - 1) * channels)
+    for (Index i = 0; i < channels; i += LANES, gradients += LANES, outputs += LANES, to += LANES)
+      store(to, load(gradients) + moments.apply(load(outputs), i));
+}
+
+template <class T>
+void add(const T* values, const float* others, Index count, T* to) {
+  for (Index i = 0; i < count; i += LANES) store(to + i, load(values + i) + load(others + i));
+}
+
 // ---- Depthwise 3x3 with one pixel of zeros around the image
 
 // Three successive rows in float, with a border of zeros.
@@ -114,8 +132,8 @@ void depthwise_forward(const Shape& s, const T* images, const float* kernel, T* 
   });
 }
 
-// The gradient of an output is `gradients` + factor * (output - mean) + constant, because the
-// moments have gradients too. The one of the images is added to `shortcuts`.
+// The gradient of an output is that of `join_gradients`; the one of the images is added to
+// `shortcuts`.
 template <class T>
 void depthwise_backward(const Shape& s, const T* gradients, const T* outputs, const float* mean,
                         const float* factor, const float* constant, const T* images,
@@ -137,22 +155,15 @@ void depthwise_backward(const Shape& s, const T* gradients, const T* outputs, co
         gradient.clear(y);
         if (y < s.height && y % s.stride == 0) {
           const Index start = (n * height + y / s.stride) * width * s.channels;
-          prefetch(gradients + start + width * s.channels, width * s.channels);
-          prefetch(outputs + start + width * s.channels, width * s.channels);
-          for (Index x = 0; x < width; x++)
-            for (Index i = 0; i < s.channels; i += LANES) {
-              const Index at = start + x * s.channels + i;
-              store(gradient.at(y) + (x * s.stride + 1) * s.channels + i,
-                    load(gradients + at) + moments.apply(load(outputs + at), i));
-            }
+          join_gradients(gradients + start, outputs + start, moments, width, s.channels, s.stride,
+                         gradient.at(y) + s.channels);
           add_kernel_gradient(input, gradient, y, s.stride, width, to_kernel);
         }
         if (y == 0) continue;
         convolve_row(gradient, y - 1, kernel + 8 * s.channels, -s.channels, 1, s.width,
                      sums.data());
         const Index start = (n * s.height + y - 1) * row_size;
-        for (Index i = 0; i < row_size; i += LANES)
-          store(to_images + start + i, load(shortcuts + start + i) + load(sums.data() + i));
+        add(shortcuts + start, sums.data(), row_size, to_images + start);
       }
     }
   });
@@ -161,13 +172,38 @@ void depthwise_backward(const Shape& s, const T* gradients, const T* outputs, co
 // ---- Pointwise, of a normalized input
 
 template <class T>
-void normalize(const T* block, Index pixels, Index channels, const Affine& affine, bool with_relu,
+void normalize(const T* block, Index pixels, Index channels, Affine affine, bool with_relu,
                float* out) {
   for (Index i = 0; i < channels; i += LANES)
     for (Index p = 0; p < pixels; p++) {
       const Vector y = affine.apply(load(block + p * channels + i), i);
       store(out + p * channels + i, with_relu ? relu(y) : y);
     }
+}
+
+// Turns the gradient of what `normalize` gives without ReLU into that of its input, in place, and
+// adds to those of slope and bias.
+template <class T>
+void normalize_backward(const T* block, Index pixels, Index channels, Affine affine,
+                        float* gradient, float* to_slope, float* to_bias) {
+  for (Index i = 0; i < channels; i += LANES) {
+    const Vector center = load(affine.center + i), slope = load(affine.slope + i);
+    Vector slopes = load(to_slope + i), biases = load(to_bias + i);
+    for (Index at = i; at < pixels * channels; at += channels) {
+      const Vector g = load(gradient + at);
+      biases += g;
+      slopes += g * (load(block + at) - center);
+      store(gradient + at, g * slope);
+    }
+    store(to_slope + i, slopes);
+    store(to_bias + i, biases);
+  }
+}
+
+// ReLU's gradient.
+inline void clear_where_zero(const float* values, Index count, float* gradient) {
+  for (Index i = 0; i < count; i += LANES)
+    store(gradient + i, load(values + i) > 0 ? load(gradient + i) : Vector{});
 }
 
 template <class T>
@@ -200,7 +236,7 @@ void pointwise_forward(const Shape& s, const T* images, Affine affines, const fl
   });
 }
 
-// The gradient of an output is that of `depthwise_backward`; `transposed` is (features, channels).
+// The gradient of an output is that of `join_gradients`; `transposed` is (features, channels).
 template <class T>
 void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, const float* mean,
                         const float* factor, const float* constant, const T* images, Affine affines,
@@ -225,12 +261,8 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
         next.add(gradients + from + PIXELS * s.features, PIXELS * s.features);
         next.add(outputs + from + PIXELS * s.features, PIXELS * s.features);
         next.add(images + to + PIXELS * s.channels, PIXELS * s.channels);
-        for (Index i = 0; i < s.features; i += LANES)
-          for (Index q = 0; q < size; q++) {
-            const Index at = from + q * s.features + i;
-            store(gradient.data() + q * s.features + i,
-                  load(gradients + at) + moments.apply(load(outputs + at), i));
-          }
+        join_gradients(gradients + from, outputs + from, moments, size, s.features, 1,
+                       gradient.data());
         normalize(images + to, size, s.channels, affine, s.relu, input.data());
         const Product outer{s.channels,
                             size,
@@ -249,20 +281,8 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
         next.spread(outer.count_tiles() + backward.count_tiles());
         outer.compute<true>();
         backward.compute<false>();
-        for (Index i = 0; i < s.channels; i += LANES) {
-          const Vector center = load(affine.center + i), slope = load(affine.slope + i);
-          Vector slopes = load(to_slope + i), biases = load(to_bias + i);
-          for (Index q = 0; q < size; q++) {
-            const Index at = q * s.channels + i;
-            Vector g = load(back.data() + at);
-            if (s.relu) g = load(input.data() + at) > 0 ? g : Vector{};
-            biases += g;
-            slopes += g * (load(images + to + at) - center);
-            store(back.data() + at, g * slope);
-          }
-          store(to_slope + i, slopes);
-          store(to_bias + i, biases);
-        }
+        if (s.relu) clear_where_zero(input.data(), size * s.channels, back.data());
+        normalize_backward(images + to, size, s.channels, affine, back.data(), to_slope, to_bias);
         store_all(to_images + to, back.data(), size * s.channels);
       }
     }
