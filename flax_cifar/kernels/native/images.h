@@ -61,17 +61,23 @@ struct Moments {
     }
   }
 
-  // Adds sums over pixels of the distance to `origin`, the first pixel, and of its square.
-  void add_sums(Index channel, Vector origin, Vector sum, Vector squares) {
+  // Adds values of some channels; those with a negative place are of no pixel. The first value of
+  // the first call is of the first pixel.
+  void add(Index channel, const Vector* values, const Index* places, Index count) {
+    if ((Index)first.size() <= channel) {
+      first.resize(channel + LANES);
+      store(first.data() + channel, values[0]);
+    }
     const Index rest = channels - channel;
-    store(origin_at(channel), origin);
-    store(mean + channel, load(mean + channel, rest) + sum, rest);
-    store(variance + channel, load(variance + channel, rest) + squares, rest);
-  }
-
-  float* origin_at(Index channel) {
-    first.resize(round_up(channels));
-    return first.data() + channel;
+    const Vector origin = load(first.data() + channel);
+    Vector sum = load(mean + channel, rest), squares = load(variance + channel, rest);
+    for (Index p = 0; p < count; p++) {
+      const Vector distance = places[p] < 0 ? Vector{} : values[p] - origin;
+      sum += distance;
+      squares += distance * distance;
+    }
+    store(mean + channel, sum, rest);
+    store(variance + channel, squares, rest);
   }
 
   void finish(Index pixels) {

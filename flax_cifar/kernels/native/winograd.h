@@ -133,18 +133,50 @@ struct Convolution {
   Index first(Index part) const { return part * count / parts; }
 };
 
+// Where a tile's values are in an image, in elements; -1 for those outside of it.
+template <int SIDE>
+struct Places {
+  Index at[SIDE * SIDE];
+};
+
 // Where tiles lie, and what pixel of the input is at a place of the padded input.
 struct Grid {
   struct Tile {
     Index y, x;  // of its first output
   };
+  const Convolution& c;
   std::vector<Tile> tiles;
   std::vector<Index> rows, columns;  // -1: outside, zero
 
   explicit Grid(const Convolution& c)
-      : rows(map(c.height, c.out_height, c.top, c)), columns(map(c.width, c.out_width, c.left, c)) {
+      : c(c),
+        rows(map(c.height, c.out_height, c.top, c)),
+        columns(map(c.width, c.out_width, c.left, c)) {
     for (Index y : list(c.out_height, c.dilation))
       for (Index x : list(c.out_width, c.dilation)) tiles.push_back({y, x});
+  }
+
+  // `channels` of an input in memory.
+  Places<IN> find_inputs(Tile tile, Index channels) const {
+    Places<IN> places;
+    for (int i = 0; i < IN; i++)
+      for (int j = 0; j < IN; j++) {
+        const Index row = rows[tile.y + i * c.dilation], column = columns[tile.x + j * c.dilation];
+        const bool inside = row >= 0 && column >= 0;
+        places.at[i * IN + j] = inside ? (row * c.width + column) * channels : -1;
+      }
+    return places;
+  }
+
+  Places<OUT> find_outputs(Tile tile) const {
+    Places<OUT> places;
+    for (int i = 0; i < OUT; i++)
+      for (int j = 0; j < OUT; j++) {
+        const Index row = tile.y + i * c.dilation, column = tile.x + j * c.dilation;
+        const bool inside = row < c.out_height && column < c.out_width;
+        places.at[i * OUT + j] = inside ? (row * c.out_width + column) * c.features : -1;
+      }
+    return places;
   }
 
   // Outputs that start a tile. The outputs of a tile are as far apart as the taps.
@@ -250,105 +282,70 @@ struct Blocks {
 
 // Evaluates the 6x6 inputs of a tile at the points.
 template <class T>
-void read_tile(const Convolution& c, const Grid& grid, Grid::Tile tile, const T* image,
-               Index number, const Values& values) {
-  const T* places[POINTS];
-  for (int i = 0; i < IN; i++)
-    for (int j = 0; j < IN; j++) {
-      const Index row = grid.rows[tile.y + i * c.dilation];
-      const Index column = grid.columns[tile.x + j * c.dilation];
-      const bool inside = row >= 0 && column >= 0;
-      places[i * IN + j] = inside ? image + (row * c.width + column) * c.channels : nullptr;
-    }
-  for (Index k = 0; k < c.channels; k += LANES) {
+void read_tile(Index channels, const Places<IN> places, const T* image, Index number,
+               const Values values) {
+  for (Index k = 0; k < channels; k += LANES) {
     Vector x[POINTS], v[POINTS];
     for (int p = 0; p < POINTS; p++)
-      x[p] = places[p] ? load(places[p] + k, c.channels - k) : Vector{};
+      x[p] = places.at[p] < 0 ? Vector{} : load(image + places.at[p] + k, channels - k);
     transform<InputMap>(x, v);
     values.write(number, k, v);
   }
 }
 
 // Adds to the gradient of an image, in float, what it gets from a tile.
-inline void add_tile(const Convolution& c, const Grid& grid, Grid::Tile tile, Index number,
-                     const Values& values, float* image) {
-  const Index channels = values.channels;
-  for (Index k = 0; k < channels; k += LANES) {
+inline void add_tile(const Places<IN> places, Index number, const Values values, float* image) {
+  for (Index k = 0; k < values.channels; k += LANES) {
     Vector v[POINTS], x[POINTS];
     values.read(number, k, v);
     transform<InputMapTransposed>(v, x);
-    for (int i = 0; i < IN; i++) {
-      const Index row = grid.rows[tile.y + i * c.dilation];
-      if (row < 0) continue;
-      for (int j = 0; j < IN; j++) {
-        const Index column = grid.columns[tile.x + j * c.dilation];
-        if (column < 0) continue;
-        float* to = image + (row * c.width + column) * channels + k;
-        store(to, load(to) + x[i * IN + j]);
-      }
+    for (int p = 0; p < POINTS; p++) {
+      if (places.at[p] < 0) continue;
+      float* to = image + places.at[p] + k;
+      store(to, load(to) + x[p]);
     }
   }
 }
 
 // Interpolates the outputs of a tile, and adds them to the moments.
 template <class T>
-void write_outputs(const Convolution& c, Grid::Tile tile, Index number, const Values& values,
-                   const float* bias, T* image, Moments* moments) {
-  for (Index k = 0; k < c.features; k += LANES) {
-    const Index rest = c.features - k;
+void write_outputs(Index features, bool with_relu, const Places<OUT> places, Index number,
+                   const Values values, const float* bias, T* image, Moments* moments) {
+  for (Index k = 0; k < features; k += LANES) {
+    const Index rest = features - k;
     Vector m[POINTS], y[OUT * OUT];
     values.read(number, k, m);
     transform<OutputMap>(m, y);
     const Vector shift = load(bias + k, rest);
-    Vector origin = {}, sum = {}, squares = {};
-    if (moments && tile.y + tile.x > 0) origin = load(moments->origin_at(k));
-    for (int i = 0; i < OUT; i++)
-      for (int j = 0; j < OUT; j++) {
-        const Index row = tile.y + i * c.dilation, column = tile.x + j * c.dilation;
-        if (row >= c.out_height || column >= c.out_width) continue;
-        Vector out = y[i * OUT + j] + shift;
-        if (c.relu) out = relu(out);
-        T* to = image + (row * c.out_width + column) * c.features + k;
-        store(to, out, rest);
-        if (!moments) continue;
-        const Vector stored = load(to, rest);
-        if (row + column == 0) origin = stored;
-        sum += stored - origin;
-        squares += (stored - origin) * (stored - origin);
-      }
-    if (moments) moments->add_sums(k, origin, sum, squares);
+    for (int p = 0; p < OUT * OUT; p++) {
+      if (places.at[p] < 0) continue;
+      T* to = image + places.at[p] + k;
+      store(to, with_relu ? relu(y[p] + shift) : y[p] + shift, rest);
+      y[p] = load(to, rest);
+    }
+    if (moments) moments->add(k, y, places.at, OUT * OUT);
   }
 }
 
 // Evaluates the gradient of a tile's outputs at the points, with what their moments add to it; adds
 // up that of the bias.
 template <class T>
-void read_gradient(const Convolution& c, Grid::Tile tile, Index number, const T* gradients,
-                   const T* outputs, const Affine& terms, const Values& values, float* to_bias) {
+void read_gradient(const Convolution& shape, const Places<OUT> places, Index number,
+                   const T* gradients, const T* outputs, const Affine terms, const Values values,
+                   float* to_bias) {
+  const Convolution c = shape;
   for (Index k = 0; k < c.features; k += LANES) {
     const Index rest = c.features - k;
     Vector g[OUT * OUT], m[POINTS], total = {};
-    Vector center, slope, shift;
-    if (c.measured) {
-      center = load(terms.center + k, rest);
-      slope = load(terms.slope + k, rest);
-      shift = load(terms.bias + k, rest);
+    for (int p = 0; p < OUT * OUT; p++) {
+      g[p] = Vector{};
+      if (places.at[p] < 0) continue;
+      const Index at = places.at[p] + k;
+      g[p] = load(gradients + at, rest);
+      if (c.measured) g[p] += terms.apply(load(outputs + at, rest), k, rest);
+      if (c.relu) g[p] = load(outputs + at, rest) > 0 ? g[p] : Vector{};
+      total += g[p];
     }
-    for (int i = 0; i < OUT; i++)
-      for (int j = 0; j < OUT; j++) {
-        Vector& value = g[i * OUT + j];
-        value = Vector{};
-        const Index row = tile.y + i * c.dilation, column = tile.x + j * c.dilation;
-        if (row >= c.out_height || column >= c.out_width) continue;
-        const Index at = (row * c.out_width + column) * c.features + k;
-        value = load(gradients + at, rest);
-        if (c.measured || c.relu) {
-          const Vector y = load(outputs + at, rest);
-          if (c.measured) value += (y - center) * slope + shift;
-          if (c.relu) value = y > 0 ? value : Vector{};
-        }
-        total += value;
-      }
     store(to_bias + k, load(to_bias + k) + total);
     transform<OutputMapTransposed>(g, m);
     values.write(number, k, m);
@@ -413,12 +410,13 @@ struct Forward : Direction {
         moments.emplace_back(n + i, c.features, means, variances);
       for_each_block(number, [&](Index start, Index size) {
         for_each_tile(start, size, [&](Index i, Grid::Tile tile, Index t) {
-          read_tile(c, grid, tile, images + (n + i) * in_size, t, inputs);
+          read_tile(c.channels, grid.find_inputs(tile, c.channels), images + (n + i) * in_size, t,
+                    inputs);
         });
         multiply(n, start, size);
         for_each_tile(start, size, [&](Index i, Grid::Tile tile, Index t) {
-          write_outputs(c, tile, t, outputs, bias, results + (n + i) * out_size,
-                        c.measured ? &moments[i] : nullptr);
+          write_outputs(c.features, c.relu, grid.find_outputs(tile), t, outputs, bias,
+                        results + (n + i) * out_size, c.measured ? &moments[i] : nullptr);
         });
       });
       for (Moments& own : moments) own.finish(c.out_height * c.out_width);
@@ -473,14 +471,17 @@ struct Backward : Direction {
       std::fill_n(to_group, number * pixels * inputs.channels, 0.f);
       for_each_block(number, [&](Index start, Index size) {
         for_each_tile(start, size, [&](Index i, Grid::Tile tile, Index t) {
-          read_tile(c, grid, tile, images + (n + i) * in_size, t, inputs);
-          read_gradient(c, tile, t, gradients + (n + i) * out_size, results + (n + i) * out_size,
+          read_tile(c.channels, grid.find_inputs(tile, c.channels), images + (n + i) * in_size, t,
+                    inputs);
+          read_gradient(c, grid.find_outputs(tile), t, gradients + (n + i) * out_size,
+                        results + (n + i) * out_size,
                         c.measured ? terms.of(n + i, c.features) : terms, outputs, to_bias);
         });
         multiply(n, start, size);
         for_each_tile(start, size, [&](Index i, Grid::Tile tile, Index t) {
           if (c.to_images)
-            add_tile(c, grid, tile, t, inputs, to_group + i * pixels * inputs.channels);
+            add_tile(grid.find_inputs(tile, inputs.channels), t, inputs,
+                     to_group + i * pixels * inputs.channels);
         });
       });
       if (c.to_images) write_images(n, number);
