@@ -96,6 +96,14 @@ def create_ours(
   return CREATE_FLAX[task](network, batch_size, dtype)
 
 
+def create_without_onednn(network: str, batch_size: int, task: str = "train") -> Step:
+  """As where pip finds no oneDNN, such as on macOS and ARM: C++ compiled here, else XLA."""
+  from flax_cifar.kernels.onednn import library
+
+  setattr(library, "load_library", lambda: None)  # noqa: B010, mypy refuses an assignment
+  return create_ours(network, batch_size, task, kernels="native")
+
+
 def create_naive(network: str, batch_size: int, task: str = "train") -> Step:
   """Flax out of the box: lax convolutions, Flax's norm and dropout, no settings.
 
@@ -258,6 +266,7 @@ def create_torch(
 MODES: dict[str, Callable[..., Step]] = {  # called with network, batch size and task
   "ours": create_ours,
   "ours bf16": functools.partial(create_ours, dtype="bfloat16"),
+  "ours, without oneDNN": create_without_onednn,
   "ours, XLA alone": functools.partial(create_ours, kernels="xla"),
   "naive Flax": create_naive,
   "PyTorch": create_torch,
