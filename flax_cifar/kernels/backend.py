@@ -75,11 +75,15 @@ def settle_dtype(name: str) -> str:
     return name
   device = jax.local_devices()[0]
   if device.platform == "cpu":
-    features = environment.list_processor_features()
-    fast = convolution.is_available() and any(name in FAST_BFLOAT16 for name in features)
+    fast = convolution.is_available() and has_fast_bfloat16()
   else:  # NVIDIA's GPUs have such instructions since Ampere, compute capability 8
     fast = float(getattr(device, "compute_capability", None) or 8) >= 8
   return "bfloat16" if fast else "float32"
+
+
+def has_fast_bfloat16() -> bool:
+  """Whether the processor has instructions for products of bfloat16, which oneDNN uses."""
+  return any(name in FAST_BFLOAT16 for name in environment.list_processor_features())
 
 
 def describe_backend() -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32
 from flax_cifar.kernels import backend
 from flax_cifar.kernels import sums as sums_lib
 from flax_cifar.kernels import taps as taps_lib
-from flax_cifar.kernels.native import winograd
+from flax_cifar.kernels.native import dense
 from flax_cifar.kernels.onednn import convolution
 
 
@@ -33,19 +33,22 @@ def conv_general_dilated(
   if isinstance(padding, str):
     extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-  dense, depthwise = feature_group_count == 1, feature_group_count == lhs.shape[-1] == rhs.shape[-1]
+  is_dense, depthwise = (
+    feature_group_count == 1,
+    feature_group_count == lhs.shape[-1] == rhs.shape[-1],
+  )
   by_ones = {*window_strides} == {1}
-  if backend.uses_native(lhs.dtype) and dense and by_ones and len({*rhs_dilation}) == 1:
+  if is_dense and by_ones and len({*rhs_dilation}) == 1:
     (top, bottom), (left, right) = padding
-    window = winograd.Window(top, bottom, left, right, False, rhs_dilation[0])
-    if winograd.is_efficient(lhs.shape, rhs.shape[:2], window):
-      return winograd.convolve(lhs, rhs.astype(jnp.float32), bias, window, relu=False)
+    window = dense.Window(top, bottom, left, right, False, rhs_dilation[0])
+    if fits_native(lhs.shape, rhs.shape[:2], window, lhs.dtype):
+      return dense.convolve(lhs, rhs.astype(jnp.float32), bias, window, relu=False)
   if backend.uses_onednn(lhs.dtype):
     return convolution.convolve(
       lhs, rhs, bias, window_strides, padding, rhs_dilation, feature_group_count
     )
   fast = selected != "definition" and by_ones
-  if fast and dense:
+  if fast and is_dense:
     y = _dense(lhs, rhs, tuple(map(tuple, padding)), tuple(rhs_dilation))
   elif fast and depthwise:
     y = _depthwise(jnp.pad(lhs, ((0, 0), *padding, (0, 0))), rhs[:, :, 0], tuple(rhs_dilation))
@@ -64,6 +67,19 @@ def conv_general_dilated(
 
 
 # ---- Dense convolution
+
+
+def fits_native(
+  shape: Sequence[int], kernel_size: Sequence[int], window: dense.Window, dtype: jnp.dtype
+) -> bool:
+  """Whether the kernels in C++ compute a dense convolution of stride 1, and as fast as any here.
+
+  oneDNN is faster where it can multiply bfloat16 and Winograd's algorithm does not fit.
+  """
+  if not backend.uses_native(dtype) or not dense.can_compute(shape, kernel_size, window):
+    return False
+  slower = dtype == jnp.bfloat16 and backend.has_fast_bfloat16() and backend.uses_onednn(dtype)
+  return not slower or dense.fits_winograd(shape, kernel_size, window)
 
 
 def _convolve(

@@ -20,8 +20,8 @@ from flax_cifar.kernels import backend, norm_relu, pooling
 from flax_cifar.kernels import conv as conv_lib
 from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels import padding as padding_lib
+from flax_cifar.kernels.native import dense, separable
 from flax_cifar.kernels.native import finish as finish_lib
-from flax_cifar.kernels.native import separable, winograd
 from flax_cifar.models import dropout, norms
 
 Initializer = nn.initializers.Initializer
@@ -208,9 +208,9 @@ class ConvUnit(Unit):
   groups: int = 1
 
   def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
-    """Whether the convolution has stride 1 and no groups, and Winograd's algorithm fits."""
-    sides = get_pair(self.kernel_size)
-    fits = winograd.is_efficient(x.shape, sides, self._get_window())
+    """Whether the convolution has stride 1 and no groups, and no other kernel is faster."""
+    sides, dtype = get_pair(self.kernel_size), jnp.dtype(self.dtype)
+    fits = conv_lib.fits_native(x.shape, sides, self._get_window(), dtype)
     return fits and self.stride == self.groups == 1
 
   def compute_natively(self, x: Float[Array, "n h w c"], train: bool) -> Array:
@@ -218,13 +218,13 @@ class ConvUnit(Unit):
     params = self.variables["params"]["conv"]
     operands = x, params["kernel"], params.get("bias"), self._get_window()
     if norms.is_identity(self.norm) and not (train and self.dropout_rate):
-      return _check_map(winograd.convolve(*operands, relu=True), self.name)
-    y, moments = winograd.convolve_and_measure(*operands, relu=not self._norm_first)
+      return _check_map(dense.convolve(*operands, relu=True), self.name)
+    y, moments = dense.convolve_and_measure(*operands, relu=not self._norm_first)
     return self.finish(_check_map(y, self.name), moments, train)
 
-  def _get_window(self) -> winograd.Window:
+  def _get_window(self) -> dense.Window:
     pad = self.padding
-    return winograd.Window(pad, pad, pad, pad, self.pad_mode == "reflect", self.dilation)
+    return dense.Window(pad, pad, pad, pad, self.pad_mode == "reflect", self.dilation)
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     reflect = self.pad_mode == "reflect"

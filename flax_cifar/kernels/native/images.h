@@ -46,18 +46,20 @@ struct Moments {
   void add(const T* block, Index pixels) {
     if (first.empty()) {
       first.resize(round_up(channels));
-      for (Index i = 0; i < channels; i += LANES) store(first.data() + i, load(block + i));
+      for (Index i = 0; i < channels; i += LANES)
+        store(first.data() + i, load(block + i, channels - i));
     }
     for (Index i = 0; i < channels; i += LANES) {
+      const Index rest = channels - i;
       const Vector origin = load(first.data() + i);
-      Vector sum = load(mean + i), squares = load(variance + i);
+      Vector sum = load(mean + i, rest), squares = load(variance + i, rest);
       for (Index p = 0; p < pixels; p++) {
-        const Vector distance = load(block + p * channels + i) - origin;
+        const Vector distance = load(block + p * channels + i, rest) - origin;
         sum += distance;
         squares += distance * distance;
       }
-      store(mean + i, sum);
-      store(variance + i, squares);
+      store(mean + i, sum, rest);
+      store(variance + i, squares, rest);
     }
   }
 

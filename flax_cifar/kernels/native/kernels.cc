@@ -2,6 +2,7 @@
 //
 // Images are NHWC, in float or bfloat16; all sums are in float.
 
+#include "direct.h"
 #include "finish.h"
 #include "separable.h"
 #include "winograd.h"
@@ -48,12 +49,21 @@ void run_finish(Index function, const Ending& s, Arrays<T> a) {
 }
 
 template <class T>
-void run_winograd(Index function, const Convolution& c, Arrays<T> a) {
-  if (function == 6)
-    return winograd_forward(c, a.images(0), a.floats(1), a.floats(2), a.images(3), a.floats(4),
+void run_dense(Index function, const Convolution& c, Arrays<T> a) {
+  switch (function) {
+    case 6:
+      return winograd_forward(c, a.images(0), a.floats(1), a.floats(2), a.images(3), a.floats(4),
+                              a.floats(5));
+    case 7:
+      return winograd_backward(c, a.images(0), a.images(1), a.affine(2), a.images(5), a.floats(6),
+                               a.images(7), a.floats(8), a.floats(9));
+    case 8:
+      return direct_forward(c, a.images(0), a.floats(1), a.floats(2), a.images(3), a.floats(4),
                             a.floats(5));
-  winograd_backward(c, a.images(0), a.images(1), a.affine(2), a.images(5), a.floats(6), a.images(7),
-                    a.floats(8), a.floats(9));
+    case 9:
+      return direct_backward(c, a.images(0), a.images(1), a.affine(2), a.images(5), a.floats(6),
+                             a.images(7), a.floats(8), a.floats(9));
+  }
 }
 
 template <class Struct>
@@ -68,7 +78,7 @@ void run(Index function, const int64_t* fields, void** arrays) {
   const Arrays<T> a{arrays};
   if (function < 4) return run_separable(function, read<Shape>(fields), a);
   if (function < 6) return run_finish(function, read<Ending>(fields), a);
-  run_winograd(function, read<Convolution>(fields), a);
+  run_dense(function, read<Convolution>(fields), a);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ DTYPES = {jnp.dtype(jnp.float32): 0, jnp.dtype(jnp.bfloat16): 1}
 
 # The numbers of the functions in SOURCE.
 DEPTHWISE, DEPTHWISE_BACK, POINTWISE, POINTWISE_BACK = range(4)
-FINISH, FINISH_BACK, WINOGRAD, WINOGRAD_BACK = range(4, 8)
+FINISH, FINISH_BACK, WINOGRAD, WINOGRAD_BACK, DIRECT, DIRECT_BACK = range(4, 10)
 
 
 @functools.cache

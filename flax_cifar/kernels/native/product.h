@@ -28,7 +28,8 @@ struct Product {
   Prefetch* next = nullptr;
 
   Index count_tiles() const {
-    return (rows / 6 + rows % 6 / 2 + rows % 2) * ((columns + PANEL - 1) / PANEL);
+    return (rows / 6 + rows % 6 / 4 + rows % 6 % 4 / 2 + rows % 2) *
+           ((columns + PANEL - 1) / PANEL);
   }
 
   // Computes R rows and V vectors of columns, and if ADD adds them to what is there. Distances are
@@ -66,6 +67,7 @@ struct Product {
   void compute_columns(Index column) const {
     Index r = 0;
     for (; r + 6 <= rows; r += 6) compute_tile<ADD, 6, V>(r, column);
+    for (; r + 4 <= rows; r += 4) compute_tile<ADD, 4, V>(r, column);
     for (; r + 2 <= rows; r += 2) compute_tile<ADD, 2, V>(r, column);
     for (; r < rows; r++) compute_tile<ADD, 1, V>(r, column);
   }

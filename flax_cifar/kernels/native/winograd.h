@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "convolution.h"
 #include "images.h"
 #include "pool.h"
 #include "product.h"
@@ -121,18 +122,6 @@ inline void transform(const Vector* from, Vector* to) {
 
 // ---- The convolution
 
-struct Convolution {
-  Index count, height, width, channels, features;  // of the input; features of the output
-  Index out_height, out_width;
-  Index top, left, reflect;  // pixels before the image: zeros, or the image reflected
-  Index dilation;
-  Index relu;       // of the output
-  Index measured;   // whether the output's moments are asked for
-  Index parts;      // of the images, which have a gradient of the kernel each
-  Index to_images;  // whether their gradient is computed
-  Index first(Index part) const { return part * count / parts; }
-};
-
 // Where a tile's values are in an image, in elements; -1 for those outside of it.
 template <int SIDE>
 struct Places {
@@ -150,8 +139,8 @@ struct Grid {
 
   explicit Grid(const Convolution& c)
       : c(c),
-        rows(map(c.height, c.out_height, c.top, c)),
-        columns(map(c.width, c.out_width, c.left, c)) {
+        rows(list_inputs(c.height, c.out_height + IN * c.dilation, c.top, c.reflect)),
+        columns(list_inputs(c.width, c.out_width + IN * c.dilation, c.left, c.reflect)) {
     for (Index y : list(c.out_height, c.dilation))
       for (Index x : list(c.out_width, c.dilation)) tiles.push_back({y, x});
   }
@@ -186,18 +175,6 @@ struct Grid {
       for (Index i = phase; i < size; i += OUT * dilation) starts.push_back(i);
     return starts;
   }
-
-  static std::vector<Index> map(Index size, Index outputs, Index before, const Convolution& c) {
-    std::vector<Index> from(outputs + IN * c.dilation, -1);
-    const Index padded = outputs + (TAPS - 1) * c.dilation;
-    for (Index i = 0; i < padded; i++) {
-      Index place = i - before;
-      if (c.reflect && place < 0) place = -place;
-      if (c.reflect && place >= size) place = 2 * (size - 1) - place;
-      if (place >= 0 && place < size) from[i] = place;
-    }
-    return from;
-  }
 };
 
 // Values at the points, for the tiles of a block: (POINTS, tiles, channels). The points are a bit
@@ -218,14 +195,6 @@ struct Values {
     for (int p = 0; p < POINTS; p++) values[p] = load(from + p * step);
   }
 };
-
-// Memory of the calling thread, of at least `size` floats, kept from call to call.
-template <int SLOT>
-inline float* get_memory(Index size) {
-  thread_local std::vector<float> memory;
-  if ((Index)memory.size() < size) memory.resize(size);
-  return memory.data();
-}
 
 // Kernels at the points, as right operands: (POINTS, panels, inner, PANEL).
 struct Kernels {
@@ -262,9 +231,9 @@ constexpr Index BLOCK = 48, LEAST = 24;   // most tiles of a block: of few chann
 constexpr Index CACHED = 384 * 1024 / 4;  // floats of a block, if that leaves enough tiles
 
 // Divides the tiles of some images into blocks: of a part of an image, or of several images.
-struct Blocks {
+struct TileBlocks {
   Index tiles, size, images;  // of an image; tiles of a block at most; images of a block
-  Blocks(const Convolution& c, Index tiles) : tiles(tiles) {
+  TileBlocks(const Convolution& c, Index tiles) : tiles(tiles) {
     const Index fitting = CACHED / (POINTS * (round_up(c.channels) + round_up(c.features)));
     const Index most = std::clamp(fitting, LEAST, BLOCK);
     images = std::max<Index>(1, most / tiles);
@@ -358,7 +327,7 @@ struct Direction {
   const Grid& grid;
   const Kernels& kernels;
   const Index tiles, in_size, out_size;  // of an image
-  const Blocks blocks;
+  const TileBlocks blocks;
   const Values inputs, outputs;  // of a block, at the points; of this thread
 
   Direction(const Convolution& c, const Grid& grid, const Kernels& kernels)

@@ -134,14 +134,17 @@ def test_the_same_numbers_come_from_any_number_of_threads():
   """Each sum has its own order, whoever computes it."""
   code = """
 import jax, numpy as np, hashlib
-from flax_cifar.kernels.native import separable, winograd
+from flax_cifar.kernels.native import dense, separable
 from tests.kernels.native.definitions import draw, draw_affine
 x = draw(37, 8, 8, 32)
-def run(x, pointwise, dense):
+def run(x, pointwise, kernel, other):
   y, _ = separable.convolve_pointwise(x, draw_affine(x), pointwise, relu=True)
-  window = winograd.Window(1, 1, 1, 1, False, 1)
-  return winograd.convolve(y, dense, None, window, relu=True).sum()
-gradients = jax.jit(jax.grad(run, (0, 1, 2)))(x, draw(1, 1, 32, 48), draw(3, 3, 48, 16))
+  window = dense.Window(1, 1, 1, 1, False, 1)
+  y = dense.convolve(y, kernel, None, window, relu=True)
+  return dense.convolve(y, other, None, window, relu=False).sum()
+gradients = jax.jit(jax.grad(run, (0, 1, 2, 3)))(
+  x, draw(1, 1, 32, 48), draw(3, 3, 48, 16), draw(2, 2, 16, 24)
+)
 print(hashlib.sha256(b"".join(np.asarray(g).tobytes() for g in gradients)).hexdigest())
 """
   digests = {

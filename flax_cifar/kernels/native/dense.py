@@ -1,10 +1,12 @@
-"""Dense 3x3 convolutions by Winograd's algorithm, with a quarter of the multiplications.
+"""Dense convolutions of stride 1: 3x3 by Winograd's algorithm where that pays, others directly.
 
 Like the functions of `separable`, they return the moments of their output next to it. They compute
-in float32; the result is as exact as that of a plain convolution but for one bit.
+in float32. Winograd's algorithm needs down to a quarter of the multiplications; its result is as
+exact as that of the direct one but for one bit.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,22 +17,24 @@ from jaxtyping import Array, Float, Float32
 from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels.native import library
 
-TILE, POINTS = 4, 36  # outputs along each axis; multiplications for a tile
+TILE, POINTS = 4, 36  # of Winograd's algorithm: outputs along each axis, multiplications
 # Of a part of the batch. Their number does not depend on the threads, so sums are always the same.
 LEAST_PARTS = 8  # so that most machines have one for each core
-LEAST_TILES = 32  # products of fewer are slow
-WEIGHTS_PER_TILE = 128  # at most, so that the tiles take longer than the kernel
-LEAST_GAIN = 2  # multiplications of a plain convolution for each one here
+LEAST_OUTPUTS = 512  # products of fewer are slow
+WEIGHTS_PER_OUTPUT = 72  # at most, so that the outputs take longer than the kernel
+LEAST_GAIN = 2  # of Winograd's algorithm: multiplications of a plain convolution for each one here
 
 
 class _Convolution(NamedTuple):
-  """The fields of `Convolution` in winograd.h."""
+  """The fields of `Convolution` in convolution.h."""
 
   images: int
   height: int
   width: int
   channels: int
   features: int
+  kernel_height: int
+  kernel_width: int
   out_height: int
   out_width: int
   top: int
@@ -54,29 +58,35 @@ class Window(NamedTuple):
   dilation: int
 
 
-def is_efficient(shape: Sequence[int], kernel_size: Sequence[int], window: Window) -> bool:
+def can_compute(shape: Sequence[int], kernel_size: Sequence[int], window: Window) -> bool:
+  """Whether the functions below compute it: there is an output, and a padding they can reflect."""
+  too_small = window.reflect and max(window[:4]) >= min(shape[1:3])
+  return not too_small and all(_get_output_size(shape, kernel_size, window))
+
+
+def fits_winograd(shape: Sequence[int], kernel_size: Sequence[int], window: Window) -> bool:
   """Whether the kernel is 3x3 and tiles of 4x4 fit the output of images of this shape well."""
-  too_small = window.reflect and max(window[:4]) >= min(shape[1:3])  # to be reflected
-  if tuple(kernel_size) != (3, 3) or too_small:
-    return False
-  rows, columns = _get_output_size(shape[1], shape[2], window)
-  tiles = _count_tiles(rows, window.dilation) * _count_tiles(columns, window.dilation)
-  return 0 < LEAST_GAIN * POINTS * tiles <= 9 * rows * columns
+  return _fits_tiles(kernel_size, _get_output_size(shape, kernel_size, window), window.dilation)
+
+
+def _fits_tiles(kernel_size: Sequence[int], outputs: tuple[int, int], dilation: int) -> bool:
+  tiles = math.prod(_count_tiles(size, dilation) for size in outputs)
+  return tuple(kernel_size) == (3, 3) and LEAST_GAIN * POINTS * tiles <= 9 * math.prod(outputs)
 
 
 def convolve(
   x: Float[Array, "n h w c"],
-  kernel: Float32[Array, "3 3 c o"],
+  kernel: Float32[Array, "kh kw c o"],
   bias: Float32[Array, " o"] | None,
   window: Window,
   *,
   relu: bool,
 ) -> Float[Array, "n h2 w2 o"]:
-  """Convolves images with a 3x3 kernel; differentiable once.
+  """Convolves images with a kernel; differentiable once.
 
   Args:
     x: (N, H, W, C), float32 or bfloat16.
-    kernel: (3, 3, C, O).
+    kernel: (height, width, C, O).
     bias: (O,), added to the output, or None.
     window: padding and dilation.
     relu: whether ReLU follows.
@@ -86,7 +96,7 @@ def convolve(
 
 def convolve_and_measure(
   x: Float[Array, "n h w c"],
-  kernel: Float32[Array, "3 3 c o"],
+  kernel: Float32[Array, "kh kw c o"],
   bias: Float32[Array, " o"] | None,
   window: Window,
   *,
@@ -104,30 +114,34 @@ def _fill(bias: Array | None, kernel: Array) -> Array:
 
 def _describe(x: Array, kernel: Array, w: Window, relu: bool, measured: bool) -> _Convolution:
   images, height, width, channels = x.shape
-  out_height, out_width = _get_output_size(height, width, w)
-  tiles = images * _count_tiles(out_height, w.dilation) * _count_tiles(out_width, w.dilation)
+  out_height, out_width = _get_output_size(x.shape, kernel.shape, w)
   return _Convolution(
-    images,
-    height,
-    width,
-    channels,
-    kernel.shape[-1],
-    out_height,
-    out_width,
-    w.top,
-    w.left,
-    int(w.reflect),
-    w.dilation,
-    int(relu),
-    int(measured),
-    parts=_count_parts(images, tiles, channels * kernel.shape[-1]),
+    images=images,
+    height=height,
+    width=width,
+    channels=channels,
+    features=kernel.shape[-1],
+    kernel_height=kernel.shape[0],
+    kernel_width=kernel.shape[1],
+    out_height=out_height,
+    out_width=out_width,
+    top=w.top,
+    left=w.left,
+    reflect=int(w.reflect),
+    dilation=w.dilation,
+    relu=int(relu),
+    measured=int(measured),
+    parts=_count_parts(images, out_height * out_width, kernel.size),
     to_images=1,
   )
 
 
-def _get_output_size(height: int, width: int, w: Window) -> tuple[int, int]:
-  rows, columns = height + w.top + w.bottom, width + w.left + w.right
-  return max(0, rows - 2 * w.dilation), max(0, columns - 2 * w.dilation)
+def _get_output_size(
+  shape: Sequence[int], kernel_size: Sequence[int], w: Window
+) -> tuple[int, int]:
+  rows, columns = shape[1] + w.top + w.bottom, shape[2] + w.left + w.right
+  height, width = (w.dilation * (size - 1) for size in kernel_size[:2])
+  return max(0, rows - height), max(0, columns - width)
 
 
 def _count_tiles(size: int, dilation: int) -> int:
@@ -135,10 +149,18 @@ def _count_tiles(size: int, dilation: int) -> int:
   return sum(-(-len(range(phase, size, dilation)) // TILE) for phase in range(dilation))
 
 
-def _count_parts(images: int, tiles: int, weights: int) -> int:
+def _count_parts(images: int, outputs: int, weights: int) -> int:
   """Large kernels want large parts, because each part has a kernel gradient of its own."""
-  least_tiles = max(LEAST_TILES, weights // WEIGHTS_PER_TILE)
-  return min(images, library.PARTS, max(LEAST_PARTS, tiles // least_tiles))
+  least = max(LEAST_OUTPUTS, weights // WEIGHTS_PER_OUTPUT)
+  return min(images, library.PARTS, max(LEAST_PARTS, images * outputs // least))
+
+
+def _get_functions(c: _Convolution) -> tuple[int, int]:
+  """The numbers of the functions that compute the convolution and its gradients."""
+  kernel_size, outputs = (c.kernel_height, c.kernel_width), (c.out_height, c.out_width)
+  if _fits_tiles(kernel_size, outputs, c.dilation):
+    return library.WINOGRAD, library.WINOGRAD_BACK
+  return library.DIRECT, library.DIRECT_BACK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -146,7 +168,7 @@ def _convolve(x: Array, kernel: Array, bias: Array, c: _Convolution) -> tuple[Ar
   output = library.like(x, c.images, c.out_height, c.out_width, c.features)
   rows = c.images if c.measured else 0
   results = output, *(library.floats(rows, c.features),) * 2
-  return library.call(library.WINOGRAD, x.dtype, c, (x, kernel, bias), results)
+  return library.call(_get_functions(c)[0], x.dtype, c, (x, kernel, bias), results)
 
 
 def _convolve_forward(x: Any, kernel: Any, bias: Any, c: _Convolution) -> Any:
@@ -168,7 +190,7 @@ def _convolve_backward(c: _Convolution, saved: Any, gradients: Any) -> Any:
     library.floats(c.parts, c.features),
   )
   operands = to_y, to_y if y is None else y, *terms, x, kernel
-  to_x, to_kernels, to_biases = library.call(library.WINOGRAD_BACK, x.dtype, c, operands, results)
+  to_x, to_kernels, to_biases = library.call(_get_functions(c)[1], x.dtype, c, operands, results)
   return to_x if c.to_images else None, to_kernels.sum(0), to_biases.sum(0)
 
 
