@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_cifar.kernels import backend
+from flax_cifar.kernels.native import pooling as native
 
 MAX_WINDOW = 4  # of ours: it has a part of the program for each pixel of a window
 
@@ -20,6 +21,8 @@ def max_pool(x: Float[Array, "n h w c"], window: int) -> Float[Array, "n h2 w2 c
   """
   if backend.select_backend() == "definition" or window > MAX_WINDOW:
     return nn.max_pool(x, (window, window), strides=(window, window))
+  if backend.uses_native(x.dtype):
+    return native.max_pool(x, window)
   return _max_pool(jnp.asarray(x), window)
 
 

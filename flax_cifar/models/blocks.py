@@ -22,6 +22,7 @@ from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels import padding as padding_lib
 from flax_cifar.kernels.native import dense, separable
 from flax_cifar.kernels.native import finish as finish_lib
+from flax_cifar.kernels.native import pooling as native_pooling
 from flax_cifar.models import dropout, norms
 
 Initializer = nn.initializers.Initializer
@@ -249,10 +250,12 @@ class PooledConvUnit(ConvUnit):
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     return MaxPool(2, name="pool")(super().convolve(x))
 
-  def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
-    """No: the norm needs the moments of the pooled images. The convolution alone is native."""
-    del x
-    return False
+  def compute_natively(self, x: Float[Array, "n h w c"], train: bool) -> Array:
+    """Computes the unit by kernels in C++."""
+    params = self.variables["params"]["conv"]
+    operands = x, params["kernel"], params.get("bias"), self._get_window()
+    y = _check_map(dense.convolve(*operands, relu=not self._norm_first), self.name, at_least=2)
+    return self.finish(*native_pooling.max_pool_and_measure(y, 2), train)
 
 
 class DepthwiseSeparableUnit(Unit):

@@ -22,8 +22,8 @@ BUILD = ("-shared", "-fPIC", "-pthread")
 
 
 @functools.cache
-def load(source: pathlib.Path) -> ctypes.CDLL | None:
-  """Loads the C++ file `source`, compiled for this processor.
+def load(source: pathlib.Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+  """Loads the C++ file `source`, compiled for this processor, with `macros` defined.
 
   Returns None where there is no compiler that can compile it. The machine code is kept in the
   user's cache, under a name that depends on the source, the compiler and the processor.
@@ -35,7 +35,8 @@ def load(source: pathlib.Path) -> ctypes.CDLL | None:
   for optimize in (OPTIMIZE, OPTIMIZE[:-1]):  # Clang may not know the last one
     for processor in ("-march=native", "-mcpu=native"):  # of x86 and of ARM
       with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return _load([*compiler, *BUILD, *optimize, processor], source)
+        options = [*BUILD, *optimize, processor, *(f"-D{name}" for name in macros)]
+        return _load([*compiler, *options], source)
   return None
 
 

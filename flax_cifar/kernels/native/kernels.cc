@@ -1,9 +1,11 @@
 // The functions that Python calls.
 //
-// Images are NHWC, in float or bfloat16; all sums are in float.
+// Images are NHWC, in float, or in bfloat16 if the macro BFLOAT16 is defined: compiled apart,
+// because a run needs one of them. All sums are in float.
 
 #include "direct.h"
 #include "finish.h"
+#include "pooling.h"
 #include "separable.h"
 #include "winograd.h"
 
@@ -66,6 +68,12 @@ void run_dense(Index function, const Convolution& c, Arrays<T> a) {
   }
 }
 
+template <class T>
+void run_pooling(Index function, const Pooling& s, Arrays<T> a) {
+  if (function == 10) return pool_forward(s, a.images(0), a.images(1), a.floats(2), a.floats(3));
+  pool_backward(s, a.images(0), a.images(1), a.affine(2), a.images(5));
+}
+
 template <class Struct>
 Struct read(const int64_t* fields) {
   Struct shape;
@@ -73,12 +81,18 @@ Struct read(const int64_t* fields) {
   return shape;
 }
 
-template <class T>
+#ifdef BFLOAT16
+using Element = bfloat16;
+#else
+using Element = float;
+#endif
+
 void run(Index function, const int64_t* fields, void** arrays) {
-  const Arrays<T> a{arrays};
+  const Arrays<Element> a{arrays};
   if (function < 4) return run_separable(function, read<Shape>(fields), a);
   if (function < 6) return run_finish(function, read<Ending>(fields), a);
-  run_dense(function, read<Convolution>(fields), a);
+  if (function < 10) return run_dense(function, read<Convolution>(fields), a);
+  run_pooling(function, read<Pooling>(fields), a);
 }
 
 }  // namespace
@@ -86,9 +100,6 @@ void run(Index function, const int64_t* fields, void** arrays) {
 // Starts `threads` threads for the functions; once in a process.
 extern "C" void flax_cifar_start(int threads) { pool = new Pool(threads); }
 
-// Runs a function on arrays: its operands, then its results. `key` has the function's number, 1 for
-// bfloat16, and the fields of the struct that describes the arrays.
-extern "C" void flax_cifar_run(const int64_t* key, void** arrays) {
-  if (key[1]) return run<bfloat16>(key[0], key + 2, arrays);
-  run<float>(key[0], key + 2, arrays);
-}
+// Runs a function on arrays: its operands, then its results. `key` has the function's number and
+// the fields of the struct that describes the arrays.
+extern "C" void flax_cifar_run(const int64_t* key, void** arrays) { run(key[0], key + 1, arrays); }

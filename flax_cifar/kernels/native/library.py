@@ -18,17 +18,23 @@ from flax_cifar.kernels.native import compiler
 TARGET = "flax_cifar_native"
 SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
 PARTS = 32  # of a batch, whose kernel gradients are computed side by side and then added
-DTYPES = {jnp.dtype(jnp.float32): 0, jnp.dtype(jnp.bfloat16): 1}
+# The types of images, and the macros that SOURCE is compiled with for them.
+DTYPES = {jnp.dtype(jnp.float32): (), jnp.dtype(jnp.bfloat16): ("BFLOAT16",)}
 
 # The numbers of the functions in SOURCE.
 DEPTHWISE, DEPTHWISE_BACK, POINTWISE, POINTWISE_BACK = range(4)
 FINISH, FINISH_BACK, WINOGRAD, WINOGRAD_BACK, DIRECT, DIRECT_BACK = range(4, 10)
+MAX_POOL, MAX_POOL_BACK = range(10, 12)
+
+
+def is_available() -> bool:
+  """Whether a compiler is here and XLA accepts calls of what it compiled."""
+  return _register(jnp.dtype(jnp.float32))
 
 
 @functools.cache
-def is_available() -> bool:
-  """Whether a compiler is here and XLA accepts calls of what it compiled."""
-  library = compiler.load(SOURCE)
+def _register(dtype: jnp.dtype) -> bool:
+  library = compiler.load(SOURCE, DTYPES[dtype])
   if library is None:
     return False
   library.flax_cifar_start(environment.count_cores())
@@ -38,7 +44,11 @@ def is_available() -> bool:
     arrays = (ctypes.c_void_p * len(addresses))(*addresses)
     library.flax_cifar_run(numbers, arrays)
 
-  return ffi.register(TARGET, execute)
+  return ffi.register(_get_target(dtype), execute)
+
+
+def _get_target(dtype: jnp.dtype) -> str:
+  return f"{TARGET}_{dtype.name}"
 
 
 def call(
@@ -49,8 +59,8 @@ def call(
   results: Sequence[jax.ShapeDtypeStruct],
 ) -> Any:
   """Calls a function of SOURCE; `shape` has the fields of its struct in C++."""
-  is_available()  # registers them
-  return ffi.call(TARGET, (function, DTYPES[dtype], *shape), operands, results)
+  _register(dtype)
+  return ffi.call(_get_target(dtype), (function, *shape), operands, results)
 
 
 def like(x: Array, *shape: int) -> jax.ShapeDtypeStruct:

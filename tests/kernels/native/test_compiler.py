@@ -41,6 +41,12 @@ def test_it_is_compiled_once_and_again_when_the_source_changes(load, tmp_path):
   assert len(list_kept(tmp_path)) == 2
 
 
+def test_macros_make_a_library_of_their_own(load, tmp_path):
+  source = write(tmp_path, "ANSWER")
+  assert load(source, ("ANSWER=45",)).answer() == 45
+  assert load(source, ("ANSWER=46",)).answer() == 46
+
+
 def test_without_a_cache_it_is_compiled_each_time(load, tmp_path, monkeypatch):
   monkeypatch.setattr("flax_cifar.environment.find_cache", lambda kind: "")
   assert load(write(tmp_path, 43)).answer() == 43
