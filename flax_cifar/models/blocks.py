@@ -140,20 +140,21 @@ class Unit(nn.Module):
   def compute_by_modules(self, x: Float[Array, "n h w c"], train: bool) -> Array:
     """Computes the unit by modules of its own."""
     x = _check_map(self.convolve(x), self.name)
-    x = self.norm(relu=self._norm_first, name="norm")(
-      x if self._norm_first else norm_relu.relu(x), train
-    )
+    x = self.create_norm()(x if self._norm_first else norm_relu.relu(x), train)
     return dropout.Dropout(self.dropout_rate, name="dropout")(x, train)
 
   @property
   def _norm_first(self) -> bool:
     return self.order == "conv_norm_relu"
 
+  def create_norm(self) -> nn.Module:
+    """Creates the norm after the convolution, called `norm`, with the ReLU if that follows."""
+    return self.norm(relu=self._norm_first, name="norm")
+
   def finish(
-    self, x: Array, moments: moments_lib.Moments, train: bool, shortcut: Array | None = None
+    self, x: Array, affine: moments_lib.Affine, train: bool, shortcut: Array | None = None
   ) -> Array:
-    """Applies norm, dropout and the ReLU after the norm to `x` by a kernel; adds `shortcut`."""
-    affine = self.norm(relu=self._norm_first, name="norm").get_affine(moments, train)
+    """Normalizes `x` and applies dropout and the ReLU after the norm; adds `shortcut`."""
     mask = dropout.Dropout(self.dropout_rate, name="dropout").get_mask(train)
     return finish_lib.finish(x, affine, shortcut, mask, relu=self._norm_first)
 
@@ -215,13 +216,18 @@ class ConvUnit(Unit):
     return fits and self.stride == self.groups == 1
 
   def compute_natively(self, x: Float[Array, "n h w c"], train: bool) -> Array:
-    """Computes the unit by kernels in C++."""
-    params = self.variables["params"]["conv"]
-    operands = x, params["kernel"], params.get("bias"), self._get_window()
-    if norms.is_identity(self.norm) and not (train and self.dropout_rate):
-      return _check_map(dense.convolve(*operands, relu=True), self.name)
-    y, moments = dense.convolve_and_measure(*operands, relu=not self._norm_first)
-    return self.finish(_check_map(y, self.name), moments, train)
+    """Computes the unit by kernels in C++; a norm that is the same for all images joins them."""
+    params, window, norm = self.variables["params"]["conv"], self._get_window(), self.create_norm()
+    kernel, bias = params["kernel"], params.get("bias", jnp.zeros(self.features))
+    affine = norm.get_fixed_affine(self.features, train)
+    drops = train and self.dropout_rate
+    if affine and not drops and (self._norm_first or norms.is_identity(self.norm)):
+      (center,), (slope,), (shift,) = affine
+      joined = kernel * slope, (bias - center) * slope + shift
+      return _check_map(dense.convolve(x, *joined, window, relu=True), self.name)
+    y, moments = dense.convolve_and_measure(x, kernel, bias, window, relu=not self._norm_first)
+    affine = affine or norm.get_affine(moments, train)
+    return self.finish(_check_map(y, self.name), affine, train)
 
   def _get_window(self) -> dense.Window:
     pad = self.padding
@@ -255,7 +261,8 @@ class PooledConvUnit(ConvUnit):
     params = self.variables["params"]["conv"]
     operands = x, params["kernel"], params.get("bias"), self._get_window()
     y = _check_map(dense.convolve(*operands, relu=not self._norm_first), self.name, at_least=2)
-    return self.finish(*native_pooling.max_pool_and_measure(y, 2), train)
+    y, moments = native_pooling.max_pool_and_measure(y, 2)
+    return self.finish(y, self.create_norm().get_affine(moments, train), train)
 
 
 class DepthwiseSeparableUnit(Unit):
@@ -276,7 +283,7 @@ class DepthwiseSeparableUnit(Unit):
     y, moments = separable.convolve_pointwise(
       y, identity, params["pointwise"]["kernel"], relu=False
     )
-    return self.finish(y, moments, train)
+    return self.finish(y, self.create_norm().get_affine(moments, train), train)
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     channels = x.shape[-1]
@@ -310,7 +317,8 @@ class ResidualSeparableUnit(Unit):
     y, moments, x = separable.convolve_depthwise(x, params["depthwise"]["kernel"], self.stride)
     affine = self.norm(relu=False, name="depthwise_norm").get_affine(moments, train)
     y, moments = separable.convolve_pointwise(y, affine, params["pointwise"]["kernel"], relu=False)
-    return self.finish(y, moments, train, x if self._keeps_shape(x) else None)
+    affine = self.create_norm().get_affine(moments, train)
+    return self.finish(y, affine, train, x if self._keeps_shape(x) else None)
 
   def compute_by_modules(self, x: Float[Array, "n h w c"], train: bool) -> Array:
     """Computes the unit by modules of its own."""

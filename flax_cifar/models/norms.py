@@ -2,7 +2,8 @@
 
 All of them compute in float32 and return the type of their input. ReLU may be their last part,
 because it needs no pass over the data of its own within `norm_relu.normalize`. Where the caller
-measures x and normalizes it, `norm.get_affine(moments, train)` tells it how.
+measures x and normalizes it, `norm.get_affine(moments, train)` tells it how, and
+`norm.get_fixed_affine(channels, train)` where that is the same for all images.
 """
 
 from collections.abc import Callable
@@ -65,14 +66,21 @@ class BatchNorm(nn.Module):
   def get_affine(self, moments: moments_lib.Moments, train: bool) -> moments_lib.Affine:
     """Returns what the norm does to the images that have these moments, ReLU aside."""
     images, channels = moments.mean.shape
+    if fixed := self.get_fixed_affine(channels, train):
+      return fixed
     scale, bias, mean, var = self._create_variables(channels)
-    if not train:
-      slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
-      return moments_lib.Affine(mean.value[None], slope[None], bias[None])
     sets = self._get_parts(images)
     part_mean, part_var = sets.join(moments.mean, moments.variance)
     self._update(mean, var, part_mean, part_var, images * moments.pixels // sets.number)
     return moments_lib.get_affine(part_mean, part_var, scale, bias, sets, self.epsilon, images)
+
+  def get_fixed_affine(self, channels: int, train: bool) -> moments_lib.Affine | None:
+    """Returns what the norm does to all images, or None where it depends on them: in training."""
+    if train:
+      return None
+    scale, bias, mean, var = self._create_variables(channels)
+    slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
+    return moments_lib.Affine(mean.value[None], slope[None], bias[None])
 
   @nn.compact
   def _create_variables(self, channels: int) -> tuple[Array, Array, nn.Variable, nn.Variable]:
@@ -137,6 +145,11 @@ class GroupNorm(nn.Module):
     mean, var = sets.join(moments.mean, moments.variance)
     return moments_lib.get_affine(mean, var, scale, bias, sets, self.epsilon, images)
 
+  def get_fixed_affine(self, channels: int, train: bool) -> moments_lib.Affine | None:
+    """Returns None: what the norm does depends on the images."""
+    del channels, train
+    return None
+
   @nn.compact
   def _create_variables(self, channels: int) -> tuple[Array, Array]:
     """Returns scale and bias."""
@@ -161,8 +174,12 @@ class NoNorm(nn.Module):
 
   def get_affine(self, moments: moments_lib.Moments, train: bool) -> moments_lib.Affine:
     """Returns the identity."""
+    return self.get_fixed_affine(moments.mean.shape[-1], train)
+
+  def get_fixed_affine(self, channels: int, train: bool) -> moments_lib.Affine:
+    """Returns the identity."""
     del train
-    return moments_lib.get_identity(moments.mean.shape[-1])
+    return moments_lib.get_identity(channels)
 
 
 NORMS: dict[str, Norm] = {
@@ -175,8 +192,9 @@ NORMS: dict[str, Norm] = {
 
 
 def has_affine(norm: Norm) -> bool:
-  """Whether `norm` has the method get_affine, which kernels that normalize by themselves need."""
-  return hasattr(getattr(norm, "func", norm), "get_affine")
+  """Whether `norm` has the methods that kernels which normalize by themselves need."""
+  methods = ("get_affine", "get_fixed_affine")
+  return all(hasattr(getattr(norm, "func", norm), method) for method in methods)
 
 
 def is_identity(norm: Norm) -> bool:
