@@ -59,8 +59,16 @@ def test_it_equals_the_definition(window, shape, features, dtype):
   compare(ours, theirs, draw_operands(shape, features, dtype), dtype)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 1), (1, 3), (5, 5)])
+@pytest.mark.parametrize(
+  ("size", "window"),
+  [
+    ((1, 1), "none"),
+    ((2, 2), "same"),
+    ((3, 1), "dilated"),
+    ((1, 3), "reflected"),
+    ((5, 5), "uneven"),
+  ],
+)
 @pytest.mark.parametrize(
   ("shape", "features", "dtype"),
   [((3, 9, 11, 3), 10, "float32"), ((5, 8, 13, 24), 48, "bfloat16")],
