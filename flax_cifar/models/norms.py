@@ -54,10 +54,10 @@ class BatchNorm(nn.Module):
   relu: bool = False
 
   def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c"]:
+    if fixed := self.get_fixed_affine(x.shape[-1], train):
+      (center,), (slope,), (shift,) = fixed
+      return norm_relu.scale_and_shift(x, center, slope, shift, self.relu)
     scale, bias, mean, var = self._create_variables(x.shape[-1])
-    if not train:
-      slope = jax.lax.rsqrt(var.value + self.epsilon) * scale
-      return norm_relu.scale_and_shift(x, mean.value, slope, bias, self.relu)
     sets = self._get_parts(len(x))
     y, part_mean, part_var = norm_relu.normalize(x, scale, bias, sets, self.epsilon, self.relu)
     self._update(mean, var, part_mean, part_var, x.size // (sets.number * x.shape[-1]))

@@ -52,20 +52,13 @@ void run_finish(Index function, const Ending& s, Arrays<T> a) {
 
 template <class T>
 void run_dense(Index function, const Convolution& c, Arrays<T> a) {
-  switch (function) {
-    case 6:
-      return winograd_forward(c, a.images(0), a.floats(1), a.floats(2), a.images(3), a.floats(4),
-                              a.floats(5));
-    case 7:
-      return winograd_backward(c, a.images(0), a.images(1), a.affine(2), a.images(5), a.floats(6),
-                               a.images(7), a.floats(8), a.floats(9));
-    case 8:
-      return direct_forward(c, a.images(0), a.floats(1), a.floats(2), a.images(3), a.floats(4),
-                            a.floats(5));
-    case 9:
-      return direct_backward(c, a.images(0), a.images(1), a.affine(2), a.images(5), a.floats(6),
-                             a.images(7), a.floats(8), a.floats(9));
+  if (function % 2 == 0) {
+    const auto forward = function == 6 ? winograd_forward<T> : direct_forward<T>;
+    return forward(c, a.images(0), a.floats(1), a.floats(2), a.images(3), a.floats(4), a.floats(5));
   }
+  const auto backward = function == 7 ? winograd_backward<T> : direct_backward<T>;
+  backward(c, a.images(0), a.images(1), a.affine(2), a.images(5), a.floats(6), a.images(7),
+           a.floats(8), a.floats(9));
 }
 
 template <class T>
