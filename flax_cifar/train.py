@@ -47,7 +47,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     UserError: something the user can fix; nothing was overwritten.
     Interrupted: a signal came; the state was saved.
   """
-  config = config_lib.settle(config)
+  config = workdir_lib.settle(config, workdir)
   if finished := result_lib.check_workdir(config, workdir):
     return finished
   #### Data

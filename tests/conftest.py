@@ -24,6 +24,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "xla")
   atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# XLA compiles in half the time without LLVM's optimizations; see `optimized`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 # The tests check the annotations of these modules, shapes included, at each call of a function.
 # Other modules accept a ConfigDict as a Mapping, or check wrong types themselves.
@@ -57,6 +59,16 @@ if importlib.util.find_spec("beartype"):
   import jaxtyping
 
   jaxtyping.install_import_hook(CHECKED, f"{__name__}.check_types")
+
+
+@pytest.fixture
+def optimized():
+  """Compiles as for users, for tests of what XLA computes or of how many operations it leaves."""
+  import jax
+
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Ten training steps of a network on fixed data, against recorded figures.
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 The figures cover what a step does with every network: loss, gradients, norms, optimizer, schedule,
 moving average. tests/test_numerics.py has a step of each network. If a change is meant to alter a
 figure, run `python -m tests.test_golden`, check the differences, and replace GOLDEN with the

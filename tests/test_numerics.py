@@ -1,5 +1,7 @@
 """What XLA computes at the shapes of training, under jit, against float64.
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 A release of XLA may sum wrongly where it fuses: jaxlib 0.10.2 does so for the program of
 `test_the_report_of_a_wrong_sum`. Errors are relative L2 norms, so that the few ReLUs that rounding
 switches do not matter.

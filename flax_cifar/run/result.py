@@ -60,7 +60,8 @@ def describe_run(
   return {
     "config": f"{config.name}, {seeds}",
     "protocol": f"{config.protocol}: {splits_lib.PROTOCOLS[config.protocol]}",
-    "network": f"{config.model.name}, {config.model.norm} norm, {facts['parameters']:,} parameters",
+    "network": f"{config.model.name}, {config.model.norm} norm, {facts['parameters']:,} parameters"
+    f", computed in {config.compute_dtype}",
     "training": f"{config.total_epochs} epochs, batch {config.batch_size}, "
     f"{config.optimizer.name}, {rate}",
     "augment": f"{ops} ({config.augment.backend}), mixing {config.mixing.name}",

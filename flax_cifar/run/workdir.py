@@ -11,6 +11,8 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from ml_collections import ConfigDict
+
 from flax_cifar import errors, files
 from flax_cifar.models import layer_table
 from flax_cifar.parallel import agreement
@@ -50,6 +52,15 @@ def find_workdir(config: Mapping[str, Any]) -> pathlib.Path:
       if epochs <= config["total_epochs"] and not _compare_configs(saved, config):
         shorter.append((epochs, path.parent))
   return max(shorter, default=(0, own))[1]
+
+
+def settle(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+  """Like `config.settle`, but "auto" is what it was when the run in `workdir` began."""
+  settled = config_lib.settle(config)
+  if config.compute_dtype == "auto":
+    saved = _read_json(workdir / CONFIG) or {}
+    settled.compute_dtype = saved.get("compute_dtype", settled.compute_dtype)
+  return settled
 
 
 def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

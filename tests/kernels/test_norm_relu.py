@@ -8,6 +8,8 @@ import pytest
 
 from flax_cifar.kernels import backend, norm_relu
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("backend_name", ["xla", "definition"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -8,6 +8,8 @@ import pytest
 from flax_cifar.kernels import backend
 from flax_cifar.kernels import padding as padding_lib
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("padding", [0, 1, 2, 4])
 def test_pad_reflect_equals_numpy_and_so_does_its_gradient(padding):

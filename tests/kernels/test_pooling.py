@@ -9,6 +9,8 @@ import pytest
 
 from flax_cifar.kernels import pooling
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("window", [2, 3])
 @pytest.mark.parametrize("shape", [(2, 6, 6, 3), (2, 7, 5, 3), (1, 3, 8, 1)])

@@ -8,6 +8,8 @@ import pytest
 from flax_cifar import environment
 from flax_cifar.kernels import taps
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 NO_PADDING = ((0, 0), (0, 0))
 
 

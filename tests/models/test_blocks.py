@@ -515,11 +515,14 @@ UNIT_NORMS = {
 residual = partial(blocks.ResidualSeparableUnit, 32)
 conv = partial(blocks.ConvUnit, 24)
 CPP_UNITS = {
-  **{f"residual {norm}": (residual, norm, 0.0, True) for norm in UNIT_NORMS},
+  **{f"residual {n}": (residual, n, 0.0, True) for n in ("batch", "fixed scale", "group", "none")},
   "residual evaluation": (residual, "batch", 0.1, False),
   "residual dropout": (residual, "batch", 0.1, True),
   "strided": (partial(blocks.ResidualSeparableUnit, 48, stride=2), "batch", 0.0, True),
-  **{f"conv {norm}": (partial(conv, use_bias=True), norm, 0.1, True) for norm in UNIT_NORMS},
+  **{
+    f"conv {norm}": (partial(conv, use_bias=True), norm, 0.1, True)
+    for norm in ("batch", "ghost", "layer", "none")
+  },
   "conv evaluation": (conv, "batch", 0.1, False),
   "bare": (partial(conv, use_bias=True), "none", 0.0, True),
   "relu first": (partial(conv, order="conv_relu_norm"), "ghost", 0.0, True),

@@ -17,6 +17,8 @@ from flax_cifar.models import norms
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 EPSILON = 1e-5
 RNG = np.random.default_rng(0)
 X = RNG.normal(1.5, 2.0, (8, 3, 5, 4)).astype(np.float32)

@@ -19,6 +19,8 @@ from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize(("asked", "used"), [(0, 4), (1, 1), (2, 2)])
 def test_mesh_size(asked, used):

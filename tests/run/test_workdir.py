@@ -15,6 +15,7 @@ import pytest
 
 import tests
 from flax_cifar import errors, files
+from flax_cifar.kernels import backend
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import workdir as workdir_lib
 from tests import tiny
@@ -77,6 +78,20 @@ def test_another_config_is_refused_and_the_change_named(tmp_path, change, messag
   assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
 
 
+def test_a_run_keeps_its_type_on_another_processor(tmp_path, monkeypatch):
+  automatic = tiny.get_config("shapes", compute_dtype="auto")
+  monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: True)
+  monkeypatch.setattr(backend.convolution, "is_available", lambda: True)
+  begun = workdir_lib.settle(automatic, tmp_path / "run").to_dict()
+  assert begun["compute_dtype"] == "bfloat16"
+  start(tmp_path / "run", begun)
+  monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: False)
+  assert workdir_lib.settle(automatic, tmp_path / "run").to_dict() == begun
+  assert workdir_lib.settle(automatic, tmp_path / "new").compute_dtype == "float32"
+  with pytest.raises(errors.UserError, match="compute_dtype is 'bfloat16' there"):
+    check(tmp_path / "run", config(compute_dtype="float32"))
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
   (tmp_path / "thesis.tex").write_text("precious")
   with pytest.raises(errors.UserError, match="no run of ours"):
@@ -107,11 +122,13 @@ PINNED = json.loads((pathlib.Path(tests.__file__).parent / FILE).read_text())
 
 
 @pytest.mark.parametrize("config_name", PINNED)
-def test_default_workdirs_are_those_of_earlier_versions(config_name):
+def test_default_workdirs_are_those_of_earlier_versions(config_name, monkeypatch):
   """In another folder, the command of an earlier run would start from scratch."""
+  monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: False)
   file, _, variant = config_name.partition(":")
   changed = importlib.import_module(f"flax_cifar.configs.{file}").get_config(variant)
-  assert str(workdir_lib.default_workdir(changed.to_dict())) == PINNED[config_name]
+  settled = config_lib.settle(changed)
+  assert str(workdir_lib.default_workdir(settled.to_dict())) == PINNED[config_name]
 
 
 def test_default_workdir_depends_only_on_keys_that_affect_results():

@@ -1,7 +1,5 @@
 """The end of a unit in C++ against its definition, in value and gradients."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 
 from flax_cifar.kernels.native import finish, library
 from flax_cifar.models import dropout
-from tests.kernels.native.definitions import SHAPES, apply, compare, draw, draw_affine
+from tests.kernels.native.definitions import SHAPES, apply, compare, draw, draw_affine, halve
 
 if not library.is_available():
   pytest.skip("there is no C++ compiler", allow_module_level=True)
@@ -27,11 +25,9 @@ def get_mask(rate):
 @pytest.mark.parametrize(
   ("shape", "with_shortcut", "relu", "rate", "dtype"),
   [
-    *itertools.product(
-      [*SHAPES, (2, 3, 5, 10)], [False, True], [False, True], [0.3], ["float32", "bfloat16"]
-    ),
+    *halve([*SHAPES, (2, 3, 5, 10)], [False, True], [False, True], [0.3], ["float32", "bfloat16"]),
     ((3, 4, 4, 24), True, True, 0.0, "float32"),
-    ((128, 32, 32, 32), True, True, 0.1, "float32"),
+    ((32, 32, 32, 32), True, True, 0.1, "float32"),
   ],
 )
 def test_the_end_of_a_unit_equals_its_definition(shape, with_shortcut, relu, rate, dtype):

@@ -20,7 +20,7 @@ def max_pool(x, window):
 
 
 @pytest.mark.parametrize("window", [2, 3, 5])
-@pytest.mark.parametrize("shape", [(3, 9, 11, 3), (2, 6, 5, 24), (128, 31, 31, 64)])
+@pytest.mark.parametrize("shape", [(3, 9, 11, 3), (2, 6, 5, 24), (32, 31, 31, 64)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_equals_the_definition(shape, window, dtype):
   x = draw(*shape, dtype=dtype)
@@ -31,7 +31,7 @@ def test_it_equals_the_definition(shape, window, dtype):
   np.testing.assert_array_equal(ours(gradient)[0], backward(gradient)[0])
 
 
-@pytest.mark.parametrize("shape", [(3, 9, 11, 3), (64, 15, 15, 48)])
+@pytest.mark.parametrize("shape", [(3, 9, 11, 3), (16, 15, 15, 48)])
 def test_moments_and_their_gradients_equal_the_definition(shape):
   def ours(x):
     return without_pixels(pooling.max_pool_and_measure(x, 2))
