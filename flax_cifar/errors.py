@@ -37,13 +37,22 @@ def choose(what: str, name: str, choices: Mapping[str, T]) -> T:
   raise UserError(f"{what}={name!r} is unknown; choose one of {', '.join(choices)}.{hint}")
 
 
-def list_differences(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
-  """A line for each key whose values differ or that one side lacks, sorted."""
+def list_differences(
+  there: Mapping[str, object],
+  here: Mapping[str, object],
+  *,
+  places: tuple[str, str] = ("there", "here"),
+) -> list[str]:
+  """A line for each key whose values differ or that one side lacks, sorted.
+
+  >>> list_differences({"seed": 0}, {"seed": 1}, places=("in A", "in B"))
+  ['seed is 0 in A and 1 in B']
+  """
   lines = []
   for key in sorted(there.keys() | here.keys()):
     theirs, ours = there.get(key, "absent"), here.get(key, "absent")
     if theirs != ours:
-      lines.append(f"{key} is {theirs!r} there and {ours!r} here")
+      lines.append(f"{key} is {theirs!r} {places[0]} and {ours!r} {places[1]}")
   return lines
 
 

@@ -63,10 +63,7 @@ def evaluate(
   Raises:
     Stopped: `stop()`, which is asked after each batch, was true.
   """
-  _, totals = _run(eval_step, variables, split, batch_size, stop)
-  return metrics.compute_means(
-    functools.reduce(metrics.add_totals, totals, metrics.create_totals(1))
-  )
+  return predict_and_score(eval_step, variables, split, batch_size, stop=stop)[1]
 
 
 def validate(
@@ -96,18 +93,30 @@ def predict(
   Raises:
     Stopped: see `evaluate`.
   """
-  logits, _ = _run(eval_step, variables, split, batch_size, stop)
-  return np.concatenate(logits, axis=-2)[..., : len(split), :]
+  return predict_and_score(eval_step, variables, split, batch_size, stop=stop)[0]
 
 
-def _run(
-  eval_step: EvalStep, variables: Any, split: dataset.Split, batch_size: int, stop: signals.Stop
-) -> Any:
-  """Logits and totals of each batch, on the host."""
+def predict_and_score(
+  eval_step: EvalStep,
+  variables: Any,
+  split: dataset.Split,
+  batch_size: int,
+  *,
+  stop: signals.Stop = signals.never,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """What `predict` and `evaluate` return, in one pass over `split`.
+
+  Raises:
+    Stopped: see `evaluate`.
+  """
   results: list[tuple[jax.Array, metrics.Metrics]] = []
   for batch in batches.padded_batches(split, batch_size):
     results.append(eval_step(variables, batch))
     jax.block_until_ready(results[-2:-1])  # many batches at once might not fit into memory
     if stop():
       raise signals.Stopped
-  return zip(*jax.device_get(results), strict=True)
+  logits, totals = zip(*jax.device_get(results), strict=True)
+  means = metrics.compute_means(
+    functools.reduce(metrics.add_totals, totals, metrics.create_totals(1))
+  )
+  return np.concatenate(logits, axis=-2)[..., : len(split), :], means

@@ -170,6 +170,41 @@ def describe_sample(values: Sequence[float]) -> dict[str, Any] | None:
   return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
 
 
+def describe_difference(differences: Sequence[float]) -> dict[str, Any]:
+  """`describe_sample` of paired differences, and the 95 % `interval` of their mean.
+
+  It is Student's; None for a single pair, which says nothing of chance.
+  """
+  sample = describe_sample(differences)
+  if sample is None or sample["sd"] is None:
+    return {**(sample or {}), "interval": None}
+  from scipy import stats
+
+  half = stats.t.ppf(0.975, sample["n"] - 1) * sample["sd"] / sample["n"] ** 0.5
+  return {**sample, "interval": (sample["mean"] - half, sample["mean"] + half)}
+
+
+def compute_calibration_error(logits: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> float:
+  """The expected calibration error in [0, 1]: how far confidence is from accuracy.
+
+  The examples are put into `bins` of equal width by their confidence, the largest probability; the
+  error is the mean distance of a bin's accuracy from its mean confidence, weighted by its examples.
+
+  Source: Guo et al. 2017, arXiv:1706.04599.
+
+  Args:
+    logits: (N, classes).
+    labels: integers (N,).
+    bins: their number.
+  """
+  logits = logits.astype(np.float64)
+  shares = np.exp(logits - logits.max(-1, keepdims=True))
+  confidence = (shares / shares.sum(-1, keepdims=True)).max(-1)
+  excess = confidence - (logits.argmax(-1) == labels)
+  numbers = np.minimum((confidence * bins).astype(int), bins - 1)
+  return float(np.abs(np.bincount(numbers, excess, bins)).sum() / len(labels))
+
+
 def get_median_rate(records: Sequence[Record]) -> float:
   """Median of the epochs' training images per second."""
   return float(np.median([record["images_per_second"] for record in records]))

@@ -90,7 +90,6 @@ def create_train_states(
   It is a pure function of the seed on one kind of device.
   """
 
-  @jax.jit  # one program: a program for each array would take seconds to load
   def create(init_key: jax.Array, key: jax.Array) -> TrainState:
     variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -105,8 +104,12 @@ def create_train_states(
       finite=jnp.ones((), bool),
     )
 
+  # One program: a program for each array would take seconds to load. It runs once, so on a CPU half
+  # the time of its compilation, which is that of LLVM's optimizations, is not worth it.
+  quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+  compiled = jax.jit(create, compiler_options=quick)
   # threefry, the default, takes XLA:CPU ten seconds to compile for this many shapes.
-  return [create(jax.random.key(seed, impl="rbg"), jax.random.key(seed)) for seed in seeds]
+  return [compiled(jax.random.key(seed, impl="rbg"), jax.random.key(seed)) for seed in seeds]
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:

@@ -23,6 +23,15 @@ def test_cross_entropy_matches_numpy(smoothing):
   np.testing.assert_allclose(losses, -(targets * log_p).sum(-1), rtol=1e-5)
 
 
+def test_the_calibration_error_is_that_of_the_bins():
+  """Two bins of two examples: confidence 0.6 with accuracy 0.5, and 0.9 with accuracy 1."""
+  logits = np.log([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9], [0.9, 0.1]])
+  error = metrics.compute_calibration_error(logits, np.array([0, 1, 1, 0]), bins=4)
+  assert error == pytest.approx(0.5 * 0.1 + 0.5 * 0.1)
+  sure = metrics.compute_calibration_error(np.array([[99.0, 0.0]]), np.array([0]))
+  assert sure == pytest.approx(0.0, abs=1e-9)
+
+
 def test_large_logits_stay_finite():
   loss = metrics.cross_entropy(jnp.float32([[1e4, -1e4]]), jnp.float32([[0, 1]]))
   np.testing.assert_allclose(loss, [2e4])

@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
+from flax_cifar import zoo
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = ("evaluate", "summary", "sweep")
+TOOLS = ("compare", "evaluate", "predict", "summary", "sweep")
 # Stands for an environment in which these cannot be imported; Python runs it at its start.
 BLOCKER = """
 import sys
@@ -60,6 +61,8 @@ def test_the_wheel_holds_the_configs_and_nothing_beside_the_package(installed):
   native = pathlib.Path("flax_cifar", "kernels", "native")
   for name in ("kernels.cc", "pool.h", "winograd.h"):
     assert (installed / native / name).read_bytes() == (ROOT / native / name).read_bytes()
+  code = "import flax_cifar; print(flax_cifar.list_models())"
+  assert call(installed, installed.parent, "-c", code).stdout == f"{zoo.list_models()}\n"
 
 
 def test_the_installed_package_trains_in_an_empty_folder(installed, tmp_path):
@@ -89,7 +92,7 @@ def test_every_tool_has_a_help_text_anywhere(installed, tmp_path):
   assert programs == set(TOOLS)
   for tool in TOOLS:
     done = call(installed, tmp_path, "-m", f"flax_cifar.tools.{tool}", "--help")
-    assert "--config" in done.stdout or "--weights" in done.stdout, done.stderr
+    assert any(flag in done.stdout for flag in ("--config", "--weights", "--score")), done.stderr
 
 
 def test_the_console_script_is_the_program(installed, tmp_path):

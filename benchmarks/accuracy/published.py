@@ -211,3 +211,49 @@ ROWS = (
     target=89.0,
   ),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+  """A small network of others, with the accuracy that its authors report.
+
+  Attributes:
+    name: of the network, with its epochs where one network has several rows.
+    parameters: their number.
+    accuracy: on test, in percent.
+    multiply_adds: per image; None where we have not counted them.
+    protocol: what the figure is.
+    source: a GitHub repository, whose README has the figure.
+  """
+
+  name: str
+  parameters: int
+  accuracy: float
+  multiply_adds: int | None
+  protocol: str
+  source: str
+
+
+FRONTIER = (
+  Frontier("TinyVision 22k", 22_110, 87.38, None, "best epoch on test", "SaptakBhoumik/TinyVision"),
+  Frontier("TinyVision 31k", 31_150, 88.43, None, "best epoch on test", "SaptakBhoumik/TinyVision"),
+  Frontier("Tiniest", 97_530, 94.4, 44_000_000, "last epoch, mean of 5", "xvel/cifar10-tiniest"),
+  Frontier(
+    *("ResNet-20", 270_000, 92.60, 41_000_000, "best epoch on test"),
+    source="chenyaofo/pytorch-cifar-models",
+  ),
+  Frontier("CondenseNet-50", 220_000, 93.78, None, "one run", "ShichenLiu/CondenseNet"),
+  Frontier("CondenseNet-86", 520_000, 94.94, None, "one run", "ShichenLiu/CondenseNet"),
+  Frontier(
+    *("SeparableResNet, 240 epochs", 442_000, 95.45, None, "one run"),
+    source="pierandom/separable-resnet",
+  ),
+  Frontier(
+    *("SeparableResNet, 960 epochs", 442_000, 96.40, None, "one run"),
+    source="pierandom/separable-resnet",
+  ),
+  Frontier(
+    *("airbench93", 568_064, 93.00, None, "mean of 50, averaged over flips and shifts"),
+    source="KellerJordan/cifar10-airbench",
+  ),
+)

@@ -27,13 +27,10 @@ from flax_cifar.tools import compare as compare_lib
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 NOT_RUN = "not run"
-REPETITION_KEYS = (
-  "name",
-  "seed",
-  "num_seeds",
-  *config.FREE_KEYS,
-)  # in which repetitions may differ
-SHOWN_KEYS = (*REPETITION_KEYS, "compute_dtype")  # that the page shows beside a run's name
+SHOWN_KEYS = (
+  *compare_lib.REPETITION_KEYS,
+  "compute_dtype",
+)  # that the page shows beside a run's name
 # A slash that starts a path: not that of a/b, ./a or https://a.
 ABSOLUTE_PATH = re.compile(r"(?<![\w./-])/\w|\b[A-Za-z]:\\")
 INTRODUCTION = """\
@@ -245,17 +242,14 @@ def _check_pair(one: Run, other: Run) -> None:
     raise errors.UserError(
       f"results/ has seed {other.seeds[0]} of {one.name} twice; delete one file."
     )
-  changes = errors.list_differences(_get_recipe(one), _get_recipe(other))
+  changes = errors.list_differences(
+    compare_lib.get_recipe(one.content), compare_lib.get_recipe(other.content)
+  )
   if changes:
     seeds = f"{one.seeds[0]} and {other.seeds[0]}"
     raise errors.UserError(
       f"seeds {seeds} of {one.name} are no repetition: {'; '.join(changes[:5])}."
     )
-
-
-def _get_recipe(run: Run) -> dict[str, Any]:
-  """The config without what repetitions may differ in."""
-  return config.without(config.flatten(run.content["config"]), REPETITION_KEYS)
 
 
 def format_comparison(runs: Sequence[Run]) -> str:

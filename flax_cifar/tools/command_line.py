@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from flax_cifar import configs, errors, signals
+from flax_cifar import configs, errors, signals, zoo
 
 CONFIGS = pathlib.Path(configs.__file__).parent
 NO_CONFIGS = ("__init__", "common", "recipes", "variants")  # shared by the configs
@@ -76,6 +76,20 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     raise errors.UserError(message)
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags --weights and --model, one of which names a trained network."""
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument("--weights", help="weights.safetensors")
+  source.add_argument("--model", help=f"that came with the package: {', '.join(zoo.list_models())}")
+
+
+def find_network(options: argparse.Namespace) -> pathlib.Path:
+  """The weights file that the flags of `add_network` name; a UserError for an unknown name."""
+  if options.weights:
+    return errors.get_path("--weights", options.weights)
+  return zoo.find_weights(options.model)
 
 
 def define_config() -> flags.FlagHolder:

@@ -1,9 +1,20 @@
-"""The comparison of finished runs: a row per combination of settings, averaged over seeds."""
+"""Compares finished runs: two recipes, seed by seed.
 
+  python -m flax_cifar.tools.compare A B
+
+A and B are folders: that of one run, or one that holds the runs of several seeds. Two runs of the
+same seed make a pair, and the differences of the pairs say whether one recipe is better than the
+other, with Student's 95 % interval. The score is the validation accuracy of the last epoch, by
+which recipes are to be chosen; --score=test takes that of the test split. A sweep makes its table
+with this module too.
+"""
+
+import argparse
 import dataclasses
 import json
 import pathlib
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +22,10 @@ import numpy as np
 
 from flax_cifar import errors, metrics
 from flax_cifar.configs import variants
+from flax_cifar.run import config as config_lib
 from flax_cifar.run import plots, tables
 from flax_cifar.run import workdir as workdir_lib
+from flax_cifar.tools import command_line
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -21,6 +34,7 @@ Record = Mapping[str, Any]
 Summary = dict[str, Any]  # a row of the table
 
 SEED = "seed"
+REPETITION_KEYS = ("name", "seed", "num_seeds", *config_lib.FREE_KEYS)  # may differ in repetitions
 SCORES = {  # name in table.json -> header in table.md
   "validation_accuracy": "validation",
   "best_validation_accuracy": "best validation",
@@ -36,6 +50,156 @@ class Run:
   settings: variants.Settings
   result: Record
   records: list[Record]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """Two recipes, A and B, compared seed by seed.
+
+  Attributes:
+    score: a key of SCORES.
+    seeds: those that both have, in order.
+    a: the scores of A, in [0, 1].
+    b: the scores of B.
+    changes: a line for each config key in which B differs from A.
+  """
+
+  score: str
+  seeds: list[int]
+  a: list[float]
+  b: list[float]
+  changes: list[str]
+
+  @property
+  def sample(self) -> dict[str, Any]:
+    """`metrics.describe_difference` of B - A."""
+    return metrics.describe_difference([b - a for a, b in zip(self.a, self.b, strict=True)])
+
+  @property
+  def verdict(self) -> str:
+    interval = self.sample["interval"]
+    if interval is None:
+      return "one pair says nothing of chance; train more seeds"
+    if interval[0] > 0 or interval[1] < 0:
+      return f"{'B' if interval[0] > 0 else 'A'} is better"
+    return "no difference is shown: the interval has 0 in it"
+
+
+def main() -> None:
+  with command_line.one_line_errors():
+    options = parse(sys.argv[1:])
+    difference = compare(options.a, options.b, options.score)
+  if options.json:
+    content = {**dataclasses.asdict(difference), **difference.sample}
+    print(json.dumps({**content, "verdict": difference.verdict}, indent=2))
+  else:
+    print(format_difference(difference))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+  """The options of a command line.
+
+  Raises:
+    UserError: something is missing or unknown.
+  """
+  parser = command_line.Parser(
+    "compare",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  for name in "ab":
+    parser.add_argument(name, metavar=name.upper(), help="folder of a run, or of several")
+  parser.add_argument("--score", choices=["validation", "test", "train"], default="validation")
+  parser.add_argument("--json", action="store_true", help="print JSON")
+  options = parser.parse_args(arguments)
+  options.a, options.b = (errors.get_path(name.upper(), vars(options)[name]) for name in "ab")
+  return options
+
+
+# ---- Two recipes
+
+
+def compare(a: pathlib.Path, b: pathlib.Path, score: str) -> Difference:
+  """Compares the runs in two folders by `score`: "validation", "test" or "train".
+
+  Raises:
+    UserError: a folder has no finished run, or runs of several recipes; the two have no seed in
+      common; a run has no such score.
+  """
+  runs_a, runs_b = find_runs(a), find_runs(b)
+  scores_a, scores_b = (collect_scores(runs, score) for runs in (runs_a, runs_b))
+  seeds = sorted(scores_a.keys() & scores_b.keys())
+  if not seeds:
+    raise errors.UserError(
+      f"{str(a)!r} has seeds {sorted(scores_a)} and {str(b)!r} has {sorted(scores_b)}; a pair "
+      "needs the same seed in both."
+    )
+  return Difference(
+    score=score,
+    seeds=seeds,
+    a=[scores_a[seed] for seed in seeds],
+    b=[scores_b[seed] for seed in seeds],
+    changes=errors.list_differences(
+      get_recipe(runs_a[0].result), get_recipe(runs_b[0].result), places=("in A", "in B")
+    ),
+  )
+
+
+def find_runs(folder: pathlib.Path) -> list[Run]:
+  """The finished runs of one recipe in `folder`, which is that of a run or holds some.
+
+  Raises:
+    UserError: there is none, or they differ in more than their seeds.
+  """
+  folders = [folder] if (folder / "result.json").exists() else sorted(folder.glob("*/"))
+  runs = [read_run(path, {}) for path in folders if (path / "result.json").exists()]
+  if not runs:
+    raise errors.UserError(f"{str(folder)!r} holds no finished run; one has result.json.")
+  for run in runs[1:]:
+    changes = errors.list_differences(get_recipe(runs[0].result), get_recipe(run.result))
+    if changes:
+      raise errors.UserError(
+        f"the runs in {str(folder)!r} are of several recipes: {'; '.join(changes[:3])}; put those "
+        "of each recipe into a folder of their own."
+      )
+  return runs
+
+
+def get_recipe(result: Record) -> dict[str, Any]:
+  """The flat config of a run without what repetitions may differ in."""
+  return config_lib.without(config_lib.flatten(result["config"]), REPETITION_KEYS)
+
+
+def collect_scores(runs: Sequence[Run], score: str) -> dict[int, float]:
+  """{seed: accuracy}; a UserError where a run has no such accuracy, or two have the same seed."""
+  found: dict[int, float] = {}
+  for run in runs:
+    name, first = run.result["config"]["name"], run.result["seed"]
+    accuracies = get_scores(run.result, run.records).get(f"{score}_accuracy")
+    if accuracies is None:
+      raise errors.UserError(f"a run of {name!r} has no {score} accuracy; try another --score.")
+    for seed, accuracy in enumerate(accuracies, first):
+      if seed in found:
+        raise errors.UserError(f"two runs of {name!r} have seed {seed}; keep one of them.")
+      found[seed] = accuracy
+  return found
+
+
+def format_difference(difference: Difference) -> str:
+  """Lines for the screen."""
+  sample, lines = difference.sample, []
+  for name, values in (("A", difference.a), ("B", difference.b)):
+    text = tables.format_percent(metrics.describe_sample(values))
+    lines.append(f"{name}         {difference.score} accuracy {text}")
+  interval = ""
+  if sample["interval"]:
+    low, high = (100 * bound for bound in sample["interval"])
+    interval = f", 95 % interval {low:+.2f} to {high:+.2f}"
+  pairs = f"{sample['n']} pairs" if sample["n"] > 1 else "1 pair"
+  lines.append(f"B - A     {100 * sample['mean']:+.2f} points{interval} ({pairs})")
+  lines += [f"verdict   {difference.verdict}"]
+  return "\n".join([*lines, *(f"differs   {change}" for change in difference.changes)])
 
 
 # ---- Reading
@@ -73,7 +237,7 @@ def read_records(workdir: pathlib.Path) -> list[Record]:
     ) from error
 
 
-# ---- Comparing
+# ---- The table of a sweep
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -185,3 +349,7 @@ def _draw_metric(
   if len(curves) > 1:
     sd = scale * curves.std(0, ddof=1)
     axis.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, linewidth=0)
+
+
+if __name__ == "__main__":
+  main()

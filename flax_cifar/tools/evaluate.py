@@ -1,29 +1,32 @@
 """Evaluates saved weights, with nothing but their file and the data.
 
   python -m flax_cifar.tools.evaluate --weights=runs/NAME/weights.safetensors
+  python -m flax_cifar.tools.evaluate --model=NAME --split=test
 
 The file names its data set, protocol and normalisation, so the images are those of the run. The
 test split is to be read once, when all has been chosen: the run itself has done so, and this
 program reads it only for --split=test, or where the run held no images out. With --data it scores
-other data of the same classes: their test split, or all images where they have none.
+other data of the same classes: their test split, or all images where they have none. The
+corruptions are those of flax_cifar/data/corruptions.py.
 """
 
 import argparse
 import dataclasses
+import json
 import pathlib
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flax_cifar import environment, errors
+from flax_cifar import environment, errors, zoo
 from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.tools import command_line
 
 if TYPE_CHECKING:
-  from jax.sharding import Mesh
-
+  from flax_cifar import classifier as classifier_lib
   from flax_cifar.run import weights as weights_lib
 
 SPLITS = ("validation", "test", "all")
@@ -37,18 +40,43 @@ class Options:
   data: str | None = None
   data_dir: str | None = None
   split: str | None = None
+  dtype: str | None = None
+  flip: bool = False
+  corruptions: bool = False
+  json: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """Accuracy in [0, 1] and mean loss in nats of `count` images of `split`."""
+  """How well a network classifies `count` images of `split`.
+
+  Attributes:
+    split: its name.
+    data: the name of the data set.
+    count: the number of images.
+    accuracy: in [0, 1].
+    loss: the mean cross-entropy, or negative log-likelihood, in nats.
+    calibration_error: in [0, 1], see `metrics.compute_calibration_error`.
+    peeked: whether the validation images were those of the test split, see `PROTOCOLS`.
+    flipped_accuracy: with test-time augmentation: of the mean logits of each image and its mirror
+      image; None unless it was asked for.
+    corrupted: the accuracy at each severity of each corruption, where these were asked for.
+  """
 
   split: str
   data: str
   count: int
   accuracy: float
   loss: float
-  peeked: bool  # the validation images were those of the test split, see `PROTOCOLS`
+  calibration_error: float
+  peeked: bool
+  flipped_accuracy: float | None
+  corrupted: dict[str, list[float]]
+
+  @property
+  def corrupted_accuracy(self) -> float:
+    """The mean over all corruptions and severities."""
+    return statistics.fmean(a for accuracies in self.corrupted.values() for a in accuracies)
 
 
 def main() -> None:
@@ -56,9 +84,7 @@ def main() -> None:
     options = parse(sys.argv[1:])
     environment.check_devices()
     score = evaluate_weights(options)
-  print(f"data      {score.data}: {score.count:,} {score.split} images")
-  peeked = " (on the test split)" if score.peeked else ""
-  print(f"{score.split} accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}")
+  print(json.dumps(dataclasses.asdict(score), indent=2) if options.json else format_score(score))
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -73,7 +99,7 @@ def parse(arguments: Sequence[str]) -> Options:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument("--weights", required=True, help="weights.safetensors")
+  command_line.add_network(parser)
   parser.add_argument("--data", help="cifar10, shapes, npz:PATH or folder:PATH; default: the run's")
   parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
   parser.add_argument(
@@ -81,9 +107,42 @@ def parse(arguments: Sequence[str]) -> Options:
     choices=SPLITS,
     help="default: validation, where the run held images out, or test; with --data: test or all",
   )
-  options = vars(parser.parse_args(arguments))
-  weights = errors.get_path("--weights", options.pop("weights"))
-  return Options(weights, **options)
+  parser.add_argument(
+    "--dtype", choices=["float32", "bfloat16"], help="default: the run's; with --model float32"
+  )
+  parser.add_argument(
+    "--flip", action="store_true", help="score with test-time augmentation by mirror images too"
+  )
+  parser.add_argument(
+    "--corruptions", action="store_true", help="score corrupted images too, 30 times as many"
+  )
+  parser.add_argument("--json", action="store_true", help="print JSON")
+  options = parser.parse_args(arguments)
+  options.weights = command_line.find_network(options)
+  if options.model and not options.dtype:
+    options.dtype = zoo.DTYPE
+  return Options(**{name: value for name, value in vars(options).items() if name != "model"})
+
+
+def format_score(score: Score) -> str:
+  """Lines for the screen."""
+  from flax_cifar.run import tables
+
+  peeked = " (on the test split)" if score.peeked else ""
+  lines = [
+    f"data      {score.data}: {score.count:,} {score.split} images",
+    f"{score.split} accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}, "
+    f"calibration error {score.calibration_error:.2%}",
+  ]
+  if score.flipped_accuracy is not None:
+    lines.append(f"with mirror images {score.flipped_accuracy:.2%} (test-time augmentation)")
+  if score.corrupted:
+    rows = [["accuracy (%), severity", *"12345", "mean"]]
+    for name, values in score.corrupted.items():
+      rows.append([name, *(f"{100 * value:.2f}" for value in (*values, statistics.fmean(values)))])
+    lines += tables.format_text(rows, [False] + [True] * 6)
+    lines.append(f"corrupted accuracy {score.corrupted_accuracy:.2%}")
+  return "\n".join(lines)
 
 
 def evaluate_weights(options: Options) -> Score:
@@ -93,34 +152,49 @@ def evaluate_weights(options: Options) -> Score:
     UserError: weights or data are missing, damaged or do not belong together.
   """
   # Imported here: they bring JAX, for which a wrong flag need not wait.
-  import jax
-
-  from flax_cifar import evaluate
-  from flax_cifar.data.augment import normalize
-  from flax_cifar.parallel import mesh as mesh_lib
+  from flax_cifar import classifier as classifier_lib
+  from flax_cifar import metrics
   from flax_cifar.run import weights as weights_lib
 
   weights = weights_lib.load_weights(options.weights)
-  model, config = weights_lib.create_network(weights), weights.config
   load = _load_other_split if options.data else _load_own_split
   name, split = load(weights, options)
-  mesh = _create_mesh(config)
-  eval_step = evaluate.create_eval_step(
-    model=model,
-    normalize=normalize.create_normalize(weights.mean, weights.std, dtype=config["compute_dtype"]),
-    mesh=mesh,
-    num_seeds=1,  # a file holds one network
-  )
-  variables = jax.device_put(weights.variables, mesh_lib.replicated(mesh))
-  scores = evaluate.evaluate(eval_step, variables, split, config["eval_batch_size"])
+  dtype = options.dtype or weights.config["compute_dtype"]
+  classifier = classifier_lib.create_classifier(weights, dtype=dtype)
+  logits, scores = classifier.score(split)
   return Score(
     split=name,
-    data=options.data or config["data"]["name"],
+    data=options.data or weights.config["data"]["name"],
     count=len(split),
     accuracy=float(scores["accuracy"]),
     loss=float(scores["loss"]),
-    peeked=config["protocol"] == "published" and name == "validation",
+    calibration_error=metrics.compute_calibration_error(logits, split.labels),
+    peeked=weights.config["protocol"] == "published" and name == "validation",
+    flipped_accuracy=_score_flipped(classifier, split, logits) if options.flip else None,
+    corrupted=_score_corruptions(classifier, split) if options.corruptions else {},
   )
+
+
+def _score_flipped(
+  classifier: "classifier_lib.Classifier", split: dataset_lib.Split, logits: np.ndarray
+) -> float:
+  mirrored, _ = classifier.score(dataclasses.replace(split, images=split.images[:, :, ::-1]))
+  return float(((logits + mirrored).argmax(-1) == split.labels).mean())
+
+
+def _score_corruptions(
+  classifier: "classifier_lib.Classifier", split: dataset_lib.Split
+) -> dict[str, list[float]]:
+  """{name of a corruption: accuracy in [0, 1] at each severity}"""
+  from flax_cifar.data import corruptions
+
+  accuracies: dict[str, list[float]] = {}
+  for name in corruptions.CORRUPTIONS:
+    for severity in corruptions.SEVERITIES:
+      images = corruptions.corrupt(split.images, name, severity)
+      _, scores = classifier.score(dataclasses.replace(split, images=images))
+      accuracies.setdefault(name, []).append(float(scores["accuracy"]))
+  return accuracies
 
 
 def _load_own_split(
@@ -189,18 +263,6 @@ def _check_classes(weights: "weights_lib.Weights", class_names: Sequence[str], n
   )
   if differences:
     raise errors.UserError(f"the weights are of other classes than {name}: {differences[0]}.")
-
-
-def _create_mesh(config: Mapping[str, Any]) -> "Mesh":
-  """The run's number of devices if this machine has as many, for equal results; otherwise one."""
-  import jax
-
-  from flax_cifar.parallel import mesh as mesh_lib
-
-  available = jax.local_device_count()
-  wanted = config["num_devices"] or available
-  fits = wanted <= available and config["eval_batch_size"] % wanted == 0
-  return mesh_lib.create_mesh(wanted if fits else 1)
 
 
 if __name__ == "__main__":

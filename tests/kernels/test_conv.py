@@ -15,8 +15,6 @@ from flax_cifar.kernels import conv as conv_lib
 from flax_cifar.kernels.onednn import library
 from flax_cifar.models import blocks
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 NHWC = ("NHWC", "HWIO", "NHWC")
 SAME, NONE, UNEVEN = [(1, 1), (1, 1)], [(0, 0), (0, 0)], [(2, 0), (1, 3)]
 

@@ -14,8 +14,6 @@ from flax_cifar.configs import common
 from flax_cifar.models import blocks, layer_table, norms
 from flax_cifar.run import tables
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 RECEPTIVE_FIELDS = {"dilated": 99, "pyramid": 44, "skip_dilated": 47, "keras_base": 36}
 TOTALS = {"dilated": 192_672, "pyramid": 48_656, "skip_dilated": 167_424, "keras_base": 1_172_410}
 

@@ -15,8 +15,6 @@ from flax_cifar.run import config as config_lib
 from tests import numpy_networks, reference
 from tests.configs import test_configs
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 F32 = jnp.dtype(jnp.float32)
 NORMS_WITH_PARAMETERS = ("batch", "layer", "group", "ghost")
 

@@ -130,7 +130,8 @@ def test_published_validation_is_reported_as_the_test_split(tmp_path, data, monk
   evaluate.main()
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == f"data      {data}: 41 validation images"
-  shown = f"validation accuracy {score.accuracy:.2%} (on the test split), loss {score.loss:.4f}"
+  shown = f"validation accuracy {score.accuracy:.2%} (on the test split), loss {score.loss:.4f}, "
+  shown += f"calibration error {score.calibration_error:.2%}"
   assert lines[1] == shown
 
 
@@ -237,7 +238,7 @@ def test_weights_trained_on_more_devices_can_be_evaluated(tmp_path, data):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ([], "required: --weights"),
+    ([], "one of the arguments --weights --model is required"),
     (["--weights=nowhere"], "'nowhere' does not exist"),
     (["--weights=x", "--split=train"], "--split: invalid choice: 'train'"),
     (["--weights=x", "--wieghts=y"], "unrecognized arguments: --wieghts=y"),
@@ -253,3 +254,25 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, monkeypatch, cap
   assert stderr.startswith("error: ")
   assert message in stderr
   assert stderr.count("\n") == 1
+
+
+def test_mirror_images_and_corruptions_are_scored_apart(tmp_path, data):
+  """Mirrored data have the same accuracy with mirror images, and other ones without."""
+  options = make_weights(tmp_path / "w", data, split="test")
+  arrays = dict(np.load(data.removeprefix("npz:")))
+  images = {key: array[:, :, ::-1] for key, array in arrays.items() if key.endswith("images")}
+  np.savez(tmp_path / "mirrored.npz", **(arrays | images))
+  plain = dataclasses.replace(options, data=data, flip=True, corruptions=True)
+  score = evaluate.evaluate_weights(plain)
+  other = evaluate.evaluate_weights(
+    dataclasses.replace(plain, data=f"npz:{tmp_path / 'mirrored.npz'}", corruptions=False)
+  )
+  assert score.flipped_accuracy == other.flipped_accuracy
+  assert score.loss != other.loss
+  assert {len(values) for values in score.corrupted.values()} == {5}
+  assert score.accuracy == evaluate.evaluate_weights(options).accuracy
+  lines = evaluate.format_score(score).splitlines()
+  assert lines[2] == f"with mirror images {score.flipped_accuracy:.2%} (test-time augmentation)"
+  assert lines[-1] == f"corrupted accuracy {score.corrupted_accuracy:.2%}"
+  row = next(line for line in lines if line.startswith("noise"))
+  assert row.split()[1:6] == [f"{100 * value:.2f}" for value in score.corrupted["noise"]]

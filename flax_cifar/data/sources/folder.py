@@ -82,6 +82,31 @@ def load_folder(path: Path, image_size: int) -> dataset.Dataset:
   return dataset.Dataset(**splits, class_names=class_names, test_is_held_out=not folders)
 
 
+def list_images(path: Path) -> list[Path]:
+  """The file `path`, or the images in the folder `path` and in those below it, sorted.
+
+  Raises:
+    UserError: there is nothing at `path`, or no image in it.
+  """
+  if not path.is_dir():
+    if not path.exists():
+      raise errors.UserError(f"{str(path)!r} does not exist; name an image or a folder of images.")
+    return [path]
+  found = sorted(filter(_is_image, _walk(path)))
+  if not found:
+    raise errors.UserError(f"{str(path)!r} has no images (png, jpg, ...); name another folder.")
+  return found
+
+
+def read_images(paths: Sequence[Path], image_size: int) -> np.ndarray:
+  """Reads images of any size and format as uint8 (N, image_size, image_size, 3).
+
+  Raises:
+    UserError: some cannot be read; the message has their paths and the reasons.
+  """
+  return np.stack(_read_images(Path(), paths, image_size))
+
+
 # ---- Files
 
 
@@ -220,13 +245,14 @@ def _read_images(root: Path, paths: Sequence[Path], image_size: int) -> list[np.
   with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the GIL
     results = list(pool.map(partial(_try_to_read, image_size=image_size), paths))
   failures = [
-    f"{path.relative_to(root)} ({result})"
+    f"{path.relative_to(root) if path.is_relative_to(root) else path} ({result})"
     for path, result in zip(paths, results, strict=True)
     if isinstance(result, str)
   ]
   if failures:
+    where = f"folder:{root}: " if root != Path() else ""
     raise errors.UserError(
-      f"folder:{root}: {len(failures)} of {len(paths)} images cannot be read; replace or remove "
+      f"{where}{len(failures)} of {len(paths)} images cannot be read; replace or remove "
       f"{errors.list_some(failures, MAX_NAMED)}."
     )
   return _convert_deep([result for result in results if not isinstance(result, str)])
@@ -246,7 +272,7 @@ def _read_image(path: Path, image_size: int) -> np.ndarray | DeepImage:
   """Reads an image as uint8 (image_size, image_size, 3), or as a DeepImage."""
   if not path.is_file():
     raise ValueError("it is not a file")  # opening a pipe would wait forever
-  by_suffix = _suffixes()[path.suffix.lower()]
+  by_suffix = _suffixes().get(path.suffix.lower())
   formats = [format for format in (*FORMATS, by_suffix) if format in Image.OPEN]
   with Image.open(path, formats=formats) as file:
     file.load()

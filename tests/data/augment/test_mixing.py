@@ -12,8 +12,6 @@ from flax_cifar import errors
 from flax_cifar.configs import common
 from flax_cifar.data.augment import mixing as mixing_lib
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 N, CLASSES = 12, 5
 
 

@@ -14,8 +14,6 @@ from jax import lax
 from flax_cifar.kernels import backend, conv, ffi
 from flax_cifar.kernels.onednn import convolution, library
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 if library.load_library() is None:
   pytest.skip("oneDNN is not installed: pip install onednn-cpu-gomp", allow_module_level=True)
 

@@ -1,0 +1,263 @@
+"""Adds trained networks to the package, and describes those that it has.
+
+Command     python -m benchmarks.accuracy.zoo add RUN_FOLDER ... [--force]
+                copies the weights of finished runs to flax_cifar/zoo/
+            python -m benchmarks.accuracy.zoo
+                scores every network that is there on the test images, as they are and corrupted,
+                and writes their cards, docs/zoo.json, docs/zoo.md and docs/images/zoo.png
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import common
+from benchmarks.accuracy import published, results
+from flax_cifar import errors, files, zoo
+from flax_cifar.models import layer_table
+from flax_cifar.run import plots, tables
+from flax_cifar.run import weights as weights_lib
+from flax_cifar.tools import command_line, evaluate
+
+NEAR = 0.001  # of an accuracy: ten images of 10,000, of which bfloat16 switches two or three
+MAX_BYTES = 3_000_000  # of the weights of a network, as they are part of the package
+INTRODUCTION = """\
+# Trained networks
+
+Written by `python -m benchmarks.accuracy.zoo`, which scores the weights that come with the package
+on the 10,000 test images of CIFAR-10, each once, without test-time augmentation. Recipes were
+chosen on validation images; [recipes.md](recipes.md) names the cases where a test score was the
+reason to look again.
+
+    python -m flax_cifar.tools.evaluate --model=NAME --split=test
+
+repeats a row, and `--corruptions` adds its last column. In Python,
+`flax_cifar.load_pretrained(NAME).predict(images)` gives the probability of each class. NLL is the
+negative log-likelihood in nats. ECE is the expected calibration error in percent, in 15 bins.
+Corrupted is the mean accuracy over six common corruptions in five severities each, made on the fly:
+see `flax_cifar/data/corruptions.py`.
+
+"""
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  commands = parser.add_subparsers(dest="command")
+  adder = commands.add_parser("add", help="copy the weights of finished runs to flax_cifar/zoo/")
+  adder.add_argument("folders", nargs="+", type=pathlib.Path, metavar="RUN_FOLDER")
+  adder.add_argument("--force", action="store_true", help="replace; take any commit")
+  options = parser.parse_args()
+  with command_line.one_line_errors():
+    if options.command == "add":
+      paths = [add(folder, zoo.FOLDER, force=options.force) for folder in options.folders]
+    else:
+      paths = describe_all(results.DOCS)
+  for path in paths:
+    print(f"written   {path}")
+
+
+#### Add
+
+
+def add(folder: pathlib.Path, target: pathlib.Path, *, force: bool) -> pathlib.Path:
+  """Copies the weights of a finished run to a folder of its name in `target`.
+
+  Raises:
+    UserError: see `results.check_content` and `results.check_name`; or the weights are too large,
+      or those of another network than the run, or there is one of this name.
+  """
+  run = results.read_run(folder)
+  results.check_content(folder, run.content, force=force)
+  results.check_name(folder, run.content, force=force)
+  path, source = target / run.name, folder / zoo.WEIGHTS
+  if path.exists() and not force:
+    raise errors.UserError(f"{run.name!r} is in {str(target)!r} already; --force replaces it.")
+  weights = weights_lib.load_weights(source)
+  errors.require(
+    source.stat().st_size <= MAX_BYTES, "bytes", source.stat().st_size, f"up to {MAX_BYTES:,}"
+  )
+  rows = layer_table.get_layer_table(weights_lib.create_network(weights), weights.image_shape)
+  path.mkdir(parents=True, exist_ok=True)
+  (path / "run.json").write_text(results.encode(run.content), encoding="utf-8")
+  (path / "layers.txt").write_text(tables.format_layer_table(rows), encoding="utf-8")
+  shutil.copyfile(source, path / zoo.WEIGHTS)  # last: a folder with it is in the list
+  return path
+
+
+#### Describe
+
+
+def describe_all(docs: pathlib.Path) -> list[pathlib.Path]:
+  """Scores every network of the package and writes the pages."""
+  rows = []
+  for name in zoo.list_models():
+    options = evaluate.Options(
+      zoo.find_weights(name), split="test", dtype=zoo.DTYPE, corruptions=True
+    )
+    rows.append(describe(name, evaluate.evaluate_weights(options)))
+    print(f"{name}: {rows[-1]['accuracy']:.2%}", flush=True)
+  record, page, picture = docs / "zoo.json", docs / "zoo.md", docs / "images" / "zoo.png"
+  common.write_json(str(record), rows)
+  page.write_text(format_page(rows), encoding="utf-8")
+  save_picture(picture, rows)
+  return [record, page, picture]
+
+
+def describe(name: str, score: evaluate.Score) -> dict[str, Any]:
+  """The row of a network, which its scores.json and its card show too.
+
+  Raises:
+    UserError: the score is not that of its run, but for what another type of numbers may change.
+  """
+  folder = zoo.FOLDER / name
+  run = json.loads((folder / "run.json").read_text("utf-8"))
+  weights = weights_lib.load_weights(zoo.find_weights(name))
+  layers = layer_table.get_layer_table(weights_lib.create_network(weights), weights.image_shape)
+  expected = f"that of its run, {run['test_accuracy']}"
+  near = abs(score.accuracy - run["test_accuracy"]) <= NEAR
+  errors.require(near, f"test accuracy of {name}", score.accuracy, expected)
+  row = {
+    "model": name,
+    "network": run["config"]["model"]["name"],
+    "parameters": run["parameters"],
+    "multiply_adds": sum(layer.multiply_adds for layer in layers),
+    "bytes": zoo.find_weights(name).stat().st_size,
+    "epochs": run["epochs"],
+    "accuracy": score.accuracy,
+    "loss": score.loss,
+    "calibration_error": score.calibration_error,
+    "corrupted_accuracy": score.corrupted_accuracy,
+    "corrupted": score.corrupted,
+  }
+  height, width = layer_table.get_receptive_field(layers)
+  files.write_json(folder / "scores.json", row)
+  card = format_card(row, run, f"{height} x {width} pixels")
+  (folder / "README.md").write_text(card, encoding="utf-8")
+  return row
+
+
+def format_card(row: Mapping[str, Any], content: Mapping[str, Any], field: str) -> str:
+  """The model card, in Markdown.
+
+  Args:
+    row: of `describe`.
+    content: of the run, as run.json has it.
+    field: the receptive field, in words.
+  """
+  name, config = row["model"], content["config"]
+  facts = {
+    "network": f"`{config['model']['name']}`, {config['model']['norm']} norm; layers.txt has its "
+    f"layers, and its receptive field is {field}",
+    "parameters": f"{content['parameters']:,}",
+    "multiply-adds": f"{row['multiply_adds']:,} for an image",
+    "test accuracy": f"{row['accuracy']:.2%}, computed in {zoo.DTYPE}, without test-time "
+    f"augmentation ({content['test_accuracy']:.2%} at the end of its run)",
+    "weights": f"{content['scored_weights']}, of a single run, seed {content['seed']}",
+    "calibration error": f"{row['calibration_error']:.2%}, in 15 bins; negative log-likelihood "
+    f"{row['loss']:.4f} nats",
+    "corrupted images": f"{row['corrupted_accuracy']:.2%}, the mean over six corruptions in five "
+    "severities",
+    "trained on": f"the training images of CIFAR-10, {config['data']['validation_size']:,} held "
+    f"out; {content['epochs']} epochs, computed in {config['compute_dtype']}",
+    "training took": f"{content['train_seconds'] / 60:.0f} minutes on {content['hardware']}",
+    "command": f"`{content['command']}`",
+    "commit": f"`{content['commit'][:7]}`, JAX {content['versions']['jax']}",
+  }
+  lines = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+  return f"""\
+# {name}
+
+| | |
+| --- | --- |
+{lines}
+Use it from Python, on uint8 images (N, 32, 32, 3) in RGB:
+
+    import flax_cifar
+    network = flax_cifar.load_pretrained("{name}")
+    probabilities = network.predict(images)  # (N, 10), in the order of network.class_names
+
+or score it: `python -m flax_cifar.tools.evaluate --model={name} --split=test`.
+
+It knows ten classes and images of 32 x 32 pixels; what it says of other pictures was not examined.
+The weights have the license of the package; the training images are those of Krizhevsky 2009.
+"""
+
+
+def format_page(rows: Sequence[Mapping[str, Any]]) -> str:
+  header = ["model", "parameters", "multiply-adds", "kB", "epochs"]
+  header += ["test accuracy (%)", "NLL", "ECE (%)", "corrupted (%)"]
+  cells = [
+    [
+      f"[`{row['model']}`](../flax_cifar/zoo/{row['model']}/README.md)",
+      f"{row['parameters']:,}",
+      f"{row['multiply_adds'] / 1e6:,.1f} M",
+      f"{row['bytes'] / 1e3:,.0f}",
+      f"{row['epochs']}",
+      f"{100 * row['accuracy']:.2f}",
+      f"{row['loss']:.4f}",
+      f"{100 * row['calibration_error']:.2f}",
+      f"{100 * row['corrupted_accuracy']:.2f}",
+    ]
+    for row in rows
+  ]
+  names = list(rows[0]["corrupted"]) if rows else []
+  robust = [
+    [f"`{row['model']}`", *(f"{100 * sum(row['corrupted'][n]) / 5:.2f}" for n in names)]
+    for row in rows
+  ]
+  frontier = [
+    [f.name, f"{f.parameters:,}", f"{f.accuracy:.2f}", f.protocol, f.source]
+    for f in published.FRONTIER
+  ]
+  return "".join(
+    [
+      *(INTRODUCTION, tables.format_markdown(header, cells, [False] + [True] * 8)),
+      "\n![Accuracy against parameters and multiply-adds](images/zoo.png)\n",
+      "\n## Corrupted images\n\nAccuracy in percent, the mean over five severities.\n\n",
+      tables.format_markdown(["model", *names], robust, [False] + [True] * len(names)),
+      "\n## Others\n\nThe networks of others in the picture, as their authors report them.\n\n",
+      tables.format_markdown(
+        ["network", "parameters", "test accuracy (%)", "what it is", "source"],
+        frontier,
+        [False, True, True, False, False],
+      ),
+    ]
+  )
+
+
+@plots.warn_on_failure
+def save_picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Draws accuracy against parameters and against multiply-adds."""
+  figure = plots.create_figure(11, 4.8)
+  systems = {
+    (row.parameters, row.reported_accuracy)
+    for row in published.ROWS
+    if row.parameters and row.reported_accuracy
+  }
+  others = [(f.parameters, f.accuracy, f.name) for f in published.FRONTIER]
+  costly = [(f.multiply_adds, f.accuracy, f.name) for f in published.FRONTIER if f.multiply_adds]
+  axes = figure.subplots(1, 2, sharey=True)
+  columns = (("parameters", "parameters", others), ("multiply_adds", "multiply-adds", costly))
+  for axis, (key, label, points) in zip(axes, columns, strict=True):
+    axis.set_xscale("log")
+    axis.set_xlabel(label)
+    axis.grid(alpha=0.3)
+    if key == "parameters":
+      axis.scatter(*zip(*systems, strict=True), color="grey", marker="x", label="course projects")
+    axis.scatter(*zip(*[p[:2] for p in points], strict=True), color="C0", label="others")
+    axis.scatter(
+      [row[key] for row in rows], [100 * row["accuracy"] for row in rows], color="C3", label="ours"
+    )
+    named = [(row[key], 100 * row["accuracy"], row["model"]) for row in rows]
+    for x, y, name in [*points, *named]:
+      axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+  axes[0].set_ylabel("test accuracy (%)")
+  axes[0].legend(loc="lower right")
+  plots.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+  main()

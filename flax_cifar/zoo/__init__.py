@@ -1,0 +1,42 @@
+"""The trained networks that come with the package, by name.
+
+The folder of each has `weights.safetensors`; `run.json`, which is the result of its run with the
+config, the command and every epoch; `scores.json`, how well it classifies the test images, computed
+in DTYPE; `layers.txt`, its layer table; and `README.md`, its card. This module imports no JAX when
+it is imported.
+"""
+
+import pathlib
+from typing import TYPE_CHECKING
+
+from flax_cifar import errors
+
+if TYPE_CHECKING:
+  from flax_cifar import classifier
+
+FOLDER = pathlib.Path(__file__).parent
+WEIGHTS = "weights.safetensors"
+DTYPE = "float32"  # whatever type they were trained in: it rounds nearly alike everywhere
+
+
+def list_models() -> list[str]:
+  """The names of the trained networks, sorted."""
+  return sorted(path.parent.name for path in FOLDER.glob(f"*/{WEIGHTS}"))
+
+
+def find_weights(name: str) -> pathlib.Path:
+  """The weights file of the trained network `name`; a UserError if there is none."""
+  folders = {known: FOLDER / known for known in list_models()}
+  return errors.choose("model", name, folders) / WEIGHTS
+
+
+def load_pretrained(name: str) -> "classifier.Classifier":
+  """Loads the trained network `name`, one of `list_models`.
+
+  Raises:
+    UserError: there is none of this name; the message lists them.
+  """
+  from flax_cifar import classifier
+  from flax_cifar.run import weights
+
+  return classifier.create_classifier(weights.load_weights(find_weights(name)), dtype=DTYPE)

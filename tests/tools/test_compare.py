@@ -1,0 +1,89 @@
+"""The comparison of two recipes, seed by seed."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from flax_cifar import errors
+from flax_cifar.tools import compare
+from tests import tiny
+
+
+def write_run(folder, seed, *accuracies, **changes):
+  """A finished run without its training: `accuracies` are of seed, seed + 1, ..."""
+  config = tiny.get_config("shapes", seed=seed, num_seeds=len(accuracies), **changes).to_dict()
+  scores = {"test_accuracy": float(np.mean(accuracies))}
+  record = {"epoch": 3, "train_accuracy": 0.9, "validation_accuracy": float(np.mean(accuracies))}
+  if len(accuracies) > 1:
+    for content in (scores, record):
+      content |= {f"{name}_per_seed": list(accuracies) for name in content if name != "epoch"}
+  folder.mkdir(parents=True)
+  (folder / "result.json").write_text(json.dumps({**scores, "seed": seed, "config": config}))
+  (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_the_interval_is_students_of_the_paired_differences(tmp_path):
+  """Differences 1, 2 and 3 points: mean 2, sd 1; t of two degrees of freedom is 4.3027."""
+  for seed, (a, b) in enumerate([(0.80, 0.81), (0.85, 0.87), (0.90, 0.93)]):
+    write_run(tmp_path / "a" / str(seed), seed, a)
+    write_run(tmp_path / "b" / str(seed), seed, b, **{"compute_dtype": "bfloat16"})
+  write_run(tmp_path / "b" / "more", 3, 0.5, **{"compute_dtype": "bfloat16"})  # no partner
+  difference = compare.compare(tmp_path / "a", tmp_path / "b", "test")
+  assert difference.seeds == [0, 1, 2]
+  half = 0.01 * 4.302653 / 3**0.5
+  np.testing.assert_allclose(difference.sample["interval"], (0.02 - half, 0.02 + half), rtol=1e-6)
+  assert difference.verdict.startswith("no difference is shown")
+  assert difference.changes == ["compute_dtype is 'float32' in A and 'bfloat16' in B"]
+
+
+@pytest.mark.parametrize(("better", "verdict"), [(0.9, "B is better"), (0.7, "A is better")])
+def test_several_seeds_of_one_run_count_each(tmp_path, better, verdict):
+  write_run(tmp_path / "a", 0, 0.80, 0.81, 0.79, 0.80)
+  write_run(tmp_path / "b", 1, better, better, better)
+  difference = compare.compare(tmp_path / "a", tmp_path / "b", "validation")
+  assert (difference.seeds, difference.a) == ([1, 2, 3], [0.81, 0.79, 0.80])
+  assert difference.verdict == verdict
+
+
+def test_one_pair_has_no_interval(tmp_path, monkeypatch, capsys):
+  write_run(tmp_path / "a", 0, 0.8)
+  write_run(tmp_path / "b", 0, 0.9, **{"model.norm": "group"})
+  arguments = [str(tmp_path / name) for name in "ab"]
+  monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+  compare.main()
+  assert capsys.readouterr().out.splitlines() == [
+    "A         validation accuracy 80.00 (n = 1)",
+    "B         validation accuracy 90.00 (n = 1)",
+    "B - A     +10.00 points (1 pair)",
+    "verdict   one pair says nothing of chance; train more seeds",
+    "differs   model.norm is 'batch' in A and 'group' in B",
+  ]
+  monkeypatch.setattr(sys, "argv", ["compare", *arguments, "--json"])
+  compare.main()
+  content = json.loads(capsys.readouterr().out)
+  assert (content["n"], content["interval"], content["a"]) == (1, None, [0.8])
+
+
+def test_what_is_no_pair_is_one_line(tmp_path):
+  write_run(tmp_path / "a" / "0", 0, 0.8)
+  write_run(tmp_path / "b" / "1", 1, 0.8)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(errors.UserError, match=r"has seeds \[0\] and .* has \[1\]"):
+    compare.compare(tmp_path / "a", tmp_path / "b", "test")
+  with pytest.raises(errors.UserError, match=r"'.*empty' holds no finished run"):
+    compare.compare(tmp_path / "a", tmp_path / "empty", "test")
+  write_run(tmp_path / "a" / "again", 0, 0.8)
+  with pytest.raises(errors.UserError, match="two runs of 'tiny' have seed 0"):
+    compare.compare(tmp_path / "a", tmp_path / "b", "test")
+  write_run(tmp_path / "b" / "other", 2, 0.8, **{"optimizer.learning_rate": 0.5})
+  with pytest.raises(errors.UserError, match=r"of several recipes: optimizer\.learning_rate"):
+    compare.compare(tmp_path / "b", tmp_path / "b", "test")
+
+
+def test_a_run_without_the_score_is_named(tmp_path):
+  write_run(tmp_path / "a", 0, 0.8)
+  (tmp_path / "a" / "metrics.jsonl").write_text('{"epoch": 1, "train_accuracy": 0.9}\n')
+  with pytest.raises(errors.UserError, match="'tiny' has no validation accuracy"):
+    compare.compare(tmp_path / "a", tmp_path / "a", "validation")
