@@ -245,11 +245,11 @@ FRONTIER = (
   Frontier("CondenseNet-50", 220_000, 93.78, None, "one run", "ShichenLiu/CondenseNet"),
   Frontier("CondenseNet-86", 520_000, 94.94, None, "one run", "ShichenLiu/CondenseNet"),
   Frontier(
-    *("SeparableResNet, 240 epochs", 442_000, 95.45, None, "one run"),
+    *("SeparableResNet (240 epochs)", 442_000, 95.45, None, "one run"),
     source="pierandom/separable-resnet",
   ),
   Frontier(
-    *("SeparableResNet, 960 epochs", 442_000, 96.40, None, "one run"),
+    *("SeparableResNet (960 epochs)", 442_000, 96.40, None, "one run"),
     source="pierandom/separable-resnet",
   ),
   Frontier(

@@ -5,6 +5,8 @@ Command     python -m benchmarks.accuracy.zoo add RUN_FOLDER ... [--force]
             python -m benchmarks.accuracy.zoo
                 scores every network that is there on the test images, as they are and corrupted,
                 and writes their cards, docs/zoo.json, docs/zoo.md and docs/images/zoo.png
+            python -m benchmarks.accuracy.zoo page
+                writes the page and the picture again, from docs/zoo.json
 """
 
 import argparse
@@ -22,7 +24,12 @@ from flax_cifar.run import plots, tables
 from flax_cifar.run import weights as weights_lib
 from flax_cifar.tools import command_line, evaluate
 
+RECORD = "zoo.json"
 NEAR = 0.001  # of an accuracy: ten images of 10,000, of which bfloat16 switches two or three
+TICKS: dict[str, dict[float, str]] = {
+  "parameters": {1e4: "10k", 3e4: "30k", 1e5: "100k", 3e5: "300k", 1e6: "1M", 3e6: "3M"},
+  "multiply_adds": {3e6: "3M", 1e7: "10M", 3e7: "30M", 1e8: "100M", 3e8: "300M", 1e9: "1G"},
+}
 MAX_BYTES = 3_000_000  # of the weights of a network, as they are part of the package
 INTRODUCTION = """\
 # Trained networks
@@ -49,12 +56,15 @@ def main() -> None:
   adder = commands.add_parser("add", help="copy the weights of finished runs to flax_cifar/zoo/")
   adder.add_argument("folders", nargs="+", type=pathlib.Path, metavar="RUN_FOLDER")
   adder.add_argument("--force", action="store_true", help="replace; take any commit")
+  commands.add_parser("page", help="write the page and the picture again")
   options = parser.parse_args()
   with command_line.one_line_errors():
     if options.command == "add":
       paths = [add(folder, zoo.FOLDER, force=options.force) for folder in options.folders]
     else:
-      paths = describe_all(results.DOCS)
+      if not options.command:
+        score_all(results.DOCS)
+      paths = write_page(results.DOCS)
   for path in paths:
     print(f"written   {path}")
 
@@ -90,8 +100,8 @@ def add(folder: pathlib.Path, target: pathlib.Path, *, force: bool) -> pathlib.P
 #### Describe
 
 
-def describe_all(docs: pathlib.Path) -> list[pathlib.Path]:
-  """Scores every network of the package and writes the pages."""
+def score_all(docs: pathlib.Path) -> None:
+  """Scores every network of the package, and writes their cards and zoo.json."""
   rows = []
   for name in zoo.list_models():
     options = evaluate.Options(
@@ -99,11 +109,16 @@ def describe_all(docs: pathlib.Path) -> list[pathlib.Path]:
     )
     rows.append(describe(name, evaluate.evaluate_weights(options)))
     print(f"{name}: {rows[-1]['accuracy']:.2%}", flush=True)
-  record, page, picture = docs / "zoo.json", docs / "zoo.md", docs / "images" / "zoo.png"
-  common.write_json(str(record), rows)
+  common.write_json(docs / RECORD, rows)
+
+
+def write_page(docs: pathlib.Path) -> list[pathlib.Path]:
+  """Writes zoo.md and its picture from zoo.json."""
+  page, picture = docs / "zoo.md", docs / "images" / "zoo.png"
+  rows = json.loads((docs / RECORD).read_text("utf-8"))["rows"]
   page.write_text(format_page(rows), encoding="utf-8")
   save_picture(picture, rows)
-  return [record, page, picture]
+  return [page, picture]
 
 
 def describe(name: str, score: evaluate.Score) -> dict[str, Any]:
@@ -232,31 +247,43 @@ def format_page(rows: Sequence[Mapping[str, Any]]) -> str:
 def save_picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Draws accuracy against parameters and against multiply-adds."""
   figure = plots.create_figure(11, 4.8)
-  systems = {
-    (row.parameters, row.reported_accuracy)
-    for row in published.ROWS
-    if row.parameters and row.reported_accuracy
-  }
-  others = [(f.parameters, f.accuracy, f.name) for f in published.FRONTIER]
-  costly = [(f.multiply_adds, f.accuracy, f.name) for f in published.FRONTIER if f.multiply_adds]
-  axes = figure.subplots(1, 2, sharey=True)
-  columns = (("parameters", "parameters", others), ("multiply_adds", "multiply-adds", costly))
-  for axis, (key, label, points) in zip(axes, columns, strict=True):
-    axis.set_xscale("log")
-    axis.set_xlabel(label)
+  left, right = figure.subplots(1, 2, sharey=True)
+  systems = [(row.parameters, row.reported_accuracy) for row in published.ROWS]
+  known = [(x, y, "") for x, y in dict.fromkeys(systems) if x and y]
+  draw_points(left, known, (0, 0), color="grey", marker="x", label="course projects")
+  for axis, key in ((left, "parameters"), (right, "multiply_adds")):
+    others = [(getattr(row, key), row.accuracy, row.name) for row in published.FRONTIER]
+    others = [point for point in others if point[0]]
+    draw_points(axis, others, (6, -3), color="C0", label="others")
+    ours = [(row[key], 100 * row["accuracy"], row["model"]) for row in rows]
+    draw_points(axis, ours, (-12, -13), color="C3", label="ours")
+    axis.set_xlabel(key.replace("_", "-"))
     axis.grid(alpha=0.3)
-    if key == "parameters":
-      axis.scatter(*zip(*systems, strict=True), color="grey", marker="x", label="course projects")
-    axis.scatter(*zip(*[p[:2] for p in points], strict=True), color="C0", label="others")
-    axis.scatter(
-      [row[key] for row in rows], [100 * row["accuracy"] for row in rows], color="C3", label="ours"
-    )
-    named = [(row[key], 100 * row["accuracy"], row["model"]) for row in rows]
-    for x, y, name in [*points, *named]:
-      axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-  axes[0].set_ylabel("test accuracy (%)")
-  axes[0].legend(loc="lower right")
+  scale_axis(left, TICKS["parameters"])
+  scale_axis(right, TICKS["multiply_adds"])
+  left.set_ylabel("test accuracy (%)")
+  left.legend(loc="lower right")
   plots.save_figure(figure, path)
+
+
+def draw_points(
+  axis: Any,
+  points: Sequence[tuple[float, float, str]],
+  offset: tuple[float, float],
+  **style: Any,
+) -> None:
+  """Draws points (x, y, name), with the left ends of their names at `offset`, in points."""
+  axis.scatter([x for x, _, _ in points], [y for _, y, _ in points], **style)
+  for x, y, name in points:
+    axis.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=7)
+
+
+def scale_axis(axis: Any, ticks: Mapping[float, str]) -> None:
+  """Makes the horizontal axis logarithmic, from the first to the last of the labeled ticks."""
+  axis.set_xscale("log")
+  axis.set_xticks(list(ticks), labels=ticks.values())
+  axis.set_xticks([], minor=True)
+  axis.set_xlim(min(ticks), max(ticks))
 
 
 if __name__ == "__main__":

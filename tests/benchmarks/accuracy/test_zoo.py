@@ -73,12 +73,15 @@ def test_the_page_has_a_row_for_each_network(tmp_path, run, monkeypatch):
   zoo_lib.add(run, zoo.FOLDER, force=False)
   monkeypatch.setattr(evaluate, "evaluate_weights", lambda options: create_score(0.85))
   (tmp_path / "docs" / "images").mkdir(parents=True)
-  record, page, picture = zoo_lib.describe_all(tmp_path / "docs")
+  zoo_lib.score_all(tmp_path / "docs")
+  page, picture = zoo_lib.write_page(tmp_path / "docs")
   text = page.read_text("utf-8")
   assert "| 48,656 |" in text
   assert "| 85.00 | 0.3000 | 2.00 | 60.00 |" in text
   assert "| `pyramid-full` | 60.00 |" in text
-  assert json.loads(record.read_text("utf-8"))["rows"][0]["accuracy"] == 0.85
+  assert (
+    json.loads((tmp_path / "docs" / "zoo.json").read_text("utf-8"))["rows"][0]["accuracy"] == 0.85
+  )
   assert picture.read_bytes().startswith(b"\x89PNG")
 
 
