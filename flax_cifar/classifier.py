@@ -24,12 +24,14 @@ class Classifier:
     weights: the file's content: the config of its run, class names, shape of the images.
     model: the network; `model.apply(weights.variables, images, train=False)` takes normalized
       images.
+    mesh: the devices.
     variables: `weights.variables` on the devices.
     eval_step: see `evaluate.create_eval_step`; it normalizes.
   """
 
   weights: weights_lib.Weights
   model: nn.Module
+  mesh: jax.sharding.Mesh
   variables: Any
   eval_step: evaluate.EvalStep
 
@@ -52,8 +54,13 @@ class Classifier:
         f"images are {images.dtype} {images.shape}; this network takes uint8 (N, "
         f"{', '.join(map(str, shape))}): RGB in 0..255, channels last."
       )
+    if not len(images):
+      return np.zeros((0, len(self.class_names)), np.float32)
     split = dataset.Split(images, np.zeros(len(images), np.int32))
-    return np.asarray(jax.nn.softmax(self.score(split)[0]))
+    shared = -(-len(images) // self.mesh.size) * self.mesh.size  # by all devices
+    batch_size = min(self.weights.config["eval_batch_size"], shared)
+    logits = evaluate.predict(self.eval_step, self.variables, split, batch_size)
+    return np.asarray(jax.nn.softmax(logits))
 
   def score(self, split: dataset.Split) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits float32 (N, classes), and mean `loss` in nats and `accuracy` in [0, 1]."""
@@ -82,7 +89,7 @@ def create_classifier(weights: weights_lib.Weights, *, dtype: str) -> Classifier
     num_seeds=1,  # a file holds one network
   )
   variables = jax.device_put(weights.variables, mesh_lib.replicated(mesh))
-  return Classifier(weights, model, variables, eval_step)
+  return Classifier(weights, model, mesh, variables, eval_step)
 
 
 def _create_mesh(config: Mapping[str, Any]) -> jax.sharding.Mesh:

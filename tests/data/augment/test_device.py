@@ -22,6 +22,8 @@ from flax_cifar.data.augment import device_pixels, device_random
 from flax_cifar.data.augment import host as host_lib
 from flax_cifar.parallel import mesh as mesh_lib
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 MEAN = (0.49139968, 0.48215841, 0.44653091)
 S9_OPS = ("horizontal_flip", "shift_scale_rotate", "coarse_dropout")
 WILD = {"shift": 0.5, "scale": 0.5, "rotate": 180.0}
