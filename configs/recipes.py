@@ -10,7 +10,6 @@ def use_our_recipe(config: ConfigDict) -> None:
   moving average of the weights, no dropout. Sources: Page 2018 ("How to train your ResNet"); Jordan
   2024 (arXiv:2404.00498) for the flip; `flax_cifar/optim.py` for Muon.
   """
-  config.compute_dtype = "auto"
   config.batch_size = 128
   config.model.dropout_rate = 0.0
   config.loss.label_smoothing = 0.05
