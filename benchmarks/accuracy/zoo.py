@@ -13,6 +13,7 @@ import argparse
 import json
 import pathlib
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -202,6 +203,21 @@ The weights have the license of the package; the training images are those of Kr
 
 
 def format_page(rows: Sequence[Mapping[str, Any]]) -> str:
+  """zoo.md."""
+  return "".join(
+    [
+      *(INTRODUCTION, format_scores(rows)),
+      "\n![Accuracy against parameters and multiply-adds](images/zoo.png)\n",
+      "\n## Corrupted images\n\nAccuracy in percent, the mean over five severities.\n\n",
+      format_corrupted(rows),
+      "\n## Others\n\nThe networks of others in the picture, as their authors report them.\n\n",
+      format_frontier(),
+    ]
+  )
+
+
+def format_scores(rows: Sequence[Mapping[str, Any]]) -> str:
+  """The table of all networks."""
   header = ["model", "parameters", "multiply-adds", "kB", "epochs"]
   header += ["test accuracy (%)", "NLL", "ECE (%)", "corrupted (%)"]
   cells = [
@@ -218,29 +234,27 @@ def format_page(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in rows
   ]
+  return tables.format_markdown(header, cells, [False] + [True] * 8)
+
+
+def format_corrupted(rows: Sequence[Mapping[str, Any]]) -> str:
+  """The table of the mean accuracy under each corruption."""
+  cells = []
+  for row in rows:
+    means = (statistics.fmean(values) for values in row["corrupted"].values())
+    cells.append([f"`{row['model']}`", *(f"{100 * mean:.2f}" for mean in means)])
   names = list(rows[0]["corrupted"]) if rows else []
-  robust = [
-    [f"`{row['model']}`", *(f"{100 * sum(row['corrupted'][n]) / 5:.2f}" for n in names)]
-    for row in rows
+  return tables.format_markdown(["model", *names], cells, [False] + [True] * len(names))
+
+
+def format_frontier() -> str:
+  """The table of the networks of others."""
+  header = ["network", "parameters", "test accuracy (%)", "what it is", "source"]
+  cells = [
+    [row.name, f"{row.parameters:,}", f"{row.accuracy:.2f}", row.protocol, row.source]
+    for row in published.FRONTIER
   ]
-  frontier = [
-    [f.name, f"{f.parameters:,}", f"{f.accuracy:.2f}", f.protocol, f.source]
-    for f in published.FRONTIER
-  ]
-  return "".join(
-    [
-      *(INTRODUCTION, tables.format_markdown(header, cells, [False] + [True] * 8)),
-      "\n![Accuracy against parameters and multiply-adds](images/zoo.png)\n",
-      "\n## Corrupted images\n\nAccuracy in percent, the mean over five severities.\n\n",
-      tables.format_markdown(["model", *names], robust, [False] + [True] * len(names)),
-      "\n## Others\n\nThe networks of others in the picture, as their authors report them.\n\n",
-      tables.format_markdown(
-        ["network", "parameters", "test accuracy (%)", "what it is", "source"],
-        frontier,
-        [False, True, True, False, False],
-      ),
-    ]
-  )
+  return tables.format_markdown(header, cells, [False, True, True, False, False])
 
 
 @plots.warn_on_failure

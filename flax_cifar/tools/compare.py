@@ -57,7 +57,8 @@ class Difference:
   """Two recipes, A and B, compared seed by seed.
 
   Attributes:
-    score: a key of SCORES.
+    score: "validation", "test" or "train".
+    peeked: whether the validation images are those of the test split, see `PROTOCOLS`.
     seeds: those that both have, in order.
     a: the scores of A, in [0, 1].
     b: the scores of B.
@@ -65,6 +66,7 @@ class Difference:
   """
 
   score: str
+  peeked: bool
   seeds: list[int]
   a: list[float]
   b: list[float]
@@ -137,6 +139,7 @@ def compare(a: pathlib.Path, b: pathlib.Path, score: str) -> Difference:
     )
   return Difference(
     score=score,
+    peeked=score == "validation" and _has_peeked([*runs_a, *runs_b]),
     seeds=seeds,
     a=[scores_a[seed] for seed in seeds],
     b=[scores_b[seed] for seed in seeds],
@@ -144,6 +147,10 @@ def compare(a: pathlib.Path, b: pathlib.Path, score: str) -> Difference:
       get_recipe(runs_a[0].result), get_recipe(runs_b[0].result), places=("in A", "in B")
     ),
   )
+
+
+def _has_peeked(runs: Sequence[Run]) -> bool:
+  return any(run.result["config"]["protocol"] == "published" for run in runs)
 
 
 def find_runs(folder: pathlib.Path) -> list[Run]:
@@ -189,9 +196,10 @@ def collect_scores(runs: Sequence[Run], score: str) -> dict[int, float]:
 def format_difference(difference: Difference) -> str:
   """Lines for the screen."""
   sample, lines = difference.sample, []
+  peeked = " (on the test split)" if difference.peeked else ""
   for name, values in (("A", difference.a), ("B", difference.b)):
     text = tables.format_percent(metrics.describe_sample(values))
-    lines.append(f"{name}         {difference.score} accuracy {text}")
+    lines.append(f"{name}         {difference.score} accuracy {text}{peeked}")
   interval = ""
   if sample["interval"]:
     low, high = (100 * bound for bound in sample["interval"])

@@ -66,6 +66,14 @@ def test_one_pair_has_no_interval(tmp_path, monkeypatch, capsys):
   assert (content["n"], content["interval"], content["a"]) == (1, None, [0.8])
 
 
+def test_a_replay_that_validates_on_test_says_so(tmp_path):
+  write_run(tmp_path / "a", 0, 0.8, protocol="published")
+  difference = compare.compare(tmp_path / "a", tmp_path / "a", "validation")
+  lines = compare.format_difference(difference).splitlines()
+  assert lines[0] == "A         validation accuracy 80.00 (n = 1) (on the test split)"
+  assert not compare.compare(tmp_path / "a", tmp_path / "a", "test").peeked
+
+
 def test_what_is_no_pair_is_one_line(tmp_path):
   write_run(tmp_path / "a" / "0", 0, 0.8)
   write_run(tmp_path / "b" / "1", 1, 0.8)
