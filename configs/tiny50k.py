@@ -21,6 +21,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _ours(config: ConfigDict) -> None:
   recipes.use_our_recipe(config)
-  config.compute_dtype = "auto"
   config.total_epochs = 60
   config.augment.random_crop.padding = 3
