@@ -27,10 +27,8 @@ from flax_cifar.tools import compare as compare_lib
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 NOT_RUN = "not run"
-SHOWN_KEYS = (
-  *compare_lib.REPETITION_KEYS,
-  "compute_dtype",
-)  # that the page shows beside a run's name
+# The keys that the page shows beside a run's name.
+SHOWN_KEYS = (*compare_lib.REPETITION_KEYS, "compute_dtype")
 # A slash that starts a path: not that of a/b, ./a or https://a.
 ABSOLUTE_PATH = re.compile(r"(?<![\w./-])/\w|\b[A-Za-z]:\\")
 INTRODUCTION = """\

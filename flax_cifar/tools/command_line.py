@@ -78,6 +78,16 @@ class Parser(argparse.ArgumentParser):
     raise errors.UserError(message)
 
 
+def create_parser(program: str, description: str | None) -> Parser:
+  """A parser of the tool `program`; its help has the lines of `description` as they are."""
+  return Parser(
+    program,
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+
 def add_network(parser: argparse.ArgumentParser) -> None:
   """Adds the flags --weights and --model, one of which names a trained network."""
   source = parser.add_mutually_exclusive_group(required=True)

@@ -104,12 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   Raises:
     UserError: something is missing or unknown.
   """
-  parser = command_line.Parser(
-    "compare",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_line.create_parser("compare", __doc__)
   for name in "ab":
     parser.add_argument(name, metavar=name.upper(), help="folder of a run, or of several")
   parser.add_argument("--score", choices=["validation", "test", "train"], default="validation")

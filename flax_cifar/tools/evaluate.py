@@ -10,7 +10,6 @@ other data of the same classes: their test split, or all images where they have 
 corruptions are those of flax_cifar/data/corruptions.py.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -26,7 +25,7 @@ from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.tools import command_line
 
 if TYPE_CHECKING:
-  from flax_cifar import classifier as classifier_lib
+  from flax_cifar.run import classifier as classifier_lib
   from flax_cifar.run import weights as weights_lib
 
 SPLITS = ("validation", "test", "all")
@@ -93,12 +92,7 @@ def parse(arguments: Sequence[str]) -> Options:
   Raises:
     UserError: something is missing or unknown.
   """
-  parser = command_line.Parser(
-    "evaluate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_line.create_parser("evaluate", __doc__)
   command_line.add_network(parser)
   parser.add_argument("--data", help="cifar10, shapes, npz:PATH or folder:PATH; default: the run's")
   parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
@@ -152,8 +146,8 @@ def evaluate_weights(options: Options) -> Score:
     UserError: weights or data are missing, damaged or do not belong together.
   """
   # Imported here: they bring JAX, for which a wrong flag need not wait.
-  from flax_cifar import classifier as classifier_lib
   from flax_cifar import metrics
+  from flax_cifar.run import classifier as classifier_lib
   from flax_cifar.run import weights as weights_lib
 
   weights = weights_lib.load_weights(options.weights)

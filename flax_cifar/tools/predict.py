@@ -52,12 +52,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   Raises:
     UserError: something is missing or unknown.
   """
-  parser = command_line.Parser(
-    "predict",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_line.create_parser("predict", __doc__)
   parser.add_argument("pictures", nargs="+", metavar="PICTURE_OR_FOLDER")
   command_line.add_network(parser)
   parser.add_argument("--top", type=int, default=3, help="classes to name for each, default: 3")
@@ -78,8 +73,8 @@ def predict(options: argparse.Namespace) -> list[Prediction]:
     UserError: weights or pictures are missing or damaged, or --picture cannot be written.
   """
   # Imported here: they bring JAX, for which a wrong flag need not wait.
-  from flax_cifar import classifier
   from flax_cifar.data.sources import folder
+  from flax_cifar.run import classifier
   from flax_cifar.run import weights as weights_lib
 
   weights = weights_lib.load_weights(options.weights)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from flax_cifar import errors
 
 if TYPE_CHECKING:
-  from flax_cifar import classifier
+  from flax_cifar.run import classifier
 
 FOLDER = pathlib.Path(__file__).parent
 WEIGHTS = "weights.safetensors"
@@ -36,7 +36,6 @@ def load_pretrained(name: str) -> "classifier.Classifier":
   Raises:
     UserError: there is none of this name; the message lists them.
   """
-  from flax_cifar import classifier
-  from flax_cifar.run import weights
+  from flax_cifar.run import classifier, weights
 
   return classifier.create_classifier(weights.load_weights(find_weights(name)), dtype=DTYPE)
