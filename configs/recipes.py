@@ -1,5 +1,7 @@
 """Recipes that several configs share."""
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 
@@ -54,3 +56,20 @@ def use_keras_recipe(config: ConfigDict) -> None:
   config.schedule.step.update({"factor": 0.5, "every": 10.0})
   config.augment.ops = ("horizontal_flip", "shift_scale_rotate")
   config.augment.shift_scale_rotate.update({"shift": 0.1, "scale": 0.0, "rotate": 0.0, "p": 1.0})
+
+
+def list_tiny_recipes() -> dict[str, Callable[[ConfigDict], None]]:
+  """The recipes of the networks of residual depthwise-separable units."""
+  return {"ours": _train_tiny, "long": _train_tiny_long}
+
+
+def _train_tiny(config: ConfigDict) -> None:
+  use_our_recipe(config)
+  config.total_epochs = 60
+  config.augment.random_crop.padding = 3
+
+
+def _train_tiny_long(config: ConfigDict) -> None:
+  _train_tiny(config)
+  add_cutout(config)
+  config.total_epochs = 200

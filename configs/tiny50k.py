@@ -4,7 +4,7 @@ Parameters  48,090
 Recipe      ours, 60 epochs
 Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/tiny50k.py
-Variants    those of every config: see configs/variants.py
+Variants    long  200 epochs, with cutout; every config has the others: see configs/variants.py
 """
 
 from ml_collections import ConfigDict
@@ -16,10 +16,4 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.get_config()
   config.name = "tiny50k"
   config.model.name = "tiny50k"
-  return variants.apply_arg(config, arg, {"ours": _ours})
-
-
-def _ours(config: ConfigDict) -> None:
-  recipes.use_our_recipe(config)
-  config.total_epochs = 60
-  config.augment.random_crop.padding = 3
+  return variants.apply_arg(config, arg, recipes.list_tiny_recipes())

@@ -11,13 +11,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flax_cifar import errors
-from flax_cifar.models import norms
+from flax_cifar import errors, muon
+from flax_cifar.models import blocks, norms
 from flax_cifar.parallel import mesh as mesh_lib
 
 Schedule = Callable[[Any], Any]  # step -> learning rate, as a factor of the peak
 Mask = Callable[[Any], Any] | None
 
+FIXED = (norms.FIXED_SCALE, blocks.FIXED_KERNEL)  # names of parameters that training keeps
 MAX_EPOCHS = 1_000_000  # of plateau's patience and cooldown
 
 
@@ -91,7 +92,14 @@ def _one_cycle(
   errors.require(0 <= final <= 1, "schedule.one_cycle.final", final, "a fraction in [0, 1]")
   xs = jnp.array([0.0, peak_at * total_steps, total_steps])
   ys = jnp.array([initial, 1.0, final])
-  return lambda step: jnp.interp(jnp.asarray(step, jnp.float32), xs, ys)
+
+  def get_factor(step: Any) -> jax.Array:
+    # jnp.interp would search for the segment in a loop, for whose end a GPU waits.
+    step = jnp.minimum(jnp.asarray(step, jnp.float32), xs[2])
+    i = jnp.asarray(step >= xs[1], jnp.int32)
+    return ys[i] + (step - xs[i]) / (xs[i + 1] - xs[i]) * (ys[i + 1] - ys[i])
+
+  return get_factor
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -180,9 +188,15 @@ def kernels_only(params: Any) -> Any:
 
 
 def trainable_mask(params: Any) -> Any:
-  """False for the scales that a norm keeps at 1, whose gradient is 0; True for all others."""
-  fixed = (jax.tree_util.DictKey(norms.FIXED_SCALE),)
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1:] != fixed, params)
+  """False for parameters that training keeps, such as a whitening kernel; True for all others.
+
+  Their gradient is 0, but weight decay would shrink them.
+  """
+
+  def is_trainable(path: Any, _: Any) -> bool:
+    return getattr(path[-1], "key", None) not in FIXED
+
+  return jax.tree_util.tree_map_with_path(is_trainable, params)
 
 
 def create_optimizer(
@@ -250,13 +264,14 @@ def _muon(
   """
   check_decay("optimizer.muon.momentum", momentum)
   errors.require(0 < rms <= errors.MAX_NUMBER, "optimizer.muon.rms", rms, "positive and finite")
-  decayed = optax.contrib.muon(
+  create = muon.create if jax.default_backend() == "gpu" else optax.contrib.muon
+  decayed = create(
     rate,
     beta=momentum,
     weight_decay=weight_decay,
     adam_weight_decay=weight_decay,
     consistent_rms=rms,
-    muon_weight_dimension_numbers=get_matrices,
+    muon_weight_dimension_numbers=muon.get_matrices,
   )
   # The mask it takes is for matrices alone, and all of them are kernels.
   return optax.partition({True: decayed, False: optax.nadam(rate)}, mask) if mask else decayed
@@ -266,22 +281,6 @@ def check_decay(key: str, decay: float) -> None:
   """Raises a UserError unless `decay` is in [0, 1) in float32 too."""
   # Closer to 1, float32 rounds to 1, and an average that divides by 1 - decay would be NaN.
   errors.require(0 <= decay <= 1 - 1e-7, key, decay, "at least 0 and below 1")
-
-
-def get_matrices(params: Any) -> Any:
-  """The axes of a kernel (height, width, in, out) that Muon takes as the rows of a matrix.
-
-  None for leaves that are no matrix: depthwise kernels, biases and the parameters of norms.
-  """
-  whole = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
-  dense = optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
-
-  def get(leaf: jax.Array) -> Any:
-    if leaf.ndim == 2:
-      return dense
-    return whole if leaf.ndim == 4 and leaf.shape[2] > 1 else None
-
-  return jax.tree.map(get, params)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {

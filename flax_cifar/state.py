@@ -26,8 +26,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Array, Float
 
 from flax_cifar import metrics, optim
+
+
+INIT_IMAGES = 1024  # enough for the covariance of the pixels of a patch
 
 
 class TrainState(struct.PyTreeNode):
@@ -81,17 +85,18 @@ def create_train_states(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   plateau: optim.Plateau,
-  image_shape: tuple[int, int, int],
+  images: Float[Array, "n h w 3"],
   ema_decay: float,
   seeds: Iterable[int],
 ) -> list[TrainState]:
   """The state before the first step for each of the `seeds`.
 
-  It is a pure function of the seed on one kind of device.
+  It is a pure function of the seed and of `images`, which a whitening layer reads, on one kind of
+  device.
   """
 
-  def create(init_key: jax.Array, key: jax.Array) -> TrainState:
-    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+  def create(init_key: jax.Array, key: jax.Array, images: jax.Array) -> TrainState:
+    variables = model.init(init_key, images, train=False)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -109,7 +114,8 @@ def create_train_states(
   quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
   compiled = jax.jit(create, compiler_options=quick)
   # threefry, the default, takes XLA:CPU ten seconds to compile for this many shapes.
-  return [compiled(jax.random.key(seed, impl="rbg"), jax.random.key(seed)) for seed in seeds]
+  keys = ((jax.random.key(seed, impl="rbg"), jax.random.key(seed)) for seed in seeds)
+  return [compiled(*pair, images) for pair in keys]
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:

@@ -72,19 +72,19 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     enabled=config.schedule.name == "plateau", **config.schedule.plateau
   )
   optimizer = optim.create_optimizer(schedule, **config.optimizer)
+  normalize = normalize_lib.create_normalize(mean, std, dtype=config.compute_dtype)
   with config_lib.explain_misfit(config):
     states = state_lib.create_train_states(
       model=model,
       optimizer=optimizer,
       plateau=plateau,
-      image_shape=splits.image_shape,
+      images=normalize(splits.train.images[: state_lib.INIT_IMAGES]),
       ema_decay=config.ema.decay,
       seeds=range(config.seed, config.seed + num_seeds),
     )
   state = mesh_lib.place(seeds_lib.stack(states), mesh_lib.split_seeds(mesh))
 
   #### Compiled steps
-  normalize = normalize_lib.create_normalize(mean, std, dtype=config.compute_dtype)
   step = functools.partial(
     train_step,
     model=model,

@@ -25,7 +25,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
   atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # XLA compiles in half the time without LLVM's optimizations; see `optimized`.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 # The tests check the annotations of these modules, shapes included, at each call of a function.
 # Other modules accept a ConfigDict as a Mapping, or check wrong types themselves.
@@ -38,7 +39,7 @@ CHECKED = (
   *("flax_cifar.models.dropout", "flax_cifar.models.five_convs", "flax_cifar.models.ghost"),
   *("flax_cifar.models.keras_base", "flax_cifar.models.keras_fcn", "flax_cifar.models.norms"),
   *("flax_cifar.models.pyramid", "flax_cifar.models.skip", "flax_cifar.models.skip_dilated"),
-  *("flax_cifar.models.tiny", "flax_cifar.models.wide"),
+  *("flax_cifar.models.sprint", "flax_cifar.models.tiny", "flax_cifar.models.wide"),
 )
 
 

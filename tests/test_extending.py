@@ -76,7 +76,7 @@ def train_steps(config, steps):
     model=model,
     optimizer=optimizer,
     plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
-    image_shape=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3),
+    images=jnp.zeros((1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)),
     ema_decay=0.0,
     seeds=[0],
   )[0]

@@ -82,7 +82,7 @@ def create_state_and_step(name):
     model=model,
     optimizer=optimizer,
     plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
-    image_shape=(32, 32, 3),
+    images=jnp.zeros((1, 32, 32, 3)),
     ema_decay=config.ema.decay,
     seeds=[0],
   )[0]

@@ -18,7 +18,7 @@ def create(seed=0, ema_decay=0.0):
     model=tiny.TinyNet(),
     optimizer=optax.sgd(0.1),
     plateau=optim.create_plateau(enabled=True, **PLATEAU),
-    image_shape=(8, 8, 3),
+    images=jnp.zeros((1, 8, 8, 3)),
     ema_decay=ema_decay,
     seeds=[seed],
   )[0]

@@ -448,7 +448,7 @@ def create_step(mixing=None, **changes):
     model=model,
     optimizer=optimizer,
     plateau=plateau,
-    image_shape=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3),
+    images=jnp.zeros((1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)),
     ema_decay=0.0,
     seeds=[0],
   )[0]

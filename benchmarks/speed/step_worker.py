@@ -155,7 +155,7 @@ def create_parts(network: str, dtype: str = "float32") -> tuple[Any, dict[str, A
     model=model,
     optimizer=optimizer,
     plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
-    image_shape=(32, 32, 3),
+    images=np.zeros((1, 32, 32, 3), np.float32),
     ema_decay=0,
     seeds=[0],
   )[0]

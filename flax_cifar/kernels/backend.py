@@ -17,12 +17,15 @@ from flax_cifar.kernels.onednn import convolution, library
 
 VARIABLE = "FLAX_CIFAR_KERNELS"
 BACKENDS = {
-  "auto": "on a single CPU device native or onednn, if they work; else xla on CPUs, or definition",
+  "auto": "on a single CPU device native or onednn, if they work; else xla on CPUs, gpu on GPUs, or "
+  "definition",
   "native": "C++, compiled here, where it has a kernel; for the rest oneDNN, or xla without it",
   "onednn": "kernels of oneDNN",
   "xla": "operations of XLA, put together for CPUs",
+  "gpu": "operations of XLA, put together for GPUs",
   "definition": "the plain operations of JAX",
 }
+PLAIN = ("definition", "gpu")  # without what is done for the compiler for CPUs alone
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # instruction sets
 
 # Those that may be missing, fastest first: whether they work, and what they need.
@@ -46,7 +49,7 @@ def select_backend() -> str:
   on_cpu = jax.default_backend() == "cpu"
   if name == "auto":
     if not on_cpu:
-      return "definition"
+      return "gpu" if jax.default_backend() == "gpu" else "definition"
     if jax.device_count() > 1:  # XLA cannot split a custom call over devices
       return "xla"
     return next((name for name, (works, _) in OPTIONAL.items() if works()), "xla")

@@ -1,4 +1,4 @@
-"""Convolutions equal to JAX's that are faster on CPUs.
+"""Convolutions equal to JAX's that are faster on CPUs and GPUs.
 
 `lax.conv_general_dilated` is their definition, and the tests compare them with it.
 """
@@ -17,6 +17,11 @@ from flax_cifar.kernels import taps as taps_lib
 from flax_cifar.kernels.native import dense
 from flax_cifar.kernels.onednn import convolution
 
+Pair = tuple[int, int]  # of rows and columns
+Sides = tuple[Pair, Pair]  # (top, bottom), (left, right)
+
+GPU_SUMS = 5  # XLA:GPU keeps 8,320 bytes for each sum, of 48 KiB
+
 
 def conv_general_dilated(
   lhs: Float[Array, "n h w c"],
@@ -29,41 +34,57 @@ def conv_general_dilated(
   bias: Float32[Array, " o"] | None = None,
 ) -> Float[Array, "n h2 w2 o"]:
   """Computes `lax.conv_general_dilated` for NHWC and HWIO by the selected backend; adds `bias`."""
-  selected = backend.select_backend()
   if isinstance(padding, str):
     extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-  is_dense, depthwise = (
-    feature_group_count == 1,
-    feature_group_count == lhs.shape[-1] == rhs.shape[-1],
-  )
-  by_ones = {*window_strides} == {1}
-  if is_dense and by_ones and len({*rhs_dilation}) == 1:
+  strides, dilation = tuple(window_strides), tuple(rhs_dilation)
+  padding = tuple(map(tuple, padding))
+  if feature_group_count == 1 and {*strides} == {1} and len({*dilation}) == 1:
     (top, bottom), (left, right) = padding
-    window = dense.Window(top, bottom, left, right, False, rhs_dilation[0])
+    window = dense.Window(top, bottom, left, right, False, dilation[0])
     if fits_native(lhs.shape, rhs.shape[:2], window, lhs.dtype):
       return dense.convolve(lhs, rhs.astype(jnp.float32), bias, window, relu=False)
   if backend.uses_onednn(lhs.dtype):
-    return convolution.convolve(
-      lhs, rhs, bias, window_strides, padding, rhs_dilation, feature_group_count
-    )
-  fast = selected != "definition" and by_ones
-  if fast and is_dense:
-    y = _dense(lhs, rhs, tuple(map(tuple, padding)), tuple(rhs_dilation))
-  elif fast and depthwise:
-    y = _depthwise(jnp.pad(lhs, ((0, 0), *padding, (0, 0))), rhs[:, :, 0], tuple(rhs_dilation))
-  else:
-    y = lax.conv_general_dilated(
-      lhs,
-      rhs,
-      window_strides,
-      padding,
-      rhs_dilation=rhs_dilation,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      feature_group_count=feature_group_count,
-    )
+    return convolution.convolve(lhs, rhs, bias, strides, padding, dilation, feature_group_count)
+  y = _convolve_by_xla(lhs, rhs, strides, padding, dilation, feature_group_count)
   # The sum is in float32, because XLA:CPU would otherwise sum the bias's gradient in bfloat16.
   return y if bias is None else (y.astype(jnp.float32) + bias).astype(y.dtype)
+
+
+def _convolve_by_xla(
+  x: Array, kernel: Array, strides: Pair, padding: Sides, dilation: Pair, groups: int
+) -> Array:
+  """Convolves by the operations of XLA that are fastest on this device."""
+  selected, by_ones = backend.select_backend(), {*strides} == {1}
+  if selected != "definition" and groups == x.shape[-1] == kernel.shape[-1]:
+    if by_ones or selected == "gpu":
+      padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+      return _depthwise(padded, kernel[:, :, 0], strides, dilation)
+  if groups == 1 and by_ones:
+    if selected == "gpu" and kernel.shape[:2] == (1, 1) and {*padding} == {(0, 0)}:
+      return x @ kernel[0, 0]  # for several seeds too, where a convolution would become grouped
+    if selected not in ("gpu", "definition"):
+      return _dense(x, kernel, padding, dilation)
+  return _convolve(x, kernel, strides, padding, dilation, groups)
+
+
+def _convolve(
+  x: Array,
+  kernel: Array,
+  strides: Pair,
+  padding: Sides,
+  dilation: Pair,
+  groups: int = 1,
+) -> Array:
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    strides,
+    padding,
+    rhs_dilation=dilation,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
 
 
 # ---- Dense convolution
@@ -82,33 +103,20 @@ def fits_native(
   return not slower or dense.fits_winograd(shape, kernel_size, window)
 
 
-def _convolve(
-  x: Array, kernel: Array, padding: tuple[tuple[int, int], ...], dilation: tuple[int, int]
-) -> Array:
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (1, 1),
-    padding,
-    rhs_dilation=dilation,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
+def _convolve_by_ones(x: Array, kernel: Array, padding: Sides, dilation: Pair) -> Array:
+  return _convolve(x, kernel, (1, 1), padding, dilation)
 
 
-_dense = jax.custom_vjp(_convolve, nondiff_argnums=(2, 3))
+_dense = jax.custom_vjp(_convolve_by_ones, nondiff_argnums=(2, 3))
 
 
-def _dense_forward(
-  x: Array, kernel: Array, padding: tuple[tuple[int, int], ...], dilation: tuple[int, int]
-) -> Any:
-  return _convolve(x, kernel, padding, dilation), (x, kernel)
+def _dense_forward(x: Array, kernel: Array, padding: Sides, dilation: Pair) -> Any:
+  return _convolve_by_ones(x, kernel, padding, dilation), (x, kernel)
 
 
-def _dense_backward(
-  padding: tuple[tuple[int, int], ...], dilation: tuple[int, int], saved: Any, gradient: Array
-) -> Any:
+def _dense_backward(padding: Sides, dilation: Pair, saved: Any, gradient: Array) -> Any:
   x, kernel = saved
-  (x_gradient,) = jax.vjp(lambda x: _convolve(x, kernel, padding, dilation), x)[1](gradient)
+  (x_gradient,) = jax.vjp(lambda x: _convolve_by_ones(x, kernel, padding, dilation), x)[1](gradient)
   return x_gradient, taps_lib.get_kernel_gradient(x, gradient, kernel.shape, padding, dilation)
 
 
@@ -118,34 +126,36 @@ _dense.defvjp(_dense_forward, _dense_backward)
 # ---- Depthwise convolution
 
 
-def _shifted_sum(x: Array, kernel: Array, dilation: tuple[int, int]) -> Array:
+def _shifted_sum(x: Array, kernel: Array, strides: Pair, dilation: Pair) -> Array:
   """Adds up the taps times their weights, ten times faster than the convolution of XLA:CPU.
 
   That one works channel by channel.
   """
   weights = kernel.reshape(-1, kernel.shape[-1])
-  taps = taps_lib.list_taps(x, kernel.shape[:2], dilation)
+  taps = taps_lib.list_taps(x, kernel.shape[:2], dilation, strides)
   return sum(
     (tap * weight for tap, weight in zip(taps, weights, strict=True)), jnp.zeros((), x.dtype)
   )
 
 
 # JAX's own gradient of the kernel would be one slow reduction per tap.
-_depthwise = jax.custom_vjp(_shifted_sum, nondiff_argnums=(2,))
+_depthwise = jax.custom_vjp(_shifted_sum, nondiff_argnums=(2, 3))
 
 
-def _depthwise_forward(x: Array, kernel: Array, dilation: tuple[int, int]) -> Any:
-  return _shifted_sum(x, kernel, dilation), (x, kernel)
+def _depthwise_forward(x: Array, kernel: Array, strides: Pair, dilation: Pair) -> Any:
+  return _shifted_sum(x, kernel, strides, dilation), (x, kernel)
 
 
-def _depthwise_backward(dilation: tuple[int, int], saved: Any, gradient: Array) -> Any:
+def _depthwise_backward(strides: Pair, dilation: Pair, saved: Any, gradient: Array) -> Any:
   x, kernel = saved
-  (x_gradient,) = jax.vjp(lambda x: _shifted_sum(x, kernel, dilation), x)[1](gradient)
-  taps = [tap.astype(jnp.float32) for tap in taps_lib.list_taps(x, kernel.shape[:2], dilation)]
-  products = [tap * gradient.astype(jnp.float32) for tap in taps]
-  zeros = [jnp.zeros((), jnp.float32)] * len(products)
-  # All taps in one pass over the data.
-  sums = lax.reduce(products, zeros, sums_lib.add_each, (0, 1, 2))
+  (x_gradient,) = jax.vjp(lambda x: _shifted_sum(x, kernel, strides, dilation), x)[1](gradient)
+  taps = taps_lib.list_taps(x, kernel.shape[:2], dilation, strides)
+  gradient = gradient.astype(jnp.float32)
+  products = [tap.astype(jnp.float32) * gradient for tap in taps]
+  # All taps in one pass over the data; a GPU's shared memory has room for the sums of a few.
+  few = GPU_SUMS if backend.select_backend() == "gpu" else len(products)
+  parts = [products[i : i + few] for i in range(0, len(products), few)]
+  sums = [total for part in parts for total in sums_lib.sum_each(part, (0, 1, 2))]
   return x_gradient, jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
 
 

@@ -108,6 +108,8 @@ def _broadcast(reduced: Array, x: Array, sets: moments_lib.Sets) -> Array:
 
 def _as_row(values: Array, x: Array) -> Array:
   """Stores a row of `x` with `values` in memory, the form that terms of `sum_positions` may use."""
+  if backend.select_backend() in backend.PLAIN:
+    return values
   shape = jnp.broadcast_shapes(values.shape, (1, 1, *x.shape[2:]))
   return jax.lax.optimization_barrier(jnp.broadcast_to(values, shape))
 
@@ -117,7 +119,7 @@ def _as_row(values: Array, x: Array) -> Array:
 
 def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
   """max(x, 0), with the gradient 0 at 0; NaN stays NaN."""
-  if backend.select_backend() == "definition":
+  if backend.select_backend() in backend.PLAIN:
     return nn.relu(x)
   # XLA:CPU compares bfloat16 more slowly than float32.
   return jnp.where(x.astype(jnp.float32) <= 0, jnp.zeros_like(x), x)

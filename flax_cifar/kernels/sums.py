@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from flax_cifar.kernels import backend
+
 ROWS = 8  # rows to add at once; XLA:CPU keeps about this many side by side
 
 
@@ -16,6 +18,8 @@ def sum_positions(*terms: Float32[Array, "n h w c"]) -> list[Float32[Array, "n c
   XLA:CPU adds a few long rows at memory speed. It needs several times as long to add many rows or
   columns, or to compute one sum without another beside it.
   """
+  if backend.select_backend() in backend.PLAIN:
+    return sum_each(terms, (1, 2))
   count, _, _, channels = terms[0].shape
   sums = _sum_rows(terms, length=terms[0].shape[2] * channels)
   while sums[0].size > count * channels:
@@ -23,8 +27,13 @@ def sum_positions(*terms: Float32[Array, "n h w c"]) -> list[Float32[Array, "n c
   return [total.reshape(count, channels) for total in sums]
 
 
-def add_each(left: list[Array], right: list[Array]) -> list[Array]:
-  """Adds two lists element by element; `lax.reduce` makes several sums at once with it."""
+def sum_each(terms: Sequence[Float32[Array, "..."]], axes: tuple[int, ...]) -> list[Array]:
+  """Sums each of the terms, which have the same shape, over `axes`, all in one pass."""
+  zeros = [jnp.zeros((), jnp.float32)] * len(terms)
+  return jax.lax.reduce(list(terms), zeros, _add_each, axes)
+
+
+def _add_each(left: list[Array], right: list[Array]) -> list[Array]:
   return [a + b for a, b in zip(left, right, strict=True)]
 
 
@@ -35,4 +44,4 @@ def _sum_rows(terms: Sequence[Array], length: int) -> Sequence[Array]:
   divisors = [n for n in range(2, rows + 1) if rows % n == 0]
   few = min(divisors, key=lambda n: abs(math.log(n / ROWS)), default=1)
   parts = [term.reshape(count, rows // few, few, length) for term in terms]
-  return jax.lax.reduce(parts, [jnp.zeros((), jnp.float32)] * len(parts), add_each, (2,))
+  return sum_each(parts, (2,))

@@ -56,13 +56,16 @@ def get_kernel_gradient(
 
 
 def list_taps(
-  x: Float[Array, "n h w c"], kernel_size: tuple[int, ...], dilation: tuple[int, int]
+  x: Float[Array, "n h w c"],
+  kernel_size: tuple[int, ...],
+  dilation: tuple[int, int],
+  strides: tuple[int, int] = (1, 1),
 ) -> list[Float[Array, "n h2 w2 c"]]:
   """Lists the part of `x` under each kernel tap, row by row, without padding."""
   height = x.shape[1] - (kernel_size[0] - 1) * dilation[0]
   width = x.shape[2] - (kernel_size[1] - 1) * dilation[1]
   return [
-    x[:, i * dilation[0] :][:, :height, j * dilation[1] :][:, :, :width]
+    x[:, i * dilation[0] :][:, : height : strides[0], j * dilation[1] :][:, :, : width : strides[1]]
     for i in range(kernel_size[0])
     for j in range(kernel_size[1])
   ]

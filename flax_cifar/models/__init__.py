@@ -1,6 +1,6 @@
 """The networks by name, with the values of the config keys that choose them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from flax_cifar.models import (
   pyramid,
   skip,
   skip_dilated,
+  sprint,
   tiny,
   wide,
 )
 
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
   "dilated": dilated.Dilated,
   "pyramid": pyramid.Pyramid,
   "keras_base": keras_base.KerasBase,
@@ -32,7 +33,12 @@ MODELS: dict[str, type[nn.Module]] = {
   "ghost": ghost.Ghost,
   "skip": skip.Skip,
   "skip_dilated": skip_dilated.SkipDilated,
+  "sprint": sprint.Sprint,
+  "sprint_wide": partial(sprint.Sprint, widths=(64, 256, 256)),
   "tiny50k": tiny.Tiny,
+  "tiny100k": partial(tiny.Tiny, widths=(48, 64, 96)),
+  "tiny200k": partial(tiny.Tiny, widths=(64, 96, 128), units=(3, 4, 6)),
+  "tiny700k": partial(tiny.Tiny, widths=(96, 192, 256), units=(3, 4, 6)),
   "wide": wide.Wide,
 }
 DTYPES: dict[str, blocks.DType] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -25,6 +25,8 @@ from flax_cifar.kernels.native import finish as finish_lib
 from flax_cifar.kernels.native import pooling as native_pooling
 from flax_cifar.models import dropout, norms
 
+FIXED_KERNEL = "fixed_kernel"  # see optim.trainable_mask
+WHITENING_EPSILON = 5e-4  # of the variances of normalized pixels; arXiv:2404.00498 has it
 Initializer = nn.initializers.Initializer
 DType = jax.typing.DTypeLike
 Order = Literal["conv_norm_relu", "conv_relu_norm"]
@@ -398,6 +400,46 @@ class ParallelSum(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 features"]:
     return self.plain(name="plain")(x, train) + self.dilated(name="dilated")(x, train)
+
+
+class Whitening(nn.Module):
+  """A convolution that decorrelates the values of a patch of pixels; training keeps its kernel.
+
+  Half of the outputs are the principal components of the patches, each with variance 1; the other
+  half are their negatives, so that a ReLU after them loses nothing. The kernel is computed from the
+  images with which the network is initialized; the bias is learned. There is no padding. Source:
+  Page 2019 ("How to train your ResNet 8"), with the negatives of Jordan 2024 (arXiv:2404.00498).
+
+  Attributes:
+    dtype: in which the convolution computes, and of the output.
+    side: of a patch in pixels; there are 2 * side * side outputs for each channel.
+  """
+
+  dtype: DType
+  side: int = 2
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+    kernel = self.param(FIXED_KERNEL, lambda key: compute_whitening(x, self.side))
+    bias = self.param("bias", nn.initializers.zeros, (kernel.shape[-1],))
+    x, kernel = nn.dtypes.promote_dtype(x, jax.lax.stop_gradient(kernel), dtype=self.dtype)
+    return conv_lib.conv_general_dilated(
+      x, kernel, (1, 1), "VALID", rhs_dilation=(1, 1), feature_group_count=1, bias=bias
+    )
+
+
+def compute_whitening(
+  images: Float[Array, "n h w c"], side: int
+) -> Float32[Array, "{side} {side} c outputs"]:
+  """Computes the kernel of `Whitening` from the patches of `images`."""
+  height, width = (size - side + 1 for size in images.shape[1:3])
+  pixels = [images[:, i:, j:][:, :height, :width] for i in range(side) for j in range(side)]
+  patches = jnp.concatenate(pixels, -1).astype(jnp.float32)
+  size = patches.shape[-1]
+  patches = patches.reshape(-1, size)
+  variances, components = jnp.linalg.eigh(patches.T @ patches / len(patches))
+  kernel = components / jnp.sqrt(variances + WHITENING_EPSILON)
+  return jnp.concatenate([kernel, -kernel], -1).reshape(side, side, -1, 2 * size)
 
 
 class MaxPool(nn.Module):

@@ -22,7 +22,7 @@ from flax_cifar.parallel import mesh as mesh_lib
 Norm = Callable[..., nn.Module]
 
 # The name of a parameter that keeps its initial value; `optim.trainable_mask` excludes it.
-FIXED_SCALE = "fixed_scale"
+FIXED_SCALE = "fixed_scale"  # see optim.trainable_mask
 
 
 class BatchNorm(nn.Module):

@@ -93,7 +93,7 @@ def compile_text(num_seeds, num_devices):
     model=model,
     optimizer=optimizer,
     plateau=optim.create_plateau(enabled=False, **common.get_config().schedule.plateau),
-    image_shape=(tiny.IMAGE_SIZE,) * 2 + (3,),
+    images=jnp.zeros((1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)),
     ema_decay=0,
     seeds=range(num_seeds),
   )

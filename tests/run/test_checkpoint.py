@@ -31,7 +31,7 @@ def create(seed=0, **network):
     model=tiny.TinyNet(**network),
     optimizer=optax.sgd(0.1, momentum=0.9),
     plateau=optim.create_plateau(enabled=True, **PLATEAU),
-    image_shape=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3),
+    images=np.zeros((1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3), np.float32),
     ema_decay=0.9,
     seeds=[seed],
   )[0]

@@ -1,0 +1,19 @@
+"""Network `tiny100k`, our own: residual depthwise-separable units in three stages.
+
+Parameters  94,138
+Recipe      ours, 60 epochs
+Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
+Command     python main.py --config=configs/tiny100k.py
+Variants    long  200 epochs; every config has the others: see configs/variants.py
+"""
+
+from ml_collections import ConfigDict
+
+from flax_cifar.configs import common, recipes, variants
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  config = common.get_config()
+  config.name = "tiny100k"
+  config.model.name = "tiny100k"
+  return variants.apply_arg(config, arg, recipes.list_tiny_recipes())
