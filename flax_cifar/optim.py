@@ -90,10 +90,11 @@ def _one_cycle(
   errors.require(0 < peak_at < 1, "schedule.one_cycle.peak_at", peak_at, "a fraction in (0, 1)")
   errors.require(0 <= initial <= 1, "schedule.one_cycle.initial", initial, "a fraction in [0, 1]")
   errors.require(0 <= final <= 1, "schedule.one_cycle.final", final, "a fraction in [0, 1]")
-  xs = jnp.array([0.0, peak_at * total_steps, total_steps])
-  ys = jnp.array([initial, 1.0, final])
+  points = np.array([0.0, peak_at * total_steps, total_steps], np.float32)
+  factors = np.array([initial, 1.0, final], np.float32)
 
   def get_factor(step: Any) -> jax.Array:
+    xs, ys = jnp.asarray(points), jnp.asarray(factors)
     # jnp.interp would search for the segment in a loop, for whose end a GPU waits.
     step = jnp.minimum(jnp.asarray(step, jnp.float32), xs[2])
     i = jnp.asarray(step >= xs[1], jnp.int32)

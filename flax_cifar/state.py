@@ -30,7 +30,6 @@ from jaxtyping import Array, Float
 
 from flax_cifar import metrics, optim
 
-
 INIT_IMAGES = 1024  # enough for the covariance of the pixels of a patch
 
 

@@ -39,7 +39,7 @@ CHECKED = (
   *("flax_cifar.models.dropout", "flax_cifar.models.five_convs", "flax_cifar.models.ghost"),
   *("flax_cifar.models.keras_base", "flax_cifar.models.keras_fcn", "flax_cifar.models.norms"),
   *("flax_cifar.models.pyramid", "flax_cifar.models.skip", "flax_cifar.models.skip_dilated"),
-  *("flax_cifar.models.sprint", "flax_cifar.models.tiny", "flax_cifar.models.wide"),
+  *("flax_cifar.models.tiny", "flax_cifar.models.wide"),
 )
 
 

@@ -4,6 +4,8 @@ Each operation returns an `Array`, which knows how to pass a gradient on to its 
 uses JAX, so that it can judge what JAX and XLA compute.
 """
 
+from functools import partial
+
 import numpy as np
 
 EPSILON, MOMENTUM = 1e-5, 0.9
@@ -217,6 +219,13 @@ class Network:
     y = convolve(x, conv["kernel"], **options)
     return add_per_channel(y, conv["bias"]) if "bias" in conv else y
 
+  def whiten(self, x, path):
+    """A convolution whose kernel gets no gradient, its bias, and ReLU."""
+    conv = _get(self.params, path)
+    conv["fixed_kernel"].gradient = np.zeros_like(conv["fixed_kernel"].value)
+    y = convolve(x, Array(conv["fixed_kernel"].value))
+    return relu(add_per_channel(y, conv["bias"]))
+
   def dense(self, x, path):
     dense = _get(self.params, path)
     return add_per_channel(multiply_matrix(x, dense["kernel"]), dense["bias"])
@@ -340,21 +349,25 @@ def run_skip_dilated(net, x):
   return net.head(net.relu_first(x, "c9", stride=2))
 
 
-def run_tiny50k(net, x):
+def run_tiny(net, x, units=(3, 4, 5)):
   x = net.unit(x, "stem", padding=1)
-  for i in range(1, 4):
-    x = x + net.residual(x, f"stage1_unit{i}")
-  x = net.residual(x, "stage2_down", stride=2)
-  for i in range(1, 5):
-    x = x + net.residual(x, f"stage2_unit{i}")
-  x = net.residual(x, "stage3_down", stride=2)
-  for i in range(1, 6):
-    x = x + net.residual(x, f"stage3_unit{i}")
+  for stage, number in enumerate(units, start=1):
+    if stage > 1:
+      x = net.residual(x, f"stage{stage}_down", stride=2)
+    for i in range(1, number + 1):
+      x = x + net.residual(x, f"stage{stage}_unit{i}")
   return net.head(net.normalize(x, "norm"))
 
 
 def run_wide(net, x):
-  x = net.conv(x, "patches")
+  return run_groups(net, net.conv(x, "patches"))
+
+
+def run_sprint(net, x):
+  return run_groups(net, net.whiten(x, "whitening"))
+
+
+def run_groups(net, x):
   for group in ("group1", "group2", "group3"):
     x = halve(net.conv(x, f"{group}_pooled/conv", padding=1))
     x = net.unit(net.finish(x, f"{group}_pooled"), f"{group}_unit", padding=1)
@@ -397,7 +410,12 @@ NETWORKS = {
   "ghost": run_ghost,
   "skip": run_skip,
   "skip_dilated": run_skip_dilated,
-  "tiny50k": run_tiny50k,
+  "sprint": run_sprint,
+  "sprint_wide": run_sprint,
+  "tiny50k": run_tiny,
+  "tiny100k": run_tiny,
+  "tiny200k": partial(run_tiny, units=(3, 4, 6)),
+  "tiny700k": partial(run_tiny, units=(3, 4, 6)),
   "wide": run_wide,
 }
 

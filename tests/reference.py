@@ -19,9 +19,17 @@ NORMS = {
   "ghost": "ghost",
   "skip": "batch",
   "skip_dilated": "batch",
+  "sprint": "batch",
+  "sprint_wide": "batch",
   "tiny50k": "batch",
+  "tiny100k": "batch",
+  "tiny200k": "batch",
+  "tiny700k": "batch",
   "wide": "batch",
 }
+# Networks that differ from another one in numbers of channels and units alone.
+SCALED = ("sprint_wide", "tiny100k", "tiny200k", "tiny700k")
+DISTINCT = tuple(name for name in NORMS if name not in SCALED)
 TOTALS = {
   "dilated": 192_672,
   "pyramid": 48_656,
@@ -31,7 +39,12 @@ TOTALS = {
   "ghost": 657_146,
   "skip": 48_552,
   "skip_dilated": 167_424,
+  "sprint": 569_656,
+  "sprint_wide": 1_972_792,
   "tiny50k": 48_090,
+  "tiny100k": 94_138,
+  "tiny200k": 188_970,
+  "tiny700k": 679_530,
   "wide": 569_632,
 }
 
@@ -98,7 +111,7 @@ def draw_like(variables):
 
   def draw(path, leaf):
     name, shape = path[-1].key, leaf.shape
-    if name == "kernel":
+    if name in ("kernel", "fixed_kernel"):
       value = rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape)
     elif name in ("scale", "var"):
       value = rng.uniform(0.5, 1.5, shape)

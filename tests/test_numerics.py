@@ -31,7 +31,7 @@ SHAPE = (128, 32, 32, 32)  # a batch in the first layers
 RATE, SMOOTHING, DECAY = 0.1, 0.05, 0.998
 BACKENDS = ("onednn", "xla", "definition")
 # Their float64 twins need gigabytes, or half a minute, for a batch of 128.
-LARGE = ("dilated", "ghost", "five_convs", "tiny50k", "wide")
+LARGE = ("dilated", "ghost", "five_convs", "sprint", "tiny50k", "wide")
 
 
 def get_error(actual, expected):
@@ -236,7 +236,7 @@ def test_evaluation_counts_each_image_once():
 
 
 @pytest.mark.parametrize("use_backend", ["native"], indirect=True)  # "auto" on one device
-@pytest.mark.parametrize("name", reference.NORMS)
+@pytest.mark.parametrize("name", reference.DISTINCT)
 @pytest.mark.usefixtures("use_backend")
 def test_a_whole_step_of_each_network(name):
   model = reference.create_model(name, norm=reference.NORMS[name], dropout_rate=0.0)

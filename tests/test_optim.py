@@ -116,6 +116,17 @@ def test_the_mask_exempts_biases_and_norms_from_decay(name):
   assert (masked["kernel"] < plain["kernel"]).all()
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_a_whitening_kernel_is_neither_decayed_nor_moved(name):
+  params = {"whitening": {"fixed_kernel": draw(2, 2, 3, 24), "bias": draw(24)}}
+  config = common.get_config().optimizer.to_dict() | {"name": name, "weight_decay": 0.5}
+  optimizer = optim.create_optimizer(lambda step: 1.0, **config)
+  gradients = {"whitening": {"fixed_kernel": jnp.zeros((2, 2, 3, 24)), "bias": jnp.ones(24)}}
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  assert not updates["whitening"]["fixed_kernel"].any()
+  assert updates["whitening"]["bias"].all()
+
+
 @pytest.mark.parametrize("decay_all", [True, False])
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_a_fixed_scale_is_neither_decayed_nor_moved(name, decay_all):

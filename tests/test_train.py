@@ -15,6 +15,7 @@ import pytest
 from flax_cifar import errors, metrics, optim, signals, train
 from flax_cifar import state as state_lib
 from flax_cifar.data import feeds, splits
+from flax_cifar.data.augment import device
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
 from flax_cifar.run import checkpoint
@@ -565,3 +566,38 @@ def test_an_implicit_copy_to_the_device_is_an_error():
   steps_fn = jax.jit(lambda state, inputs, length: (state, {}), static_argnums=2)
   with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
     train.train_chunks(progress, [(1, None)], steps_fn, *never_ends(), None)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"schedule.name": "one_cycle", "optimizer.name": "muon", "mixing.name": "cutmix"},
+    {"schedule.name": "cosine", "optimizer.name": "adamw", "mixing.name": "mixup"},
+    {
+      "schedule.name": "step",
+      "augment.ops": tuple(device.DEVICE_OPS),
+      "augment.coarse_dropout.height": 4,
+      "augment.coarse_dropout.width": 4,
+      "ema.decay": 0.9,
+    },
+    {"schedule.name": "plateau", "model.norm": "ghost", "model.dropout_rate": 0.1},
+  ],
+)
+def test_a_step_holds_no_array_that_a_device_would_send_back(tmp_path, data, monkeypatch, changes):
+  """A GPU's arrays must not be constants of a program: they would be copied to the host."""
+  traced, compile_steps = [], seeds_lib.compile_steps
+
+  class Spy:
+    def __init__(self, *args, **kwargs):
+      self.steps_fn = compile_steps(*args, **kwargs)
+
+    def __call__(self, *inputs):
+      return self.steps_fn(*inputs)
+
+    def trace(self, *inputs):
+      traced.append(self.steps_fn.trace(*inputs))
+
+  monkeypatch.setattr(seeds_lib, "compile_steps", Spy)
+  runs.run(tmp_path / "run", data, total_epochs=1, **changes)
+  (call,) = traced
+  assert not [value for value in call.jaxpr.consts if isinstance(value, jax.Array)]

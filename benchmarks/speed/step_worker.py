@@ -32,15 +32,16 @@ NORMS = {
   "keras_base": "none",
   "keras_fcn": "batch",
   "five_convs": "batch",
+  "sprint": "batch",
+  "sprint_wide": "batch",
   "tiny50k": "batch",
+  "tiny100k": "batch",
+  "tiny200k": "batch",
+  "tiny700k": "batch",
   "wide": "batch",
 }
-DROPOUT = dict.fromkeys(NORMS, 0.05) | {
-  "ghost": 0.1,
-  "keras_base": 0.25,
-  "tiny50k": 0.0,
-  "wide": 0.0,
-}
+OWN = ("sprint", "sprint_wide", "tiny50k", "tiny100k", "tiny200k", "tiny700k", "wide")
+DROPOUT = dict.fromkeys(NORMS, 0.05) | {"ghost": 0.1, "keras_base": 0.25} | dict.fromkeys(OWN, 0.0)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ which they run, so that the i-th convolution, dense layer or norm here is the i-
 network. What a dense layer reads is flattened as PyTorch does it, channels first.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -321,7 +322,12 @@ def create_five_convs(dropout: float = 0.05) -> nn.Module:
   )
 
 
-def create_tiny50k(dropout: float = 0.0) -> nn.Module:
+def create_tiny(
+  dropout: float = 0.0,
+  *,
+  widths: tuple[int, ...] = (32, 48, 64),
+  units: tuple[int, ...] = (3, 4, 5),
+) -> nn.Module:
   """Residual depthwise-separable units in three stages."""
 
   def unit(c_in: int, c_out: int, stride: int = 1) -> nn.Module:
@@ -334,21 +340,27 @@ def create_tiny50k(dropout: float = 0.0) -> nn.Module:
       nn.Dropout(dropout),
     )
 
+  def stage(c_in: int, c_out: int, number: int) -> list[nn.Module]:
+    first = [unit(c_in, c_out, stride=2)] if c_in else []
+    return [*first, *(Residual(unit(c_out, c_out)) for _ in range(number))]
+
+  stages = (stage(*args) for args in zip((0, *widths), widths, units, strict=False))
   return nn.Sequential(
-    *(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+    *(nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()),
     nn.Dropout(dropout),
-    *(Residual(unit(32, 32)) for _ in range(3)),
-    unit(32, 48, stride=2),
-    *(Residual(unit(48, 48)) for _ in range(4)),
-    unit(48, 64, stride=2),
-    *(Residual(unit(64, 64)) for _ in range(5)),
-    nn.BatchNorm2d(64),
-    create_head(64, nn.AdaptiveAvgPool2d(1), bias=True),
+    *(module for modules in stages for module in modules),
+    nn.BatchNorm2d(widths[-1]),
+    create_head(widths[-1], nn.AdaptiveAvgPool2d(1), bias=True),
   )
 
 
-def create_wide(dropout: float = 0.0) -> nn.Module:
-  """A 2x2 convolution, then three groups of two wide 3x3 convolutions."""
+def create_wide(
+  dropout: float = 0.0, *, widths: tuple[int, ...] = (64, 128, 128), whitens: bool = False
+) -> nn.Module:
+  """A 2x2 convolution, then groups of two wide 3x3 convolutions.
+
+  A whitening has a fixed kernel, a bias and ReLU; here its kernel is random.
+  """
 
   def group(c_in: int, c_out: int) -> list[nn.Module]:
     return [
@@ -359,10 +371,13 @@ def create_wide(dropout: float = 0.0) -> nn.Module:
       *(nn.BatchNorm2d(c_out), nn.ReLU(), nn.Dropout(dropout)),
     ]
 
+  patches = nn.Conv2d(3, 24, 2, bias=whitens)
+  patches.weight.requires_grad_(not whitens)
+  groups = (group(*pair) for pair in zip((24, *widths), widths, strict=False))
   return nn.Sequential(
-    nn.Conv2d(3, 24, 2, bias=False),
-    *(*group(24, 64), *group(64, 128), *group(128, 128)),
-    create_head(128, nn.AdaptiveAvgPool2d(1)),
+    *([patches, nn.ReLU()] if whitens else [patches]),
+    *(module for modules in groups for module in modules),
+    create_head(widths[-1], nn.AdaptiveAvgPool2d(1)),
   )
 
 
@@ -375,6 +390,11 @@ TORCH_NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "ghost": create_ghost,
   "skip": create_skip,
   "skip_dilated": create_skip_dilated,
-  "tiny50k": create_tiny50k,
+  "sprint": functools.partial(create_wide, whitens=True),
+  "sprint_wide": functools.partial(create_wide, widths=(64, 256, 256), whitens=True),
+  "tiny50k": create_tiny,
+  "tiny100k": functools.partial(create_tiny, widths=(48, 64, 96)),
+  "tiny200k": functools.partial(create_tiny, widths=(64, 96, 128), units=(3, 4, 6)),
+  "tiny700k": functools.partial(create_tiny, widths=(96, 192, 256), units=(3, 4, 6)),
   "wide": create_wide,
 }

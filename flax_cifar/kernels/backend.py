@@ -17,8 +17,7 @@ from flax_cifar.kernels.onednn import convolution, library
 
 VARIABLE = "FLAX_CIFAR_KERNELS"
 BACKENDS = {
-  "auto": "on a single CPU device native or onednn, if they work; else xla on CPUs, gpu on GPUs, or "
-  "definition",
+  "auto": "the fastest: native or onednn on one CPU, if they work; xla on several; gpu on GPUs",
   "native": "C++, compiled here, where it has a kernel; for the rest oneDNN, or xla without it",
   "onednn": "kernels of oneDNN",
   "xla": "operations of XLA, put together for CPUs",

@@ -56,15 +56,14 @@ def _convolve_by_xla(
 ) -> Array:
   """Convolves by the operations of XLA that are fastest on this device."""
   selected, by_ones = backend.select_backend(), {*strides} == {1}
-  if selected != "definition" and groups == x.shape[-1] == kernel.shape[-1]:
-    if by_ones or selected == "gpu":
-      padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-      return _depthwise(padded, kernel[:, :, 0], strides, dilation)
-  if groups == 1 and by_ones:
-    if selected == "gpu" and kernel.shape[:2] == (1, 1) and {*padding} == {(0, 0)}:
-      return x @ kernel[0, 0]  # for several seeds too, where a convolution would become grouped
-    if selected not in ("gpu", "definition"):
-      return _dense(x, kernel, padding, dilation)
+  depthwise, pointwise = groups == x.shape[-1] == kernel.shape[-1], kernel.shape[:2] == (1, 1)
+  if depthwise and (selected == "gpu" or (selected != "definition" and by_ones)):
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return _depthwise(padded, kernel[:, :, 0], strides, dilation)
+  if groups == 1 and by_ones and selected not in backend.PLAIN:
+    return _dense(x, kernel, padding, dilation)
+  if groups == 1 and by_ones and selected == "gpu" and pointwise and {*padding} == {(0, 0)}:
+    return x @ kernel[0, 0]  # several seeds make a batch of it, and a grouped convolution otherwise
   return _convolve(x, kernel, strides, padding, dilation, groups)
 
 

@@ -19,7 +19,6 @@ from flax_cifar.models import (
   pyramid,
   skip,
   skip_dilated,
-  sprint,
   tiny,
   wide,
 )
@@ -33,8 +32,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "ghost": ghost.Ghost,
   "skip": skip.Skip,
   "skip_dilated": skip_dilated.SkipDilated,
-  "sprint": sprint.Sprint,
-  "sprint_wide": partial(sprint.Sprint, widths=(64, 256, 256)),
+  "sprint": partial(wide.Wide, whitens=True),
+  "sprint_wide": partial(wide.Wide, widths=(64, 256, 256), whitens=True),
   "tiny50k": tiny.Tiny,
   "tiny100k": partial(tiny.Tiny, widths=(48, 64, 96)),
   "tiny200k": partial(tiny.Tiny, widths=(64, 96, 128), units=(3, 4, 6)),

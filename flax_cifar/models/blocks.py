@@ -70,7 +70,7 @@ class Conv(nn.Conv):
     self._refuse_ignored()
     in_channels = x.shape[-1] // self.feature_group_count
     kernel_shape = (*get_pair(self.kernel_size), in_channels, self.features)
-    kernel = self.param("kernel", self.kernel_init, kernel_shape)
+    kernel = self.create_kernel(x, kernel_shape)
     bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
     padding = self.padding
@@ -84,11 +84,54 @@ class Conv(nn.Conv):
       bias=bias,
     )
 
+  def create_kernel(self, x: Array, shape: tuple[int, ...]) -> Array:
+    """Creates the kernel for the input `x`."""
+    del x
+    return self.param("kernel", self.kernel_init, shape)
+
   def _refuse_ignored(self) -> None:
     for field in dataclasses.fields(nn.Conv):
       value = getattr(self, field.name)
       if field.name in IGNORED and value is not field.default:
         raise ValueError(f"{field.name}={value!r} has no effect on a Conv of this module")
+
+
+class Whitening(Conv):
+  """A convolution that decorrelates the values of a patch of pixels; training keeps its kernel.
+
+  Half of the outputs are the principal components of the patches, each with variance 1; the other
+  half are their negatives, so that a ReLU after them loses nothing. The kernel is computed from the
+  images with which the network is initialized. Source: Page 2019 ("How to train your ResNet 8"),
+  with the negatives of Jordan 2024 (arXiv:2404.00498).
+
+  Raises:
+    ValueError: there are not two outputs for each value of a patch.
+  """
+
+  def create_kernel(self, x: Array, shape: tuple[int, ...]) -> Array:
+    """Creates the kernel from the images `x`."""
+    if shape[-1] != 2 * math.prod(shape[:-1]):
+      raise ValueError(f"whitening needs two outputs for each value of a patch, not {shape}")
+    kernel = self.param(FIXED_KERNEL, lambda key: compute_whitening(x, shape[:2]))
+    return jax.lax.stop_gradient(kernel)
+
+
+def compute_whitening(
+  images: Float[Array, "n h w c"], sides: tuple[int, ...]
+) -> Float32[Array, "kh kw c o"]:
+  """Computes the kernel of `Whitening` from the patches of `images`.
+
+  Args:
+    images: whose mean is near 0.
+    sides: of a patch, in pixels.
+  """
+  height, width = (size - side + 1 for size, side in zip(images.shape[1:3], sides, strict=True))
+  shifted = [images[:, i:, j:] for i in range(sides[0]) for j in range(sides[1])]
+  patches = jnp.concatenate([x[:, :height, :width] for x in shifted], -1).astype(jnp.float32)
+  patches = patches.reshape(-1, patches.shape[-1])
+  variances, components = jnp.linalg.eigh(patches.T @ patches / len(patches))
+  kernel = components / jnp.sqrt(variances + WHITENING_EPSILON)
+  return jnp.concatenate([kernel, -kernel], -1).reshape(*sides, images.shape[-1], -1)
 
 
 def get_pair(value: int | Sequence[int] | None) -> tuple[int, int]:
@@ -400,46 +443,6 @@ class ParallelSum(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 features"]:
     return self.plain(name="plain")(x, train) + self.dilated(name="dilated")(x, train)
-
-
-class Whitening(nn.Module):
-  """A convolution that decorrelates the values of a patch of pixels; training keeps its kernel.
-
-  Half of the outputs are the principal components of the patches, each with variance 1; the other
-  half are their negatives, so that a ReLU after them loses nothing. The kernel is computed from the
-  images with which the network is initialized; the bias is learned. There is no padding. Source:
-  Page 2019 ("How to train your ResNet 8"), with the negatives of Jordan 2024 (arXiv:2404.00498).
-
-  Attributes:
-    dtype: in which the convolution computes, and of the output.
-    side: of a patch in pixels; there are 2 * side * side outputs for each channel.
-  """
-
-  dtype: DType
-  side: int = 2
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
-    kernel = self.param(FIXED_KERNEL, lambda key: compute_whitening(x, self.side))
-    bias = self.param("bias", nn.initializers.zeros, (kernel.shape[-1],))
-    x, kernel = nn.dtypes.promote_dtype(x, jax.lax.stop_gradient(kernel), dtype=self.dtype)
-    return conv_lib.conv_general_dilated(
-      x, kernel, (1, 1), "VALID", rhs_dilation=(1, 1), feature_group_count=1, bias=bias
-    )
-
-
-def compute_whitening(
-  images: Float[Array, "n h w c"], side: int
-) -> Float32[Array, "{side} {side} c outputs"]:
-  """Computes the kernel of `Whitening` from the patches of `images`."""
-  height, width = (size - side + 1 for size in images.shape[1:3])
-  pixels = [images[:, i:, j:][:, :height, :width] for i in range(side) for j in range(side)]
-  patches = jnp.concatenate(pixels, -1).astype(jnp.float32)
-  size = patches.shape[-1]
-  patches = patches.reshape(-1, size)
-  variances, components = jnp.linalg.eigh(patches.T @ patches / len(patches))
-  kernel = components / jnp.sqrt(variances + WHITENING_EPSILON)
-  return jnp.concatenate([kernel, -kernel], -1).reshape(side, side, -1, 2 * size)
 
 
 class MaxPool(nn.Module):

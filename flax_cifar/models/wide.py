@@ -1,17 +1,30 @@
-"""Network `wide`: a few wide 3x3 convolutions, for quick training; 569,632 parameters.
+"""Networks of a few wide 3x3 convolutions, for quick training.
 
-The shapes are those of airbench93 (Jordan 2024, arXiv:2404.00498), without its whitening, its
-biases and its scaling of the logits.
+`wide` and `sprint` have the shapes of airbench93, `sprint_wide` those of airbench94 (Jordan 2024,
+arXiv:2404.00498), without their scaling of the logits. `wide` learns its first layer; in the other
+two it is a whitening, whose kernel training keeps.
 """
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Float32
 
+from flax_cifar.kernels import norm_relu
 from flax_cifar.models import blocks
+
+PATCH = (2, 2)  # rows and columns of pixels that the first layer reads
+OUTPUTS = 24  # of the first layer: two for each of the 2 x 2 x 3 values of a patch
 
 
 class Wide(blocks.Network):
-  """A 2x2 convolution, then three groups of two units whose first one pools before its norm."""
+  """A 2x2 convolution, then groups of two units whose first one pools before its norm.
+
+  Attributes:
+    widths: channels of each group.
+    whitens: whether the 2x2 convolution is a whitening, with a bias and ReLU after it.
+  """
+
+  widths: tuple[int, ...] = (64, 128, 128)
+  whitens: bool = False
 
   @nn.compact
   def __call__(
@@ -20,16 +33,15 @@ class Wide(blocks.Network):
     unit = self.get_unit(blocks.ConvUnit)
     pooled = self.get_unit(blocks.PooledConvUnit)
 
-    x = blocks.Conv(
-      24,
-      (2, 2),
-      padding=0,
-      use_bias=False,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
-      name="patches",
-    )(images)
-    for group, width in enumerate((64, 128, 128), start=1):
+    x = self._read_patches(images)
+    for group, width in enumerate(self.widths, start=1):
       x = pooled(width, name=f"group{group}_pooled")(x, train)
       x = unit(width, name=f"group{group}_unit")(x, train)
     return self.get_head()(x)
+
+  def _read_patches(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n h2 w2 c"]:
+    shared = {"padding": 0, "dtype": self.dtype}
+    if self.whitens:
+      return norm_relu.relu(blocks.Whitening(OUTPUTS, PATCH, name="whitening", **shared)(images))
+    init = {"use_bias": False, "kernel_init": self.kernel_init}
+    return blocks.Conv(OUTPUTS, PATCH, name="patches", **init, **shared)(images)

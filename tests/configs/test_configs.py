@@ -13,7 +13,7 @@ from flax_cifar.run import config as config_lib
 
 FOLDER = pathlib.Path(common.__file__).parent
 SHARED = ("__init__", "common", "recipes", "variants")  # modules that are not configs
-OWN = ("quickstart", "tiny50k")  # no replays
+OWN = ("quickstart", "sprint", "tiny50k", "tiny100k", "tiny200k", "tiny700k")  # no replays
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 
 

@@ -78,3 +78,10 @@ def test_the_banner_says_what_would_be_faster(monkeypatch):
   monkeypatch.setattr(backend.native, "is_available", lambda: True)
   monkeypatch.setattr(backend.convolution, "is_available", lambda: True)
   assert backend.describe_backend().endswith(f"({backend.VARIABLE})")
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("gpu", "gpu"), ("tpu", "definition")])
+def test_accelerators_get_what_was_put_together_for_them(platform, expected, monkeypatch):
+  monkeypatch.setattr(backend.jax, "default_backend", lambda: platform)
+  monkeypatch.delenv(backend.VARIABLE, raising=False)
+  assert backend.select_backend() == expected

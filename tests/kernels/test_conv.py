@@ -151,7 +151,7 @@ def apply(conv, variables, x):
   return y, *jax.tree.leaves(backward(jnp.sin(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype)))
 
 
-@pytest.mark.parametrize("backend_name", ["xla", "onednn"])
+@pytest.mark.parametrize("backend_name", ["xla", "onednn", "gpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
   "options",
@@ -163,6 +163,8 @@ def apply(conv, variables, x):
     {"padding": "VALID", "kernel_dilation": (1, 2), "strides": (2, 1)},
     {"feature_group_count": 6},
     {"feature_group_count": 2, "use_bias": False},
+    {"kernel_size": (1, 1)},
+    {"features": 6, "feature_group_count": 6, "kernel_size": (3, 3), "strides": 2, "padding": 1},
   ],
   ids=str,
 )
@@ -189,7 +191,7 @@ def test_conv_equals_that_of_flax(options, dtype, backend_name, monkeypatch):
     assert np.abs(a - e).max() <= tolerance * np.abs(e).max()
 
 
-@pytest.mark.parametrize("backend_name", ["onednn", "xla"])
+@pytest.mark.parametrize("backend_name", ["onednn", "xla", "gpu"])
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_gradients_in_bfloat16_are_summed_in_float32(depthwise, backend_name, monkeypatch):
   """Compares with float64: a sum of so many terms in bfloat16 would be far off."""

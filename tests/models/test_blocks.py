@@ -458,6 +458,45 @@ def test_every_convolution_uses_the_given_initializer(unit):
   assert all((kernel == 7).all() for kernel in kernels)
 
 
+def draw_smooth(count=64):
+  """Images whose neighbouring pixels and channels are alike."""
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=(count, 9, 9, 1)) + 0.3 * rng.normal(size=(count, 9, 9, 3))
+  return jnp.asarray(base[:, 1:, 1:] + base[:, :-1, :-1], jnp.float32)
+
+
+def test_whitened_patches_are_uncorrelated_and_come_with_their_negatives():
+  images = draw_smooth()
+  layer = blocks.Whitening(24, (2, 2), padding=0)
+  y, variables = layer.init_with_output(jax.random.key(0), images)
+  assert y.shape == (64, 7, 7, 24)
+  assert {name: leaf.shape for name, leaf in variables["params"].items()} == {
+    "fixed_kernel": (2, 2, 3, 24),
+    "bias": (24,),
+  }
+  values = np.asarray(y, np.float64).reshape(-1, 24)
+  np.testing.assert_array_equal(values[:, 12:], -values[:, :12])
+  covariance = values[:, :12].T @ values[:, :12] / len(values)
+  np.testing.assert_allclose(covariance, np.eye(12), atol=0.02)  # epsilon shrinks the smallest
+  taps = [images[:, i : i + 7, j : j + 7] for i in range(2) for j in range(2)]
+  kernel = np.asarray(variables["params"]["fixed_kernel"], np.float64).reshape(12, 24)
+  np.testing.assert_allclose(np.concatenate(taps, -1).reshape(-1, 12) @ kernel, values, atol=1e-4)
+
+
+def test_a_whitening_kernel_gets_no_gradient_and_its_bias_does():
+  images = draw_smooth(4)
+  layer = blocks.Whitening(24, (2, 2), padding=0)
+  variables = layer.init(jax.random.key(0), images)
+  gradients = jax.grad(lambda v: (layer.apply(v, images) ** 3).sum())(variables)["params"]
+  assert not gradients["fixed_kernel"].any()
+  assert gradients["bias"].any()
+
+
+def test_a_whitening_needs_two_outputs_for_each_value_of_a_patch():
+  with pytest.raises(ValueError, match="two outputs for each value of a patch"):
+    blocks.Whitening(23, (2, 2), padding=0).init(jax.random.key(0), draw_smooth(1))
+
+
 def test_an_unknown_init_is_an_error_that_lists_the_choices():
   with pytest.raises(
     errors.UserError, match=r"model\.init='torhc' is unknown; .*torch, flax.*'torch'"

@@ -88,6 +88,39 @@ def strided(side, channels, features):
   return [(first[0].replace(" groups", " stride 2 groups"), *first[1:]), *rest]
 
 
+def tiny(widths, units):
+  """A convolution, then residual units in three stages, the last two begin with a strided one."""
+  first, second, third = widths
+  return [
+    *unit("conv 3x3", 32, first, 9 * 3 * first),
+    *(units[0] * residual(32, first, first)),
+    *strided(16, first, second),
+    *(units[1] * residual(16, second, second)),
+    *strided(8, second, third),
+    *(units[2] * residual(8, third, third)),
+    ("norm", (8, 8, third), 2 * third),
+    ("GlobalAveragePool", (1, 1, third), 0),
+    ("conv 1x1", (1, 1, 10), 10 * third + 10),
+  ]
+
+
+def wide(kind, widths):
+  """Patches of 2x2 pixels, then groups of two convolutions; only a whitening has a bias."""
+  rows = [("conv 2x2", (31, 31, 24), 4 * 3 * 24 + (24 if kind == "sprint" else 0))]
+  for side, channels, features in zip((31, 15, 7), (24, *widths), widths, strict=False):
+    rows += pooled(side, channels, features)
+    rows += unit("conv 3x3", side // 2, features, 9 * features**2)
+  pooled_row = ("GlobalAveragePool", (1, 1, widths[-1]), 0)
+  return [*rows, pooled_row, ("conv 1x1", (1, 1, 10), 10 * widths[-1])]
+
+
+def tiny_norms(widths, units):
+  """The parameters of all norms."""
+  first, second, third = widths
+  inside = sum(2 * number * width for number, width in zip(units, widths, strict=True))
+  return 2 * (first + inside + (first + second) + (second + third) + third)
+
+
 # In execution order. The widths of `keras_fcn` and `five_convs` are ours.
 PUBLISHED = {
   "dilated": [
@@ -212,28 +245,13 @@ PUBLISHED = {
     ("GlobalAveragePool", (1, 1, 128), 0),
     ("conv 1x1", (1, 1, 10), 128 * 10),
   ],
-  "tiny50k": [
-    *unit("conv 3x3", 32, 32, 864),
-    *(3 * residual(32, 32, 32)),
-    *strided(16, 32, 48),
-    *(4 * residual(16, 48, 48)),
-    *strided(8, 48, 64),
-    *(5 * residual(8, 64, 64)),
-    ("norm", (8, 8, 64), 128),
-    ("GlobalAveragePool", (1, 1, 64), 0),
-    ("conv 1x1", (1, 1, 10), 650),
-  ],
-  "wide": [
-    ("conv 2x2", (31, 31, 24), 288),
-    *pooled(31, 24, 64),
-    *unit("conv 3x3", 15, 64, 36_864),
-    *pooled(15, 64, 128),
-    *unit("conv 3x3", 7, 128, 147_456),
-    *pooled(7, 128, 128),
-    *unit("conv 3x3", 3, 128, 147_456),
-    ("GlobalAveragePool", (1, 1, 128), 0),
-    ("conv 1x1", (1, 1, 10), 1280),
-  ],
+  "sprint": wide("sprint", (64, 128, 128)),
+  "sprint_wide": wide("sprint", (64, 256, 256)),
+  "tiny50k": tiny((32, 48, 64), (3, 4, 5)),
+  "tiny100k": tiny((48, 64, 96), (3, 4, 5)),
+  "tiny200k": tiny((64, 96, 128), (3, 4, 6)),
+  "tiny700k": tiny((96, 192, 256), (3, 4, 6)),
+  "wide": wide("wide", (64, 128, 128)),
 }
 CASES = [*reference.NORMS.items(), ("keras_base", "batch")]
 NORM_PARAMETERS = {
@@ -245,7 +263,12 @@ NORM_PARAMETERS = {
   "ghost": 992,
   "skip": 480,
   "skip_dilated": 960,
-  "tiny50k": 64 + 4 * (3 * 32 + 4 * 48 + 5 * 64) + 2 * (32 + 48 + 48 + 64) + 128,
+  "sprint": 2 * (2 * 64 + 4 * 128),
+  "sprint_wide": 2 * (2 * 64 + 4 * 256),
+  "tiny50k": tiny_norms((32, 48, 64), (3, 4, 5)),
+  "tiny100k": tiny_norms((48, 64, 96), (3, 4, 5)),
+  "tiny200k": tiny_norms((64, 96, 128), (3, 4, 6)),
+  "tiny700k": tiny_norms((96, 192, 256), (3, 4, 6)),
   "wide": 2 * (2 * 64 + 4 * 128),
 }
 UNITS = {  # norms
@@ -257,13 +280,20 @@ UNITS = {  # norms
   "ghost": 8,
   "skip": 8,
   "skip_dilated": 9,
+  "sprint": 6,
+  "sprint_wide": 6,
   "tiny50k": 2 + 2 * 14,
+  "tiny100k": 2 + 2 * 14,
+  "tiny200k": 2 + 2 * 15,
+  "tiny700k": 2 + 2 * 15,
   "wide": 6,
 }
 RATE = 0.125
 DROPOUT = {name: [RATE] * units for name, units in UNITS.items()}
 DROPOUT["ghost"] = [0, *[RATE] * 7, 0, 0]  # the first unit and those without norm have none
-DROPOUT["tiny50k"] = [RATE] * (1 + 14)  # a residual unit has two norms and one dropout
+# A residual unit has two norms and one dropout.
+DROPOUT |= {f"tiny{size}": [RATE] * (1 + 14) for size in ("50k", "100k")}
+DROPOUT |= {f"tiny{size}": [RATE] * (1 + 15) for size in ("200k", "700k")}
 DROPOUT["keras_base"] = [0, 0, RATE] * 3 + [2 * RATE] * 2  # after the pools and the dense layers
 # 1 plus, for each layer, (kernel size - 1) x dilation x the product of the strides before it.
 RECEPTIVE_FIELDS = {
@@ -276,8 +306,9 @@ RECEPTIVE_FIELDS = {
   "ghost": 1 + (2 + 2 + 1) + 2 * (2 + 1) + 4 * (4 + 4 + 1) + 8 * (2 + 2),
   "skip": 1 + (2 + 2 + 1) + 2 * (2 + 2 + 2 + 1) + 4 * (2 + 2 + 2),
   "skip_dilated": 1 + (2 + 2 + 2) + 2 * (4 + 2 + 2) + 4 * (2 + 2 + 2),
-  "tiny50k": 1 + 2 * (1 + 3 + 1) + 4 * (4 + 1) + 8 * 5,
-  "wide": 1 + (1 + 2 + 1) + 2 * (2 + 2 + 1) + 4 * (2 + 2 + 1) + 8 * 2,
+  **{f"tiny{size}": 1 + 2 * (1 + 3 + 1) + 4 * (4 + 1) + 8 * 5 for size in ("50k", "100k")},
+  **{f"tiny{size}": 1 + 2 * (1 + 3 + 1) + 4 * (4 + 1) + 8 * 6 for size in ("200k", "700k")},
+  **dict.fromkeys(("wide", "sprint", "sprint_wide"), 1 + 4 + 2 * 5 + 4 * 5 + 8 * 2),
 }
 
 

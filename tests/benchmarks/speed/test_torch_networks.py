@@ -61,9 +61,9 @@ def to_torch(kernel):
 
 def pair_parameters(layer, params):
   """(PyTorch parameter, Flax array laid out like it) of one layer."""
-  kernel = to_torch(params["kernel"]) if "kernel" in params else None
-  weight = next((params[key] for key in ("scale", "fixed_scale") if key in params), kernel)
-  yield layer.weight, torch.as_tensor(np.array(weight))
+  (name,) = params.keys() & {"kernel", "fixed_kernel", "scale", "fixed_scale"}
+  weight = np.array(params[name])
+  yield layer.weight, to_torch(weight) if name.endswith("kernel") else torch.as_tensor(weight)
   if "bias" in params:
     yield layer.bias, torch.as_tensor(np.array(params["bias"]))
 
@@ -129,7 +129,7 @@ def test_the_parameters_add_up_to_the_published_total(name):
   parameters = list(torch_networks.TORCH_NETWORKS[name]().parameters())
   assert sum(parameter.numel() for parameter in parameters) == reference.TOTALS[name]
   fixed = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-  assert fixed == (496 if name == "ghost" else 0)
+  assert fixed == {"ghost": 496, "sprint": 288, "sprint_wide": 288}.get(name, 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,7 +139,9 @@ def test_dropout_has_the_published_rate(name):
   units = {"dilated": 23, "pyramid": 8, "keras_fcn": 6, "five_convs": 10, "skip": 8}
   expected = {unit: [0.05] * count for unit, count in units.items()}
   expected |= {"skip_dilated": [0.05] * 9, "ghost": [0.1] * 7, "keras_base": [0.25] * 3 + [0.5] * 2}
-  expected |= {"tiny50k": [0.0] * 15, "wide": [0.0] * 6}
+  expected |= dict.fromkeys(("wide", "sprint", "sprint_wide"), [0.0] * 6)
+  expected |= dict.fromkeys(("tiny50k", "tiny100k"), [0.0] * 15)
+  expected |= dict.fromkeys(("tiny200k", "tiny700k"), [0.0] * 16)
   assert rates == expected[name]
 
 
@@ -158,7 +160,7 @@ def test_evaluation_gives_the_same_logits(name):
   assert_close(logits, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", reference.DISTINCT)
 def test_a_training_step_gives_the_same_logits_gradients_and_statistics(name):
   gradient_errors = [compare_training_steps(name, images) for images in (IMAGES, *OTHER_IMAGES)]
   # Rounding differs between processors and may flip a ReLU, but not in every batch of images. In
