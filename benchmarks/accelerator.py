@@ -29,7 +29,8 @@ from flax_cifar import files
 from flax_cifar.run import tables
 
 SHARE = 0.5  # of the time that is left, at most, for one item: each is to have a turn
-NETWORKS = ("dilated", "pyramid", "ghost", "skip")  # A, E1, B2, D of docs/results.md
+NETWORKS = ("dilated", "pyramid", "ghost", "skip", "sprint_wide", "tiny50k")
+CONFIGS = [f"configs/{name}" for name in ("sprint.py:wide", "tiny200k.py:long", "s9.py:long")]
 MODES = ("ours", "ours bf16", "naive Flax", "PyTorch channels_last", "PyTorch compiled bf16")
 NAMES = {"x": "images", "y": "labels"}  # of arrays, in other people's files
 DESCRIBE = """
@@ -100,15 +101,16 @@ def list_items(data: str) -> list[Item]:
     for batch, name in batches.items()
   ]
   epoch = [module, "benchmarks.speed.epoch"]
-  accuracy = [module, "benchmarks.accuracy.time_to_accuracy", "--config", "configs/s9.py:long"]
-  changes = [f"--config.data.name={data}", "--config.compute_dtype=bfloat16"]
-  tests = [module, "pytest", "-q", "-x", *GPU_TESTS, "-k", "not devices"]
+  accuracy = [module, "benchmarks.accuracy.time_to_accuracy"]
+  changes = ["--", f"--config.data.name={data}", "--config.compute_dtype=bfloat16"]
+  tests = [module, "pytest", "-v", "-n", "4", "-p", "no:cacheprovider", *GPU_TESTS]
   return [
     Item("device", ["-c", DESCRIBE], 60, has_record=False),
-    Item("tests", tests, 150, has_record=False),
+    Item("tests", [*tests, "-k", "not devices"], 150, has_record=False),
+    Item("epoch", [*epoch, "--configs", *CONFIGS], 240),
+    Item("sprint", [*accuracy, "--config", "configs/sprint.py:wide", *changes], 120),
     steps[0],
-    Item("epoch", [*epoch, "--networks", *NETWORKS], 150),
-    Item("accuracy", [*accuracy, "--targets", "85", "90", "93", "--", *changes], 240),
+    Item("accuracy", [*accuracy, "--config", "configs/s9.py:long", *changes], 240),
     Item("seeds", [*epoch, "--seeds", "1", "8", "32"], 150),
     Item("scan", [*epoch, "--steps-per-call", "1"], 90),
     steps[1],

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
       },
       "model": {
         # dilated | pyramid | keras_base | keras_fcn | five_convs | ghost | skip | skip_dilated |
-        # tiny50k | wide
+        # sprint | sprint_wide | tiny50k | tiny100k | tiny200k | tiny700k | wide
         "name": "dilated",
         "norm": "batch",  # batch | layer | group | ghost | none
         "dropout_rate": 0.05,

@@ -24,6 +24,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float
@@ -84,7 +85,7 @@ def create_train_states(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   plateau: optim.Plateau,
-  images: Float[Array, "n h w 3"],
+  images: Float[Array | np.ndarray, "n h w 3"],
   ema_decay: float,
   seeds: Iterable[int],
 ) -> list[TrainState]:

@@ -1,35 +1,33 @@
-"""Epochs and seconds until a run reaches given accuracies.
+"""Epochs and seconds until runs reach given accuracies.
 
-Command     python -m benchmarks.accuracy.time_to_accuracy [--config configs/s9.py]
-                [--targets 85 87.31 90] [--json FILE] [-- any flag of main.py]
+Command     python -m benchmarks.accuracy.time_to_accuracy [--config configs/sprint.py]
+                [--targets 85 90 93 94] [--json FILE] [-- any flag of main.py]
+            python -m benchmarks.accuracy.time_to_accuracy --runs FOLDER ...
 
-Trains with main.py in a new folder and reads its metrics.jsonl. The accuracy is the one on
-validation images of the run's protocol, of the weights that would be tested. Seconds are those of
-training, without evaluation; "first step" of benchmarks.speed.start_up has what comes before.
+Trains with main.py in a new folder, or takes finished runs, and reads metrics.jsonl. The accuracy
+is the one on validation images of the run's protocol, of the weights that would be tested. Seconds
+are those of training, without evaluation: as they were, and without compiling, which is that many
+times the median epoch. "first step" of benchmarks.speed.start_up has what comes before.
 """
 
 import argparse
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from benchmarks import common
+
+Records = Sequence[dict]  # of the epochs of a run
 
 
 def main() -> None:
   options = parse_options()
-  with tempfile.TemporaryDirectory() as folder:
-    workdir = pathlib.Path(folder, "run")
-    command = [sys.executable, "main.py", f"--config={options.config}", f"--workdir={workdir}"]
-    status = subprocess.run([*command, *options.flags]).returncode
-    if status:
-      sys.exit(status)  # main.py has said why
-    records = [
-      json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
-  rows = [describe(options.config, target, records) for target in options.targets]
+  runs = [read(folder) for folder in options.runs] or [train(options.config, options.flags)]
+  rows = [describe(target, runs) for target in options.targets]
   common.print_table(rows)
   if options.json:
     common.write_json(options.json, rows)
@@ -37,27 +35,55 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--config", default="configs/s9.py")
-  parser.add_argument("--targets", nargs="+", type=float, default=[85, 87.31, 90], help="in %%")
+  parser.add_argument("--config", default="configs/sprint.py")
+  parser.add_argument("--runs", nargs="+", default=[], type=pathlib.Path, metavar="FOLDER")
+  parser.add_argument("--targets", nargs="+", type=float, default=[85, 90, 93, 94], help="in %%")
   parser.add_argument("--json", default="", help="file for the record")
   parser.add_argument("flags", nargs="*", help="for main.py, after --")
   return parser.parse_args()
 
 
-def describe(config: str, target: float, records: list[dict]) -> common.Row:
-  """Blanks where the target was not reached."""
-  accuracies = [100 * record["validation_accuracy"] for record in records]
-  epochs = next((i for i, accuracy in enumerate(accuracies, 1) if accuracy >= target), None)
-  seconds = sum(record["seconds"] for record in records[:epochs]) if epochs else None
+def train(config: str, flags: Sequence[str]) -> Records:
+  """Trains a run in a folder of its own; ends the program with its status if it fails."""
+  with tempfile.TemporaryDirectory() as folder:
+    workdir = pathlib.Path(folder, "run")
+    command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}", *flags]
+    if status := subprocess.run(command).returncode:
+      sys.exit(status)  # main.py has said why
+    return read(workdir)
+
+
+def read(workdir: pathlib.Path) -> Records:
+  lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def describe(target: float, runs: Sequence[Records]) -> common.Row:
+  """The means of the runs that reached `target`; blanks where none did."""
+  reached = [(run, number) for run in runs if (number := count_epochs(run, target))]
+  times = [[record["seconds"] for record in run] for run, _ in reached]
+  epochs = [number for _, number in reached]
+  seconds = [sum(spent[:number]) for spent, number in zip(times, epochs, strict=True)]
+  steady = [
+    number * statistics.median(spent[1:] or spent)
+    for spent, number in zip(times, epochs, strict=True)
+  ]
   return {
-    "config": config,
     "target %": target,
-    "epochs": epochs,
-    "seconds": seconds,
-    "best %": max(accuracies),
-    "last %": accuracies[-1],
-    "of epochs": len(records),
+    "runs": f"{len(reached)} of {len(runs)}",
+    "epochs": statistics.mean(epochs) if reached else None,
+    "seconds": statistics.mean(seconds) if reached else None,
+    "sd": statistics.stdev(seconds) if len(seconds) > 1 else None,
+    "without compiling": statistics.mean(steady) if reached else None,
+    "last %": statistics.mean(100 * run[-1]["validation_accuracy"] for run in runs),
+    "of epochs": max(map(len, runs)),
   }
+
+
+def count_epochs(run: Records, target: float) -> int | None:
+  """How many epochs `run` took to reach `target` % of the validation images; None: never."""
+  accuracies = [100 * record["validation_accuracy"] for record in run]
+  return next((i for i, accuracy in enumerate(accuracies, 1) if accuracy >= target), None)
 
 
 if __name__ == "__main__":

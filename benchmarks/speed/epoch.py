@@ -1,10 +1,12 @@
 """Seconds of an epoch as a run makes it: data on the device, several seeds at once.
 
-Command     python -m benchmarks.speed.epoch [--networks NAME ...] [--seeds 1 8 32] [--batch N]
-                [--images N] [--dtype bfloat16] [--repeats N] [--steps-per-call N] [--json FILE]
+Command     python -m benchmarks.speed.epoch [--configs FILE[:variant] ...] [--seeds 1 8 32]
+                [--batch N] [--images N] [--dtype float32] [--repeats N] [--steps-per-call N]
+                [--json FILE]
 
-Trains over noise with the augmentation of configs/s9.py:published. On an accelerator an epoch is
-one call of compiled code, unless --steps-per-call says otherwise.
+Trains over noise with the optimizer, schedule and augmentation of each config. On an accelerator an
+epoch is one call of compiled code, unless --steps-per-call says otherwise. FLAX_CIFAR_KERNELS
+chooses the kernels.
 """
 
 import argparse
@@ -14,8 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from benchmarks import common
-from benchmarks.speed import step_worker
 
 
 def main() -> None:
@@ -24,9 +27,9 @@ def main() -> None:
   environment.apply_settings()
   options = parse_options()
   rows = []
-  for network in options.networks:
+  for config in options.configs:
     for num_seeds in options.seeds:
-      rows.append(measure(network, num_seeds, options))
+      rows.append(measure(change(config, num_seeds, options), options))
       print(rows[-1], flush=True)
       if options.json:
         common.write_json(options.json, rows)
@@ -35,10 +38,10 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  networks = list(step_worker.NORMS)
-  parser.add_argument("--networks", nargs="+", default=["dilated"], choices=networks)
+  default = [common.config_file("configs/s9.py:long")]
+  parser.add_argument("--configs", nargs="+", default=default, type=common.config_file)
   parser.add_argument("--seeds", nargs="+", type=common.positive, default=[1])
-  parser.add_argument("--batch", type=common.positive, default=128)
+  parser.add_argument("--batch", type=common.positive, help="instead of that of the config")
   parser.add_argument("--images", type=common.positive, default=50_000)
   parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
   parser.add_argument("--repeats", type=common.positive, default=3)
@@ -47,16 +50,20 @@ def parse_options() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def measure(network: str, num_seeds: int, options: argparse.Namespace) -> dict[str, Any]:
-  """The row of one network; the first epoch, which compiles, counts by itself."""
-  run, steps = create_epoch(
-    network,
-    options.batch,
-    num_images=options.images,
-    num_seeds=num_seeds,
-    dtype=options.dtype,
-    steps_per_call=options.steps_per_call,
-  )
+def change(config: ConfigDict, num_seeds: int, options: argparse.Namespace) -> ConfigDict:
+  """`config` with what the command line says."""
+  changed = config.copy_and_resolve_references()
+  changed.batch_size = options.batch or config.batch_size
+  changed.num_seeds, changed.compute_dtype = num_seeds, options.dtype
+  changed.steps_per_call = options.steps_per_call
+  return changed
+
+
+def measure(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
+  """The row of one config; the first epoch, which compiles, counts by itself."""
+  from flax_cifar.kernels import backend
+
+  run, steps = create_epoch(config, num_images=options.images)
   seconds = []
   for epoch in range(options.repeats + 1):
     started = time.perf_counter()
@@ -64,66 +71,66 @@ def measure(network: str, num_seeds: int, options: argparse.Namespace) -> dict[s
     seconds.append(time.perf_counter() - started)
   median = statistics.median(seconds[1:])
   return {
-    "network": network,
-    "dtype": options.dtype,
-    "seeds": num_seeds,
+    "config": config.name,
+    "kernels": backend.select_backend(),
+    "dtype": config.compute_dtype,
+    "batch": config.batch_size,
+    "seeds": config.num_seeds,
     "first epoch s": seconds[0],
     "epoch s": median,
     "fastest s": min(seconds[1:]),
     "slowest s": max(seconds[1:]),
-    "images/s of all seeds": num_seeds * steps * options.batch / median,
+    "ms a step": 1000 * median / steps,
+    "images/s of all seeds": config.num_seeds * steps * config.batch_size / median,
   }
 
 
-def create_epoch(
-  network: str,
-  batch_size: int,
-  *,
-  num_images: int,
-  num_seeds: int = 1,
-  dtype: str = "float32",
-  steps_per_call: int = 0,
-) -> tuple[Callable[[range], None], int]:
+def create_epoch(config: ConfigDict, *, num_images: int) -> tuple[Callable[[range], None], int]:
   """A function that trains for a range of steps of one epoch as train.py does, and their number."""
   import numpy as np
 
-  from flax_cifar import metrics, signals, train
+  from flax_cifar import metrics, optim, signals, train
   from flax_cifar import state as state_lib
-  from flax_cifar.configs import s9
   from flax_cifar.data import dataset, feeds
-  from flax_cifar.data.augment import arguments
+  from flax_cifar.data.augment import mixing, normalize
   from flax_cifar.parallel import mesh as mesh_lib
   from flax_cifar.parallel import seeds as seeds_lib
   from flax_cifar.run import checkpoint
+  from flax_cifar.run import config as config_lib
 
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (num_images, 32, 32, 3), np.uint8)
-  mesh, config = mesh_lib.create_mesh(1), s9.get_config("published")
-  feed = feeds.create_feed(
-    dataset.Split(images, rng.integers(0, 10, num_images).astype(np.int32)),
-    backend="device",
-    workers=0,
-    ops=config.augment.ops,
-    mean=(0.5, 0.5, 0.5),
-    batch_size=batch_size,
-    total_epochs=1,
-    steps_per_call=steps_per_call,
-    seed=0,
-    num_seeds=num_seeds,
-    mesh=mesh,
-    op_arguments={name: config.augment[name].to_dict() for name in arguments.RULES},
+  split = dataset.Split(images, rng.integers(0, 10, num_images).astype(np.int32))
+  mesh, num_seeds = mesh_lib.create_mesh(1, config.num_seeds), config.num_seeds
+  mean, std = (0.5,) * 3, (0.25,) * 3
+  arguments = config_lib.get_feed_arguments(config)
+  feed = feeds.create_feed(split, mean=mean, mesh=mesh, **arguments)
+  model = config_lib.create_model(config, num_classes=10)
+  schedule = optim.create_schedule(
+    steps_per_epoch=feed.steps_per_epoch, total_epochs=config.total_epochs, **config.schedule
   )
-  states = []
-  for _ in range(num_seeds):
-    state, parts = step_worker.create_parts(network, dtype)
-    states.append(state)
+  optimizer = optim.create_optimizer(schedule, **config.optimizer)
+  to_floats = normalize.create_normalize(mean, std, dtype=config.compute_dtype)
+  states = state_lib.create_train_states(
+    model=model,
+    optimizer=optimizer,
+    plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
+    images=to_floats(images[: state_lib.INIT_IMAGES]),
+    ema_decay=config.ema.decay,
+    seeds=range(num_seeds),
+  )
   state = mesh_lib.place(seeds_lib.stack(states), mesh_lib.split_seeds(mesh))
+  step = functools.partial(
+    train.train_step,
+    model=model,
+    optimizer=optimizer,
+    normalize=to_floats,
+    mixing=mixing.create_mixing(**config.mixing.to_dict()),
+    label_smoothing=config.loss.label_smoothing,
+    ema_decay=config.ema.decay,
+  )
   steps_fn = seeds_lib.compile_steps(
-    functools.partial(train.train_step, **parts),
-    feed.get_batch,
-    input_axes=feed.seed_axes,
-    num_seeds=num_seeds,
-    mesh=mesh,
+    step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=num_seeds, mesh=mesh
   )
   progress = state_lib.Progress(0, state, metrics.create_totals(num_seeds), [])
   guard = signals.InterruptGuard()

@@ -1,9 +1,10 @@
 """The time of an epoch: its part within compiled code, and the operations there.
 
-Command     python -m benchmarks.speed.epoch_profile [--network dilated] [--steps N] [--json FILE]
+Command     python -m benchmarks.speed.epoch_profile [--config configs/s9.py:long] [--batch N]
+                [--dtype float32] [--steps N] [--json FILE]
 
-Runs the loop of flax_cifar.train over noise on the device, with the augmentation of
-configs/s9.py:published, under JAX's profiler, after as many steps to compile and to get memory.
+Runs the loop of flax_cifar.train over noise on the device, as the config says, under JAX's
+profiler, after as many steps to compile and to get memory.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks import common
-from benchmarks.speed import epoch, step_worker
+from benchmarks.speed import epoch
 
 Event = Mapping[str, Any]
 
@@ -28,12 +29,13 @@ def main() -> None:
 
   environment.apply_settings()
   options = parse_options()
-  run, _ = epoch.create_epoch(options.network, options.batch, num_images=5000)
+  config = epoch.change(options.config, 1, options)
+  run, _ = epoch.create_epoch(config, num_images=config.batch_size * 2 * options.steps)
   run(range(options.steps))  # as many, because a GPU makes them in one program
   events, seconds = profile(lambda: run(range(options.steps, 2 * options.steps)))
   operations = [event for event in events if "hlo_op" in event.get("args", {})]
   compiled = union_seconds(operations)
-  print(f"{options.steps} steps of {options.network} took {seconds:.2f} s with the profiler on")
+  print(f"{options.steps} steps of {config.name} took {seconds:.2f} s with the profiler on")
   print(f"in compiled code {compiled:.2f} s; outside {100 * (1 - compiled / seconds):.2f} %\n")
   rows = list_operations(operations, options.steps)
   common.print_table(rows[:14])
@@ -45,8 +47,11 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--network", default="dilated", choices=list(step_worker.NORMS))
-  parser.add_argument("--batch", type=common.positive, default=128)
+  default = common.config_file("configs/s9.py:long")
+  parser.add_argument("--config", default=default, type=common.config_file)
+  parser.add_argument("--batch", type=common.positive, help="instead of that of the config")
+  parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+  parser.add_argument("--steps-per-call", type=int, default=0, help="0 leaves it to the device")
   parser.add_argument("--steps", type=common.positive, default=12)
   parser.add_argument("--json", default="", help="file for the record")
   return parser.parse_args()

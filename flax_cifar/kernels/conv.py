@@ -37,7 +37,8 @@ def conv_general_dilated(
   if isinstance(padding, str):
     extent = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-  strides, dilation = tuple(window_strides), tuple(rhs_dilation)
+  strides: Any = tuple(window_strides)
+  dilation: Any = tuple(rhs_dilation)
   padding = tuple(map(tuple, padding))
   if feature_group_count == 1 and {*strides} == {1} and len({*dilation}) == 1:
     (top, bottom), (left, right) = padding

@@ -5,6 +5,8 @@ arXiv:2404.00498), without their scaling of the logits. `wide` learns its first 
 two it is a whitening, whose kernel training keeps.
 """
 
+from typing import Any
+
 import flax.linen as nn
 from jaxtyping import Array, Float, Float32
 
@@ -40,8 +42,8 @@ class Wide(blocks.Network):
     return self.get_head()(x)
 
   def _read_patches(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n h2 w2 c"]:
-    shared = {"padding": 0, "dtype": self.dtype}
+    shared: dict[str, Any] = {"padding": 0, "dtype": self.dtype}
     if self.whitens:
       return norm_relu.relu(blocks.Whitening(OUTPUTS, PATCH, name="whitening", **shared)(images))
-    init = {"use_bias": False, "kernel_init": self.kernel_init}
-    return blocks.Conv(OUTPUTS, PATCH, name="patches", **init, **shared)(images)
+    shared |= {"use_bias": False, "kernel_init": self.kernel_init}
+    return blocks.Conv(OUTPUTS, PATCH, name="patches", **shared)(images)

@@ -11,7 +11,7 @@ from flax_cifar.data.augment import arguments
 
 MIN_STD = 1e-6  # below the standard deviation if one pixel in a million differs by one level
 
-Normalize = Callable[[Array], Array]  # uint8 (N, H, W, C) -> float (N, H, W, C)
+Normalize = Callable[[Array | np.ndarray], Array]  # uint8 (N, H, W, C) -> float (N, H, W, C)
 
 
 def create_normalize(

@@ -1,0 +1,33 @@
+"""When runs reach an accuracy: epochs, seconds, and seconds without the first epoch's compiling."""
+
+import json
+
+from benchmarks.accuracy import time_to_accuracy
+
+
+def write_run(folder, accuracies, seconds):
+  folder.mkdir()
+  lines = [
+    json.dumps({"validation_accuracy": accuracy / 100, "seconds": spent})
+    for accuracy, spent in zip(accuracies, seconds, strict=True)
+  ]
+  (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  return time_to_accuracy.read(folder)
+
+
+def test_the_runs_that_reached_a_target_are_averaged(tmp_path):
+  one = write_run(tmp_path / "one", [80, 86, 91], [30, 10, 12])
+  other = write_run(tmp_path / "other", [70, 84, 89], [31, 10, 10])
+  row = time_to_accuracy.describe(85, [one, other])
+  assert (row["runs"], row["epochs"], row["seconds"]) == ("2 of 2", 2.5, (40 + 51) / 2)
+  assert row["without compiling"] == (2 * 11 + 3 * 10) / 2
+  assert (row["last %"], row["of epochs"]) == (90, 3)
+  row = time_to_accuracy.describe(90, [one, other])
+  assert (row["runs"], row["epochs"], row["seconds"], row["sd"]) == ("1 of 2", 3, 52, None)
+
+
+def test_a_target_that_no_run_reached_leaves_blanks(tmp_path):
+  run = write_run(tmp_path / "run", [80], [30])
+  row = time_to_accuracy.describe(94, [run])
+  assert row["runs"] == "0 of 1"
+  assert row["epochs"] is row["seconds"] is row["without compiling"] is None
