@@ -5,7 +5,7 @@ Metrics are summed first and divided once, so every example counts once.
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,13 +184,33 @@ def describe_difference(differences: Sequence[float]) -> dict[str, Any]:
   return {**sample, "interval": (sample["mean"] - half, sample["mean"] + half)}
 
 
-def compute_calibration_error(logits: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> float:
-  """The expected calibration error in [0, 1]: how far confidence is from accuracy.
+class CalibrationBins(NamedTuple):
+  """Examples by their confidence, the largest probability, in bins of equal width.
 
-  The examples are put into `bins` of equal width by their confidence, the largest probability; the
-  error is the mean distance of a bin's accuracy from its mean confidence, weighted by its examples.
+  Attributes:
+    examples: their number in each bin.
+    confidence: their mean confidence, in [0, 1]; 0 in an empty bin.
+    accuracy: the share of them that is right, in [0, 1]; 0 in an empty bin.
+  """
 
-  Source: Guo et al. 2017, arXiv:1706.04599.
+  examples: np.ndarray
+  confidence: np.ndarray
+  accuracy: np.ndarray
+
+  @property
+  def error(self) -> float:
+    """The expected calibration error in [0, 1]: how far confidence is from accuracy.
+
+    It is the mean distance of a bin's accuracy from its confidence, weighted by its examples.
+    Source: Guo et al. 2017, arXiv:1706.04599.
+    """
+    return float(np.abs(self.confidence - self.accuracy) @ self.examples / self.examples.sum())
+
+
+def compute_calibration(
+  logits: np.ndarray, labels: np.ndarray, *, bins: int = 15
+) -> CalibrationBins:
+  """Puts examples into `bins` bins by their confidence.
 
   Args:
     logits: (N, classes).
@@ -200,9 +220,11 @@ def compute_calibration_error(logits: np.ndarray, labels: np.ndarray, *, bins: i
   logits = logits.astype(np.float64)
   shares = np.exp(logits - logits.max(-1, keepdims=True))
   confidence = (shares / shares.sum(-1, keepdims=True)).max(-1)
-  excess = confidence - (logits.argmax(-1) == labels)
   numbers = np.minimum((confidence * bins).astype(int), bins - 1)
-  return float(np.abs(np.bincount(numbers, excess, bins)).sum() / len(labels))
+  count = np.bincount(numbers, minlength=bins)
+  divisor = np.maximum(count, 1)
+  right = np.bincount(numbers, logits.argmax(-1) == labels, bins)
+  return CalibrationBins(count, np.bincount(numbers, confidence, bins) / divisor, right / divisor)
 
 
 def get_median_rate(records: Sequence[Record]) -> float:

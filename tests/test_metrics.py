@@ -26,9 +26,9 @@ def test_cross_entropy_matches_numpy(smoothing):
 def test_the_calibration_error_is_that_of_the_bins():
   """Two bins of two examples: confidence 0.6 with accuracy 0.5, and 0.9 with accuracy 1."""
   logits = np.log([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9], [0.9, 0.1]])
-  error = metrics.compute_calibration_error(logits, np.array([0, 1, 1, 0]), bins=4)
+  error = metrics.compute_calibration(logits, np.array([0, 1, 1, 0]), bins=4).error
   assert error == pytest.approx(0.5 * 0.1 + 0.5 * 0.1)
-  sure = metrics.compute_calibration_error(np.array([[99.0, 0.0]]), np.array([0]))
+  sure = metrics.compute_calibration(np.array([[99.0, 0.0]]), np.array([0])).error
   assert sure == pytest.approx(0.0, abs=1e-9)
 
 

@@ -3,10 +3,11 @@
 The environment variable FLAX_CIFAR_KERNELS holds a key of BACKENDS.
 """
 
+import contextlib
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,20 @@ def select_backend() -> str:
   works, needed = OPTIONAL.get(name, (None, ""))
   errors.require(works is None or (on_cpu and works()), VARIABLE, name, f"auto unless {needed}")
   return name
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+  """Selects the backend `name` for what is traced within it."""
+  before = os.environ.get(VARIABLE)
+  os.environ[VARIABLE] = name
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ[VARIABLE]
+    else:
+      os.environ[VARIABLE] = before
 
 
 def uses_onednn(dtype: jnp.dtype) -> bool:

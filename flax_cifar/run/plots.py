@@ -6,18 +6,19 @@ first step.
 
 import contextlib
 import functools
+import io
 import itertools
 import os
 import pathlib
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_cifar import errors, files
+from flax_cifar import errors, files, metrics
 from flax_cifar.data import dataset, feeds
 
 if TYPE_CHECKING:
@@ -43,16 +44,23 @@ def warn_on_failure(save: SaveFunction) -> SaveFunction:
   @functools.wraps(save)
   def wrapped(path: pathlib.Path, *args: Any, **kwargs: Any) -> None:
     try:
-      _import_matplotlib()
-      import matplotlib.style
-
-      with warnings.catch_warnings(), matplotlib.style.context("default"):
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
+      with default_style():
         save(path, *args, **kwargs)
     except Exception as error:  # of matplotlib, Pillow or the disk
       errors.warn(f"{str(path)!r} is not drawn ({errors.shorten(error)})")
 
   return wrapped
+
+
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+  """Draws in matplotlib's own style, whatever the user's is, without warnings of its fonts."""
+  _import_matplotlib()
+  import matplotlib.style
+
+  with warnings.catch_warnings(), matplotlib.style.context("default"):
+    warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
+    yield
 
 
 def _import_matplotlib() -> None:
@@ -161,6 +169,11 @@ def save_misclassified(
 @warn_on_failure
 def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   """Writes loss and accuracy per epoch, for train and validation."""
+  save_figure(draw_curves(records), path)
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]]) -> "Figure":
+  """Draws loss and accuracy per epoch, for train and validation."""
   figure = create_figure(9, 3.5)
   loss, accuracy = figure.subplots(1, 2)
   for split in ("train", "validation"):
@@ -171,18 +184,38 @@ def save_curves(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
     accuracy.plot(epochs, percent, label=split)
   finish_axis(loss, "loss (nats)")
   finish_axis(accuracy, "accuracy (%)")
-  save_figure(figure, path)
+  return figure
 
 
 @warn_on_failure
 def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
   """Writes the learning rate at the end of each epoch."""
+  save_figure(draw_learning_rate(records), path)
+
+
+def draw_learning_rate(records: Sequence[Mapping[str, Any]]) -> "Figure":
+  """Draws the learning rate at the end of each epoch."""
   figure = create_figure(4.5, 3.5)
   axis = figure.subplots()
   epochs = [record["epoch"] for record in records]
   axis.plot(epochs, [record["learning_rate"] for record in records])
   finish_axis(axis, "learning rate")
-  save_figure(figure, path)
+  return figure
+
+
+def draw_calibration(bins: metrics.CalibrationBins) -> "Figure":
+  """Draws the accuracy of the examples of each confidence, beside that of perfect calibration."""
+  figure = create_figure(4.5, 3.5)
+  axis = figure.subplots()
+  edges = np.linspace(0, 1, len(bins.examples) + 1)
+  shown = bins.examples > 0
+  width = 100 / len(bins.examples)
+  axis.bar(100 * edges[:-1][shown], 100 * bins.accuracy[shown], width, align="edge", ec="white")
+  axis.plot([0, 100], [0, 100], color="black", linestyle="--", label="perfect calibration")
+  axis.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+  axis.grid(alpha=0.3)
+  axis.legend(loc="upper left")
+  return figure
 
 
 def create_figure(width: float, height: float) -> "Figure":
@@ -196,6 +229,16 @@ def save_figure(figure: "Figure", path: pathlib.Path) -> None:
   """Writes a PNG, whole or not at all."""
   with files.replace(path) as part:
     figure.savefig(part, dpi=DPI, format="png")
+
+
+def format_svg(figure: "Figure") -> str:
+  """The figure as an SVG document, the same bytes for the same figure."""
+  import matplotlib
+
+  text = io.StringIO()
+  with matplotlib.rc_context({"svg.hashsalt": "flax_cifar", "svg.fonttype": "none"}):
+    figure.savefig(text, format="svg", metadata={"Date": None})
+  return text.getvalue()
 
 
 def finish_axis(axis: "Axes", label: str) -> None:

@@ -29,6 +29,7 @@ from flax_cifar.tools import command_line
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 Summary = dict[str, Any]  # a row of the table
@@ -313,7 +314,12 @@ def format_table(rows: Sequence[Summary]) -> str:
 
 @plots.warn_on_failure
 def save_curves(path: pathlib.Path, groups: Mapping[str, Sequence[Run]]) -> None:
-  """Writes loss and accuracy by epoch: a color per combination, a band of ± sd over its seeds."""
+  """Writes loss and accuracy by epoch."""
+  plots.save_figure(draw_curves(groups), path)
+
+
+def draw_curves(groups: Mapping[str, Sequence[Run]]) -> "Figure":
+  """Draws loss and accuracy by epoch: a color per combination, a band of ± sd over its seeds."""
   figure = plots.create_figure(11, 4.5)
   loss, accuracy = figure.subplots(1, 2)
   for axis, metric, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
@@ -325,7 +331,7 @@ def save_curves(path: pathlib.Path, groups: Mapping[str, Sequence[Run]]) -> None
       axis.plot([], [], color="grey", linestyle=style, label=split)
   plots.finish_axis(loss, "loss (nats)")
   plots.finish_axis(accuracy, "accuracy (%)")
-  plots.save_figure(figure, path)
+  return figure
 
 
 def _get_colors(count: int) -> list[Any]:

@@ -55,7 +55,7 @@ class Score:
     count: the number of images.
     accuracy: in [0, 1].
     loss: the mean cross-entropy, or negative log-likelihood, in nats.
-    calibration_error: in [0, 1], see `metrics.compute_calibration_error`.
+    calibration_error: in [0, 1], see `metrics.CalibrationBins`.
     peeked: whether the validation images were those of the test split, see `PROTOCOLS`.
     flipped_accuracy: with test-time augmentation: of the mean logits of each image and its mirror
       image; None unless it was asked for.
@@ -151,7 +151,7 @@ def evaluate_weights(options: Options) -> Score:
   from flax_cifar.run import weights as weights_lib
 
   weights = weights_lib.load_weights(options.weights)
-  load = _load_other_split if options.data else _load_own_split
+  load = _load_other_split if options.data else load_own_split
   name, split = load(weights, options)
   dtype = options.dtype or weights.config["compute_dtype"]
   classifier = classifier_lib.create_classifier(weights, dtype=dtype)
@@ -162,7 +162,7 @@ def evaluate_weights(options: Options) -> Score:
     count=len(split),
     accuracy=float(scores["accuracy"]),
     loss=float(scores["loss"]),
-    calibration_error=metrics.compute_calibration_error(logits, split.labels),
+    calibration_error=metrics.compute_calibration(logits, split.labels).error,
     peeked=weights.config["protocol"] == "published" and name == "validation",
     flipped_accuracy=_score_flipped(classifier, split, logits) if options.flip else None,
     corrupted=_score_corruptions(classifier, split) if options.corruptions else {},
@@ -191,7 +191,7 @@ def _score_corruptions(
   return accuracies
 
 
-def _load_own_split(
+def load_own_split(
   weights: "weights_lib.Weights", options: Options
 ) -> tuple[str, dataset_lib.Split]:
   """The split of the run's data that is asked for, and its name."""

@@ -1,0 +1,173 @@
+"""The report of a run: its numbers, its pictures, and how a browser shows it."""
+
+import html.parser
+import json
+import os
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from flax_cifar import errors, models
+from flax_cifar.kernels import backend
+from flax_cifar.run import classifier, weights
+from flax_cifar.tools import report
+from tests import runs, tiny
+
+NAMES = ("<script>alert(1)</script>", "b & b", 'c"')
+
+
+class Page(html.parser.HTMLParser):
+  """The tables, images and links of a page."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.images, self.links, self.targets, self.tags = [], [], set(), set()
+    self.tables, self.cell = [], None
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    self.tags.add(tag)
+    self.targets.add(attrs.get("id"))
+    if tag == "img":
+      self.images.append(attrs)
+    elif tag == "a":
+      self.links.append(attrs["href"])
+    elif tag == "table":
+      self.tables.append([])
+    elif tag == "tr":
+      self.tables[-1].append([])
+    elif tag in ("td", "th"):
+      self.cell = ""
+
+  def handle_data(self, data):
+    if self.cell is not None:
+      self.cell += data
+
+  def handle_endtag(self, tag):
+    if tag in ("td", "th"):
+      self.tables[-1][-1].append(self.cell.strip())
+      self.cell = None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A finished run on images whose classes have awkward names."""
+  folder = tmp_path_factory.mktemp("report")
+  arrays = dict(np.load(tiny.write_data(folder / "plain.npz").removeprefix("npz:")))
+  np.savez(folder / "data.npz", **arrays, class_names=np.array(NAMES))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models.MODELS, "tiny", tiny.TinyNet)
+    runs.run(folder / "run", f"npz:{folder / 'data.npz'}", **{"log.pictures": True, "name": "s9-x"})
+  return folder / "run"
+
+
+@pytest.fixture
+def text(finished, tiny_model):
+  del tiny_model
+  return report.create_page(report.parse([str(finished)]))
+
+
+def test_the_confusion_matrix_and_the_accuracies_are_those_of_the_predictions(finished, text):
+  content = weights.load_weights(finished / "weights.safetensors")
+  network = classifier.create_classifier(content, dtype="float32")
+  arrays = np.load(finished.parent / "data.npz")
+  predicted = network.predict(arrays["test_images"]).argmax(-1)
+  labels = arrays["test_labels"]
+  expected = [[str(((labels == a) & (predicted == b)).sum()) for b in range(3)] for a in range(3)]
+  scores, matrix, *_ = Page(text).tables
+  assert [row[1:] for row in matrix[1:]] == expected
+  assert [row[0] for row in matrix[1:]] == list(NAMES)
+  for label, row in enumerate(scores[1:]):
+    share = (predicted[labels == label] == label).mean()
+    assert row == [NAMES[label], str((labels == label).sum()), f"{100 * share:.1f} %"]
+  result = json.loads((finished / "result.json").read_text())
+  assert f"{result['test_accuracy']:.2%}" in text
+  assert result["command"].split()[0] in text
+
+
+def test_the_page_is_whole_and_harmless(text):
+  page = Page(text)
+  assert "script" not in page.tags
+  assert not re.search(r"(src|href)=.?https?:", text)
+  assert all(one["src"].startswith("data:image/") and len(one["alt"]) > 10 for one in page.images)
+  assert len(page.images) >= 5
+  assert {link.removeprefix("#") for link in page.links} <= page.targets
+  assert "niharikavadapalli/ERA-V1" in text  # the header of configs/s9.py
+
+
+def test_mistakes_come_with_the_most_confident_first(text):
+  shares = [float(x) for x in re.findall(r"<figcaption>.* / .*, ([\d.]+) %", text)]
+  assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_several_folders_are_compared(finished, tmp_path):
+  data = f"npz:{finished.parent / 'data.npz'}"
+  runs.run(tmp_path / "slow", data, **{"optimizer.learning_rate": 0.001})
+  options = report.parse([str(finished), str(tmp_path / "slow")])
+  assert options.out.name == "comparison.html"
+  rows, varied = Page(report.create_page(options)).tables
+  assert [row[0] for row in rows[1:]] == ["run", "slow"]
+  assert [row[0] for row in varied[1:]] == ["optimizer.learning_rate"]
+  assert varied[1][2] == "0.001"
+
+
+def test_a_frame_is_drawn_around_the_middle():
+  image = np.zeros((4, 4, 3), np.uint8)
+  inside, outside = report.frame(image, (2, 2)), report.frame(image, (8, 8))
+  assert inside.shape == (6, 6, 3)
+  assert (inside[1, 1:5] == (200, 30, 30)).all()
+  assert outside.shape == (10, 10, 3)
+  assert (outside[0] == (200, 30, 30)).all()
+  assert not outside[3:7, 3:7].any()
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_the_program_writes_the_page_or_one_line(finished, monkeypatch, capsys, tmp_path):
+  out = tmp_path / "new" / "page.html"
+  monkeypatch.setattr(sys, "argv", ["report", str(finished), f"--out={out}"])
+  with pytest.raises(SystemExit):
+    report.main()
+  assert capsys.readouterr().err.startswith(f"error: --out={str(out)!r} cannot be written")
+  out.parent.mkdir()
+  report.main()
+  assert capsys.readouterr().out == f"report    {out}\n"
+  with pytest.raises(errors.UserError, match="holds no result"):
+    report.create_page(report.parse([str(tmp_path)]))
+
+
+def test_the_kernels_of_before_are_used_again(monkeypatch):
+  monkeypatch.setenv(backend.VARIABLE, "xla")
+  with backend.use("definition"):
+    assert backend.select_backend() == "definition"
+  assert backend.select_backend() == "xla"
+  monkeypatch.delenv(backend.VARIABLE)
+  with backend.use("definition"):
+    assert backend.select_backend() == "definition"
+  assert backend.VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize("width", [360, 800, 1400])
+def test_a_browser_shows_it_without_errors_at_every_width(text, tmp_path, width):
+  webdriver = pytest.importorskip("selenium.webdriver")
+  driver_path = shutil.which("chromedriver")
+  if not driver_path:
+    pytest.skip("chromedriver is not installed")
+  (tmp_path / "page.html").write_text(text, encoding="utf-8")
+  options = webdriver.ChromeOptions()
+  for argument in ("--headless=new", "--no-sandbox", f"--window-size={width},900"):
+    options.add_argument(argument)
+  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+  service = webdriver.ChromeService(driver_path)
+  with webdriver.Chrome(options=options, service=service) as browser:
+    browser.set_window_size(width, 900)
+    browser.get((tmp_path / "page.html").as_uri())
+    assert not browser.get_log("browser")
+    broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+    assert browser.execute_script(broken) == 0
+    wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.execute_script(wide) <= 0
