@@ -13,7 +13,7 @@ from flax_cifar import zoo
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = ("compare", "evaluate", "predict", "summary", "sweep")
+TOOLS = ("compare", "evaluate", "export", "predict", "report", "summary", "sweep")
 # Stands for an environment in which these cannot be imported; Python runs it at its start.
 BLOCKER = """
 import sys
@@ -84,6 +84,9 @@ def test_the_installed_package_trains_in_an_empty_folder(installed, tmp_path):
   done = call(installed, tmp_path, "-m", "flax_cifar.tools.evaluate", weights, "--split=test")
   assert done.returncode == 0, done.stderr
   assert f"test accuracy {result['test_accuracy']:.2%}" in done.stdout
+  done = call(installed, tmp_path, "-m", "flax_cifar.tools.report", run)
+  assert done.returncode == 0, done.stderr
+  assert f"{result['test_accuracy']:.2%}" in (run / "report.html").read_text()
 
 
 def test_every_tool_has_a_help_text_anywhere(installed, tmp_path):
@@ -92,7 +95,9 @@ def test_every_tool_has_a_help_text_anywhere(installed, tmp_path):
   assert programs == set(TOOLS)
   for tool in TOOLS:
     done = call(installed, tmp_path, "-m", f"flax_cifar.tools.{tool}", "--help")
-    assert any(flag in done.stdout for flag in ("--config", "--weights", "--score")), done.stderr
+    assert any(flag in done.stdout for flag in ("--config", "--weights", "--score", "--out")), (
+      done.stderr
+    )
 
 
 def test_the_console_script_is_the_program(installed, tmp_path):

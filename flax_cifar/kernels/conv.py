@@ -91,9 +91,11 @@ def _convolve(
 
 
 def fits_native(
-  shape: Sequence[int], kernel_size: Sequence[int], window: dense.Window, dtype: jnp.dtype
+  shape: Sequence[Any], kernel_size: Sequence[int], window: dense.Window, dtype: jnp.dtype
 ) -> bool:
   """Whether the kernels in C++ compute a dense convolution of stride 1, and as fast as any here.
+
+  In a program for any number of images, that number in `shape` is a symbol.
 
   oneDNN is faster where it can multiply bfloat16 and Winograd's algorithm does not fit.
   """

@@ -52,7 +52,7 @@ def one_line_errors() -> Iterator[None]:
     leave("stopped at once; the same command goes on from what is saved", 130)
 
 
-def find_config(text: str) -> str:
+def find_config(text: str, flag: str = "--config") -> str:
   """The path of a config that the user names, with its variant: FILE, or NAME of our configs.
 
   >>> find_config("s9:smoke").endswith("configs/s9.py:smoke")
@@ -62,12 +62,12 @@ def find_config(text: str) -> str:
     UserError: there is none; the message lists ours.
   """
   name, colon, variant = text.partition(":")
-  path = errors.get_path("--config", name)
+  path = errors.get_path(flag, name)
   if not path.is_file():
     configs = {file.stem: file for file in sorted(CONFIGS.glob("*.py"))}
     ours = {key: value for key, value in configs.items() if key not in NO_CONFIGS}
     is_ours = path.parent in (pathlib.Path(), pathlib.Path("configs"))
-    path = errors.choose("--config", path.stem if is_ours else name, ours)
+    path = errors.choose(flag, path.stem if is_ours else name, ours)
   return f"{path}{colon}{variant}"
 
 

@@ -1,0 +1,136 @@
+"""Exports a trained network as a program that needs JAX alone: bytes in, probabilities out.
+
+  python -m flax_cifar.tools.export --model=tiny50k --out=tiny50k.stablehlo
+
+The file is StableHLO with the weights in it, for any number of images: uint8 (N, H, W, 3) ->
+float32 (N, classes). `jax.export` reads it on the platforms of --platforms, by JAX of this version
+or one of the six months after it; a text file beside it has an example and the class names.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flax_cifar import environment, errors, files, zoo
+from flax_cifar.tools import command_line
+
+if TYPE_CHECKING:
+  import flax.linen as nn
+
+  from flax_cifar.run import weights as weights_lib
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+EXAMPLE = '''"""Loads and calls the program beside it, a network that JAX {version} exported.
+
+It needs flatbuffers, and JAX of that version or one released in the six months after it, on:
+{platforms}.
+"""
+
+import jax.export
+import numpy as np
+
+CLASSES = {classes}
+
+with open({file!r}, "rb") as file:
+  network = jax.export.deserialize(file.read())
+images = np.zeros((1, {shape}), np.uint8)  # any number, RGB
+probabilities = network.call(images)  # float32 (N, {number})
+print(CLASSES[int(probabilities[0].argmax())])
+'''
+
+
+def main() -> None:
+  with command_line.one_line_errors():
+    options = parse(sys.argv[1:])
+    environment.check_devices()
+    example = export(options)
+  if options.json:
+    print(json.dumps({"program": str(options.out), "example": str(example)}, indent=2))
+  else:
+    print(f"program   {options.out}\nexample   {example}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+  """The options of a command line.
+
+  Raises:
+    UserError: something is missing or unknown.
+  """
+  parser = command_line.create_parser("export", __doc__)
+  command_line.add_network(parser)
+  parser.add_argument("--out", required=True, help="the file to write")
+  parser.add_argument(
+    "--platforms", nargs="+", default=list(PLATFORMS), choices=PLATFORMS, help="default: all"
+  )
+  parser.add_argument("--json", action="store_true", help="print JSON")
+  options = parser.parse_args(arguments)
+  options.weights = command_line.find_network(options)
+  options.out = errors.get_path("--out", options.out)
+  return options
+
+
+def export(options: argparse.Namespace) -> pathlib.Path:
+  """Writes the program and the example; returns the example's path.
+
+  Raises:
+    UserError: the weights are missing or damaged, or the files cannot be written.
+  """
+  # Imported here: they bring JAX, for which a wrong flag need not wait.
+  import jax
+
+  from flax_cifar.run import weights as weights_lib
+
+  weights = weights_lib.load_weights(options.weights)
+  weights = dataclasses.replace(weights, config={**weights.config, "compute_dtype": zoo.DTYPE})
+  program = create_program(weights_lib.create_network(weights), weights, options.platforms)
+  example = options.out.with_name(f"{options.out.name}.py")
+  text = EXAMPLE.format(
+    file=options.out.name,
+    version=jax.__version__,
+    platforms=", ".join(options.platforms),
+    classes=list(weights.class_names),
+    shape=", ".join(map(str, weights.image_shape)),
+    number=len(weights.class_names),
+  )
+  try:
+    files.write_bytes(options.out, program)
+    files.write_text(example, text)
+  except OSError as error:
+    raise errors.UserError(
+      f"--out={str(options.out)!r} cannot be written ({error.strerror}); choose another file."
+    ) from error
+  return example
+
+
+def create_program(
+  model: "nn.Module", weights: "weights_lib.Weights", platforms: Sequence[str]
+) -> bytes:
+  """The serialized program of a network and its `weights`."""
+  import jax
+  import jax.export
+  import jax.numpy as jnp
+
+  from flax_cifar.data.augment import normalize as normalize_lib
+  from flax_cifar.kernels import backend
+
+  normalize = normalize_lib.create_normalize(weights.mean, weights.std, dtype=zoo.DTYPE)
+
+  def predict(images: jax.Array) -> jax.Array:
+    variables = jax.tree.map(jnp.asarray, weights.variables)
+    logits: Any = model.apply(variables, normalize(images), train=False)
+    return jax.nn.softmax(logits)
+
+  (count,) = jax.export.symbolic_shape("n")
+  images = jax.ShapeDtypeStruct((count, *weights.image_shape), jnp.uint8)
+  with backend.use("definition"):  # the others call code of this machine
+    exported = jax.export.export(jax.jit(predict), platforms=list(platforms))(images)
+  return bytes(exported.serialize())
+
+
+if __name__ == "__main__":
+  environment.apply_settings()
+  main()

@@ -1,0 +1,43 @@
+"""The layer table of one network, and the sums of several side by side."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments):
+  program = [sys.executable, "-m", "flax_cifar.tools.summary", *arguments]
+  return subprocess.run(program, capture_output=True, text=True)
+
+
+def test_networks_stand_side_by_side():
+  done = run("--config=pyramid", "--beside=skip:norm=layer", "--beside=tiny50k")
+  header, *rows = (line.split() for line in done.stdout.splitlines())
+  assert header[:3] == ["config", "layers", "parameters"]
+  assert [(row[0], row[2], row[-1]) for row in rows] == [
+    ("pyramid", "48,656", "44x44"),
+    ("skip-norm-layer", "48,072", "44x44"),
+    ("tiny50k", "48,090", "71x71"),
+  ]
+
+
+def test_json_has_the_sums():
+  (row,) = json.loads(run("--config=pyramid", "--json").stdout)
+  assert (row["parameters"], row["receptive field"]) == (48_656, "44x44")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--beside=nothing"], "error: --beside='nothing' is unknown"),
+    (["--beside=skip:norm=odd"], "error: model.norm='odd' is unknown"),
+    (["--beside=skip:odd"], "error: --beside='skip:odd': config variant 'odd' is unknown"),
+  ],
+)
+def test_a_wrong_name_is_one_line(arguments, message):
+  done = run("--config=pyramid", *arguments)
+  assert done.returncode == 2
+  assert done.stderr.startswith(message)
+  assert done.stderr.count("\n") == 1
