@@ -73,18 +73,21 @@ FIXED_VARIABLES = {
 # ---- Settings
 
 
-def apply_settings() -> None:
+def apply_settings(*, restart: bool = True) -> None:
   """Sets the variables that the user has not set, and restarts Python where one needs that.
 
   glibc reads GLIBC_TUNABLES when a process starts; only Linux has glibc. A letter that the screen
   cannot show, such as the ± of a result, becomes a question mark.
+
+  Args:
+    restart: False goes on in this process, without what needs a new one.
   """
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="replace")
   os.environ.update(FIXED_VARIABLES)
   missing = {name: value for name, value in VARIABLES.items() if name not in os.environ}
-  if not _has_glibc():
+  if not restart or not _has_glibc():
     missing.pop("GLIBC_TUNABLES", None)
   os.environ.update(missing)
   flags = os.environ.get("XLA_FLAGS", "")

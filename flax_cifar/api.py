@@ -1,0 +1,198 @@
+"""The functions for notebooks and scripts; `import flax_cifar` has them all.
+
+    run = flax_cifar.train_network("s9:smoke", seed=1, optimizer__learning_rate=0.02)
+    run.accuracy  # of the test images, in [0, 1]; in a notebook, `run` shows a summary
+    run.load().predict(images)  # uint8 (N, H, W, 3) -> probabilities (N, classes)
+    run.write_report()  # report.html in the folder of the run
+
+JAX is imported by the first call that needs it.
+"""
+
+import dataclasses
+import html
+import os
+import pathlib
+import runpy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flax_cifar import environment, errors
+
+if TYPE_CHECKING:
+  import flax.linen as nn
+  from matplotlib.figure import Figure
+  from ml_collections import ConfigDict
+
+  from flax_cifar.data import dataset
+  from flax_cifar.run import classifier
+
+SEPARATOR = "__"  # stands for the dot of a config key, which a keyword argument cannot have
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run.
+
+  Attributes:
+    workdir: its folder.
+    result: the content of result.json.
+    records: of the epochs, as in metrics.jsonl.
+  """
+
+  workdir: pathlib.Path
+  result: Mapping[str, Any] = dataclasses.field(repr=False)
+  records: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
+
+  @property
+  def accuracy(self) -> float:
+    """In [0, 1], of the images on which the run was scored at its end; of several seeds the mean.
+
+    These are the test images, or those of validation for the protocol `trial`.
+    """
+    from flax_cifar.run import result
+
+    return float(self.result[f"{result.get_final_split_name(self.result)}_accuracy"])
+
+  def load(self) -> "classifier.Classifier":
+    """Loads the network, of several seeds the first; see `Classifier.predict`."""
+    from flax_cifar.run import classifier
+    from flax_cifar.run import weights as weights_lib
+
+    weights = weights_lib.load_weights(self.workdir / "weights.safetensors")
+    return classifier.create_classifier(weights, dtype=weights.config["compute_dtype"])
+
+  def plot_curves(self) -> "Figure":
+    """Draws loss and accuracy by epoch."""
+    from flax_cifar.run import plots
+
+    return plots.draw_curves(self.records)
+
+  def write_report(self, path: str | os.PathLike[str] = "") -> pathlib.Path:
+    """Writes the report, by default into the run's folder, and returns its path."""
+    from flax_cifar.tools import report
+
+    out = pathlib.Path(path) if path else self.workdir / report.TEMPLATE
+    options = report.parse([str(self.workdir), f"--out={out}"])
+    report.write(options.out, report.create_page(options))
+    return out
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows."""
+    from flax_cifar.run import plots, result
+    from flax_cifar.tools import report
+
+    facts = {
+      f"{result.get_final_split_name(self.result)} accuracy": result.format_score(
+        self.result, "accuracy", ".2%"
+      ),
+      "parameters": f"{self.result['parameters']:,}",
+      "epochs": str(self.result["epochs"]),
+      "training": f"{self.result['train_seconds']:,.0f} s",
+      "folder": str(self.workdir),
+    }
+    rows = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    with plots.default_style():
+      curves = report.embed_figure(self.plot_curves())
+    name = html.escape(self.result["config"]["name"])
+    return (
+      f"<h3>{name}</h3><table>{rows}</table>"
+      f'<img src="{curves}" alt="Loss and accuracy by epoch" style="background: #fff">'
+    )
+
+
+def create_config(config: str = "quickstart", **changes: Any) -> "ConfigDict":
+  """Creates the config of `configs/NAME.py`, or of a file, with `changes`.
+
+  Args:
+    config: NAME or FILE, with variants after a colon, as for --config.
+    **changes: config keys; two underscores stand for a dot: `optimizer__learning_rate=0.1`.
+
+  Raises:
+    UserError: no such config, variant or key, or a value of another type.
+  """
+  from flax_cifar.tools import command_line
+
+  path, _, variant = command_line.find_config(config, "config").partition(":")
+  keys = {key.replace(SEPARATOR, "."): value for key, value in changes.items()}
+  try:
+    found: ConfigDict = runpy.run_path(path)["get_config"](variant)
+    found.update_from_flattened_dict(keys)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise errors.UserError(f"config {config!r} with {keys}: {errors.shorten(error)}") from error
+  return found
+
+
+def train_network(
+  config: str = "quickstart", *, workdir: str | os.PathLike[str] = "", **changes: Any
+) -> Run:
+  """Trains like main.py, and returns the finished run; the same call again returns it at once.
+
+  Args:
+    config: see `create_config`.
+    workdir: the folder of the run; "" is runs/NAME-HASH.
+    **changes: see `create_config`.
+
+  Raises:
+    UserError: a wrong config, missing data, or a folder that holds another run.
+    Interrupted: the run was stopped, and has saved its state; the same call goes on.
+  """
+  environment.apply_settings(restart=False)  # a notebook's process cannot start anew
+  settings = create_config(config, **changes)
+  from flax_cifar import train as train_lib
+  from flax_cifar.run import config as config_lib
+  from flax_cifar.run import workdir as workdir_lib
+
+  default = workdir_lib.find_workdir(config_lib.settle(settings).to_dict())
+  folder = pathlib.Path(workdir) if workdir else default
+  train_lib.train_and_evaluate(settings, folder)
+  return load_run(folder)
+
+
+def load_run(workdir: str | os.PathLike[str]) -> Run:
+  """Loads a finished run; a UserError if there is none in `workdir`."""
+  from flax_cifar.tools import compare
+
+  found = compare.read_run(pathlib.Path(workdir), {})
+  return Run(pathlib.Path(workdir), found.result, found.records)
+
+
+def load_data(
+  name: str = "cifar10", *, dir: str | os.PathLike[str] = "", image_size: int = 32
+) -> "dataset.Dataset":
+  """Loads a data set: `train` and `test` with `images` and `labels`, and `class_names`.
+
+  >>> data = load_data("shapes")
+  >>> data.train.images.shape, data.train.images.dtype, data.train.labels.shape
+  ((10000, 32, 32, 3), dtype('uint8'), (10000,))
+
+  Args:
+    name: cifar10, shapes, npz:PATH or folder:PATH.
+    dir: where CIFAR-10 is; "" is TFDS_DATA_DIR or ~/tensorflow_datasets.
+    image_size: height and width in pixels, of shapes and folders.
+
+  Raises:
+    UserError: there is no such data set, or it is damaged.
+  """
+  from flax_cifar.data import load
+
+  return load.load_dataset(name=name, dir=str(dir), image_size=image_size)
+
+
+def create_model(config: str = "s9", *, num_classes: int = 10, **changes: Any) -> "nn.Module":
+  """Creates the untrained network of a config, a Linen module.
+
+  >>> model = create_model("pyramid", num_classes=3, model__norm="layer")
+  >>> import jax
+  >>> variables = model.init(jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)), train=False)
+  >>> model.apply(variables, jax.numpy.zeros((5, 32, 32, 3)), train=False).shape
+  (5, 3)
+
+  Args:
+    config: see `create_config`.
+    num_classes: the number of logits.
+    **changes: see `create_config`.
+  """
+  settings = create_config(config, **changes)
+  from flax_cifar.run import config as config_lib
+
+  return config_lib.create_model(settings, num_classes=num_classes)

@@ -1,0 +1,77 @@
+"""The functions for notebooks: they train, load and show what main.py would."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import flax_cifar
+from flax_cifar import errors
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("api")
+  return flax_cifar.train_network(
+    "quickstart",
+    workdir=folder / "a&b",
+    name="x<y",
+    total_epochs=2,
+    batch_size=16,
+    eval_batch_size=16,
+    num_devices=1,
+    log__pictures=False,
+    data__validation_size=80,
+    data__name=tiny.write_data(folder / "data.npz", train=400, size=32),
+  )
+
+
+def test_a_run_has_its_result_its_network_and_its_pictures(run):
+  result = json.loads((run.workdir / "result.json").read_text())
+  assert run.accuracy == result["test_accuracy"]
+  assert [record["epoch"] for record in run.records] == [1, 2]
+  assert (result["config"]["total_epochs"], result["config"]["log"]["pictures"]) == (2, False)
+  images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+  np.testing.assert_allclose(run.load().predict(images).sum(-1), 1, rtol=1e-5)
+  assert len(run.plot_curves().axes) == 2
+  assert run.write_report().read_text().startswith("<!DOCTYPE html>")
+  assert repr(run) == f"Run(workdir={run.workdir!r})"
+
+
+def test_a_notebook_shows_a_summary_in_which_names_are_escaped(run):
+  shown = run._repr_html_()
+  assert f"{run.accuracy:.2%}" in shown
+  assert "<h3>x&lt;y</h3>" in shown
+  assert "a&amp;b" in shown
+  assert 'src="data:image/svg+xml;base64,' in shown
+
+
+def test_a_finished_run_is_loaded(run):
+  again = flax_cifar.load_run(run.workdir)
+  assert (again.result, list(again.records)) == (run.result, list(run.records))
+  with pytest.raises(errors.UserError, match=r"holds no result\.json"):
+    flax_cifar.load_run(run.workdir.parent)
+
+
+@pytest.mark.parametrize(
+  ("config", "changes", "message"),
+  [
+    ("nothing", {}, "config='nothing' is unknown"),
+    ("s9:odd", {}, "config variant 'odd' is unknown"),
+    ("s9", {"optimizer__rate": 1.0}, "optimizer.rate"),
+    ("s9", {"total_epochs": "many"}, "total_epochs"),
+  ],
+)
+def test_a_wrong_config_is_one_line(config, changes, message):
+  with pytest.raises(errors.UserError, match=message) as caught:
+    flax_cifar.create_config(config, **changes)
+  assert "\n" not in str(caught.value)
+
+
+def test_the_import_brings_no_jax():
+  code = "import sys, flax_cifar; print('jax' in sys.modules, len(flax_cifar.__all__))"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout == f"False {len(flax_cifar.__all__)}\n"
