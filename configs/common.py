@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
       # "trial": like honest, but never reads the test split: for choosing among recipes.
       "protocol": "honest",
       "data": {
-        "name": "cifar10",  # cifar10 | shapes | npz:PATH | folder:PATH
-        # Directory of CIFAR-10; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        "name": "cifar10",  # cifar10 | shapes | tfds:NAME | npz:PATH | folder:PATH
+        # Where CIFAR-10 and tfds:NAME are; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
         "dir": "",
         "image_size": 32,  # pixels; images of `shapes` and folders get this size
         "validation_size": 5000,  # images held out of train, unless published

@@ -166,8 +166,8 @@ def load_data(
   ((10000, 32, 32, 3), dtype('uint8'), (10000,))
 
   Args:
-    name: cifar10, shapes, npz:PATH or folder:PATH.
-    dir: where CIFAR-10 is; "" is TFDS_DATA_DIR or ~/tensorflow_datasets.
+    name: cifar10, shapes, tfds:NAME, npz:PATH or folder:PATH.
+    dir: where CIFAR-10 and tfds:NAME are; "" is TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: height and width in pixels, of shapes and folders.
 
   Raises:

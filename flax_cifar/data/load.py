@@ -9,19 +9,19 @@ import numpy as np
 from flax_cifar import errors
 from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.data.augment import arguments
-from flax_cifar.data.sources import cifar10, cifar10_archive, folder, npz, shapes
+from flax_cifar.data.sources import cifar10, cifar10_archive, folder, npz, prepared, shapes
 
 
 def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset:
-  """Loads `cifar10`, `shapes`, `npz:PATH` or `folder:PATH`.
+  """Loads `cifar10`, `shapes`, `tfds:NAME`, `npz:PATH` or `folder:PATH`.
 
   Args:
-    name: one of the four forms; `~` in PATH is the home directory. Transparent pixels of images
+    name: one of the five forms; `~` in PATH is the home directory. Transparent pixels of images
       in a folder become white.
-    dir: where CIFAR-10 is, or is downloaded to; "" means TFDS_DATA_DIR, else
-      ~/tensorflow_datasets. The other three do not use it.
+    dir: where CIFAR-10 is, or is downloaded to, and where prepared data sets of TFDS are; "" means
+      TFDS_DATA_DIR, else ~/tensorflow_datasets. The other three do not use it.
     image_size: height and width in pixels. `shapes` and `folder:PATH` make images of this
-      size; the other two must already have it.
+      size; the other three must already have it.
 
   Returns:
     Dataset with uint8 (N, image_size, image_size, 3) images and int32 (N,) labels.
@@ -32,9 +32,9 @@ def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset
   expected = f"from 1 to {arguments.MAX_PIXELS} pixels"
   errors.require(1 <= image_size <= arguments.MAX_PIXELS, "data.image_size", image_size, expected)
   kind, _, path = name.partition(":")
-  loader = errors.choose(
-    "data.name", f"{kind}:PATH" if path and f"{kind}:PATH" in LOADERS else name, LOADERS
-  )
+  forms = (f"{kind}:PATH", f"{kind}:NAME")
+  form = next((form for form in forms if path and form in LOADERS), name)
+  loader = errors.choose("data.name", form, LOADERS)
   found = errors.get_path("data.name", path)
   try:
     dataset = loader(path=found, dir=dir, image_size=image_size)
@@ -116,6 +116,11 @@ def _load_shapes(*, path: Path, dir: str, image_size: int) -> dataset_lib.Datase
   )
 
 
+def _load_prepared(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
+  del image_size
+  return prepared.load_prepared(path.as_posix(), dir=dir)
+
+
 def _load_npz(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
   del dir, image_size
   return npz.load_npz(path)
@@ -129,6 +134,7 @@ def _load_folder(*, path: Path, dir: str, image_size: int) -> dataset_lib.Datase
 LOADERS: dict[str, Callable[..., dataset_lib.Dataset]] = {
   "cifar10": _load_cifar10,
   "shapes": _load_shapes,
+  "tfds:NAME": _load_prepared,
   "npz:PATH": _load_npz,
   "folder:PATH": _load_folder,
 }

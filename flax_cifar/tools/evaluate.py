@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str]) -> Options:
   """
   parser = command_line.create_parser("evaluate", __doc__)
   command_line.add_network(parser)
-  parser.add_argument("--data", help="cifar10, shapes, npz:PATH or folder:PATH; default: the run's")
+  parser.add_argument("--data", help="as the key data.name; default: the run's")
   parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
   parser.add_argument(
     "--split",

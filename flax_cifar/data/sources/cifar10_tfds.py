@@ -3,23 +3,20 @@
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
-import google_crc32c
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.image_classification import cifar
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_cifar import errors
 from flax_cifar.data import dataset
-from flax_cifar.data.sources import cifar10_archive
+from flax_cifar.data.sources import cifar10_archive, tfds_files
 
 # ---- Reading a prepared directory
 
@@ -32,43 +29,17 @@ def read_prepared(folder: Path) -> tuple[dataset.Split, dataset.Split]:
       classes are not those of CIFAR-10.
   """
   try:
-    info = _read_info(folder)
-    file_format = info.as_proto.file_format or "tfrecord"  # the default of TFDS, too
-    shards = [_list_shards(folder, info.splits[name]) for name in ("train", "test")]
+    info = tfds_files.read_info("cifar10", folder)
+    shards = [tfds_files.list_shards(folder, info.splits[name]) for name in ("train", "test")]
   except Exception as error:  # TFDS raises many types for damaged JSON
-    raise _damaged_prepared(folder, folder / "dataset_info.json", error) from error
-  if file_format not in _SHARD_READERS:
-    raise errors.UserError(
-      f"{folder} is in the format {file_format!r}, but only {' and '.join(_SHARD_READERS)} can be "
-      "read here; choose another --config.data.dir (or TFDS_DATA_DIR)."
-    )
+    raise tfds_files.explain_damage(folder, folder / "dataset_info.json", error) from error
+  read = tfds_files.get_reader(folder, info)
   _check_names(folder)
-  read_shard = _SHARD_READERS[file_format]
-  train, test = (_read_split(folder, files, read_shard) for files in shards)
+  train, test = (
+    _join(tfds_files.read_shards(folder, files, read, _decode_record)) for files in shards
+  )
   _check_counts(folder, train, test)
   return train, test
-
-
-def _read_info(folder: Path) -> tfds.core.DatasetInfo:
-  """Reads dataset_info.json.
-
-  It does not use `tfds.builder_from_directory`, which reads features.json, too, and imports, and so
-  runs, any module that is named there.
-  """
-  version = tfds.core.Version(folder.name)
-  identity = tfds.core.DatasetIdentity("cifar10", version, str(folder), module_name="")
-  features = tfds.features.FeaturesDict(
-    {"label": np.int64}
-  )  # without features it reads features.json
-  info = tfds.core.DatasetInfo(builder=identity, features=features)
-  info.read_from_directory(folder)
-  return info
-
-
-def _list_shards(folder: Path, info: tfds.core.SplitInfo) -> list[tuple[Path, int]]:
-  """Lists the files of a split, each with the number of records it should hold."""
-  files = [folder / path.name for path in info.filepaths]
-  return list(zip(files, info.shard_lengths, strict=True))
 
 
 def _check_names(folder: Path) -> None:
@@ -76,9 +47,9 @@ def _check_names(folder: Path) -> None:
   try:
     names = tuple(file.read_text(encoding="utf-8").split())
   except (OSError, ValueError) as error:
-    raise _damaged_prepared(folder, file, error) from error
+    raise tfds_files.explain_damage(folder, file, error) from error
   if names != cifar10_archive.CLASS_NAMES:
-    raise _damaged_prepared(folder, file, f"it lists {names}")
+    raise tfds_files.explain_damage(folder, file, f"it lists {names}")
 
 
 def _check_counts(source: Path, train: dataset.Split, test: dataset.Split) -> None:
@@ -93,44 +64,9 @@ def _check_counts(source: Path, train: dataset.Split, test: dataset.Split) -> No
     )
 
 
-def _damaged_prepared(folder: Path, file: Path, reason: object) -> errors.UserError:
-  return errors.UserError(
-    f"{file} is missing, damaged or not readable here ({errors.shorten(reason)}); delete the "
-    f"directory {folder} and run again."
-  )
-
-
-def _read_split(
-  folder: Path, shards: list[tuple[Path, int]], read_shard: Callable[[Path], Sequence[bytes]]
-) -> dataset.Split:
-  batches = []
-  # Not as_data_source(): it refuses tfrecord and decodes on one core, which takes twice as long.
-  for file, length in shards:
-    try:
-      batches.append(_decode_records(read_shard(file), length))
-    except Exception as error:  # the readers raise many types for damaged bytes
-      raise _damaged_prepared(folder, file, error) from error
-  return cifar10_archive.join_batches(batches)
-
-
-def _decode_records(records: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes serialized tf.train.Examples into images (N, 32, 32, 3) and labels (N,)."""
-  if len(records) != length:
-    raise ValueError(f"{len(records)} records instead of {length}")
-  images, labels = (
-    np.empty((length, *cifar10_archive.IMAGE_SHAPE), np.uint8),
-    np.empty(length, np.int32),
-  )
-  block = 500
-
-  def decode_block(start: int) -> None:
-    for i in range(start, min(start + block, len(records))):
-      images[i], labels[i] = _decode_record(records[i])
-
-  with ThreadPoolExecutor() as pool:  # OpenCV decodes outside the GIL
-    for _ in pool.map(decode_block, range(0, len(records), block)):
-      pass
-  return images, labels
+def _join(examples: list[tfds_files.Example]) -> dataset.Split:
+  images, labels = zip(*examples, strict=True)
+  return dataset.Split(np.stack(images), np.array(labels, np.int32))
 
 
 def _decode_record(record: bytes) -> tuple[np.ndarray, int]:
@@ -143,46 +79,6 @@ def _decode_record(record: bytes) -> tuple[np.ndarray, int]:
   if not 0 <= label < len(cifar10_archive.CLASS_NAMES):
     raise ValueError(f"a record has the label {label}, not 0..9")
   return image, label
-
-
-def _read_array_record(path: Path) -> Sequence[bytes]:
-  reader = ArrayRecordReader(os.fspath(path))
-  try:
-    return reader.read_all()
-  finally:
-    reader.close()
-
-
-def _read_tfrecord(path: Path) -> Sequence[bytes]:
-  """Reads frames of <u64 length, u32 checksum of it, payload, u32 checksum of it>."""
-  blob = path.read_bytes()
-  records, start = [], 0
-  while start < len(blob):
-    length = int.from_bytes(_take_checked(blob, start, 8), "little")
-    records.append(_take_checked(blob, start + 12, length))
-    start += 12 + length + 4
-  return records
-
-
-def _take_checked(blob: bytes, start: int, length: int) -> bytes:
-  """Returns the `length` bytes from `start` on, after checking the masked CRC-32C behind them.
-
-  Raises:
-    EOFError: the file ends before the checksum.
-    ValueError: the checksum is wrong.
-  """
-  part, checksum = blob[start : start + length], blob[start + length : start + length + 4]
-  if len(checksum) < 4:
-    raise EOFError("the last record is cut off")
-  crc = google_crc32c.value(part)
-  # TFRecord rotates the sum by 15 bits and adds a constant, in case the data contain such sums.
-  masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-  if masked != int.from_bytes(checksum, "little"):
-    raise ValueError(f"the checksum of the record at byte {start} is wrong")
-  return part
-
-
-_SHARD_READERS = {"array_record": _read_array_record, "tfrecord": _read_tfrecord}
 
 
 # ---- Writing a prepared directory

@@ -1,0 +1,132 @@
+"""Any data set that TensorFlow Datasets has prepared with the features `image` and `label`."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flax_cifar import errors
+from flax_cifar.data import dataset
+
+# NAME or NAME/CONFIG, and no path that leads elsewhere.
+NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w.+-]*[\w+-][\w.+-]*)?", flags=re.ASCII)
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def load_prepared(name: str, *, dir: str) -> dataset.Dataset:
+  """Loads `<dir>/NAME/VERSION`, or `<dir>/NAME/CONFIG/VERSION` for the name NAME/CONFIG.
+
+  The newest version counts. Gray images become RGB. The splits `train` and `test` are needed;
+  `validation` is used where there is one. The classes are called by `label.labels.txt`, or "0",
+  "1", ... up to the highest label.
+
+  Args:
+    name: of the data set, such as `mnist`.
+    dir: root of TFDS data sets; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+  Returns:
+    Dataset with uint8 (N, H, W, 3) images of one size.
+
+  Raises:
+    UserError: it is not prepared, damaged, in another format than array_record and tfrecord, lacks
+      a split or a feature, or its images differ in size.
+  """
+  asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  root = errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
+  if not NAME.fullmatch(name):
+    raise errors.UserError(
+      f"data.name='tfds:{name}' is no name of a data set; write tfds:NAME or tfds:NAME/CONFIG, as "
+      "tfds:mnist."
+    )
+  folder = find_newest(root / name)
+  if folder is None:
+    raise errors.UserError(
+      f"data.name='tfds:{name}' is not prepared in {str(root)!r}; prepare it with "
+      f"tfds.load({name!r}, data_dir={str(root)!r}), which may need TensorFlow, or name its place "
+      "in data.dir."
+    )
+  return read_folder(name.partition("/")[0], folder)
+
+
+def find_newest(place: Path) -> Path | None:
+  """Returns the newest complete version in the folder of a data set, or None."""
+  infos = place.glob("*/dataset_info.json")
+  folders = [info.parent for info in infos if VERSION.fullmatch(info.parent.name)]
+  return max(folders, key=lambda folder: [int(n) for n in folder.name.split(".")], default=None)
+
+
+def read_folder(name: str, folder: Path) -> dataset.Dataset:
+  """Reads the prepared `folder` of the data set `name`; see `load_prepared`."""
+  # Imported here: tensorflow_datasets takes most of a second to import.
+  from flax_cifar.data.sources import tfds_files
+
+  try:
+    info = tfds_files.read_info(name, folder)
+    shards = {split: tfds_files.list_shards(folder, info.splits[split]) for split in info.splits}
+  except Exception as error:  # TFDS raises many types for damaged JSON
+    raise tfds_files.explain_damage(folder, folder / "dataset_info.json", error) from error
+  if missing := {"train", "test"} - shards.keys():
+    found, lacking = (", ".join(sorted(names)) for names in (shards, missing))
+    raise errors.UserError(
+      f"{folder} has the splits {found} and lacks {lacking}; both train and test are needed."
+    )
+  read = tfds_files.get_reader(folder, info)
+  splits = {
+    split: _join(folder, split, tfds_files.read_shards(folder, shards[split], read, decode_record))
+    for split in ("train", "test", "validation")
+    if split in shards
+  }
+  highest = max(int(split.labels.max()) for split in splits.values())
+  return dataset.Dataset(
+    splits["train"], splits["test"], read_names(folder, highest), splits.get("validation")
+  )
+
+
+def decode_record(record: bytes) -> tuple[np.ndarray, int]:
+  """Decodes a serialized tf.train.Example into an image uint8 (H, W, 3) and its label."""
+  import cv2
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  feature = tf_example_pb2.Example.FromString(record).features.feature
+  if "image" not in feature or "label" not in feature:
+    raise ValueError(f"its features are {', '.join(sorted(feature))}; image and label are needed")
+  encoded = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
+  image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)  # gray images, too
+  if image is None:
+    raise ValueError("a record is no image")
+  label = feature["label"].int64_list.value[0]
+  if label < 0:
+    raise ValueError(f"a record has the label {label}")
+  return image, label
+
+
+def _join(folder: Path, split: str, examples: Sequence[tuple[np.ndarray, int]]) -> dataset.Split:
+  sizes = sorted({image.shape[:2] for image, _ in examples})
+  if len(sizes) != 1:
+    shown = ", ".join(f"{height}x{width}" for height, width in sizes[:3]) or "none"
+    raise errors.UserError(
+      f"{folder} {split}: images of one size are needed, and there are {len(sizes)} sizes "
+      f"({shown}); use folder:PATH, which resizes."
+    )
+  images, labels = zip(*examples, strict=True)
+  return dataset.Split(np.stack(images), np.array(labels, np.int64))
+
+
+def read_names(folder: Path, highest: int) -> tuple[str, ...]:
+  """The class names of a prepared folder; numbers where it has none.
+
+  Raises:
+    UserError: the file of the names is damaged, or lacks names of labels.
+  """
+  file = folder / "label.labels.txt"
+  if not file.exists():
+    return tuple(map(str, range(highest + 1)))
+  try:
+    names = tuple(file.read_text(encoding="utf-8").splitlines())
+  except (OSError, ValueError) as error:
+    raise errors.UserError(f"{file} cannot be read ({errors.shorten(error)})") from error
+  if len(names) <= highest:
+    raise errors.UserError(f"{file} has {len(names)} names, and there are labels up to {highest}")
+  return names
