@@ -118,9 +118,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     progress = checkpoints.restore_or(start, mesh)
     config_lib.check_progress(progress, config.total_epochs, feed.steps_per_epoch)
     workdir_lib.write_start(workdir, config.to_dict(), splits.fingerprint, layers)
-    log = log_lib.RunLog(
-      workdir, progress, total_epochs=config.total_epochs, tensorboard=config.log.tensorboard
-    )
+    log = log_lib.RunLog(workdir, progress, config=config.to_dict())
     stack.enter_context(contextlib.closing(log))
     facts = result_lib.get_facts(progress.state.params, num_seeds, mesh)
     log.banner(result_lib.describe_run(config, splits, facts, workdir))

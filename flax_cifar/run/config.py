@@ -12,6 +12,7 @@ from flax_cifar import errors, models
 from flax_cifar import state as state_lib
 from flax_cifar.data.augment import arguments
 from flax_cifar.kernels import backend
+from flax_cifar.run import tracker
 
 # A resumed run may change these: its results stay the same.
 FREE_KEYS = (
@@ -68,6 +69,7 @@ def check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
   """Raises a UserError for a number out of range that no other module checks."""
   smoothing = config.loss.label_smoothing
   errors.require(config.total_epochs > 0, "total_epochs", config.total_epochs, "1 or more")
+  tracker.check_tracker(config.log.tracker)
   errors.require(config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "1 or more")
   errors.require(0 <= config.ema.decay < 1, "ema.decay", config.ema.decay, "at least 0 and below 1")
   errors.require(0 <= smoothing < 1, "loss.label_smoothing", smoothing, "at least 0 and below 1")

@@ -5,9 +5,10 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import PIL.Image
 from rich.console import Console
 from rich.progress import (
   BarColumn,
@@ -19,11 +20,16 @@ from rich.progress import (
 )
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboardX.proto.tensor_pb2 import TensorProto
+from tensorboardX.proto.tensor_shape_pb2 import TensorShapeProto
 
 from flax_cifar import errors, files, metrics
 from flax_cifar import state as state_lib
 from flax_cifar.parallel import agreement
+from flax_cifar.run import config as config_lib
+from flax_cifar.run import tables
+from flax_cifar.run import tracker as tracker_lib
 
 LINE_SECONDS = 60  # between two progress lines where no terminal shows a bar
 Report = Callable[[metrics.Totals, int], None]  # the epoch's totals, and how many steps are new
@@ -50,20 +56,24 @@ class RunLog:
     workdir: pathlib.Path,
     progress: state_lib.Progress,
     *,
-    total_epochs: int,
-    tensorboard: bool,
+    config: Mapping[str, Any],
   ):
+    """`config` is that of the run, as nested dictionaries."""
     # Not where FORCE_COLOR asks for it: escapes do not belong into a log file.
     self.console = Screen(highlight=False, force_terminal=sys.stdout.isatty())
     self.writes = agreement.is_first()
     self._path = workdir / "metrics.jsonl"
-    self._total_epochs = total_epochs
+    self._total_epochs, flat = config["total_epochs"], config_lib.flatten(config)
     self._events = None
+    self._tracker = None
     if self.writes:
       lines = (files.encode_json(record) + "\n" for record in progress.records)
       files.write_text(self._path, "".join(lines))
-      if tensorboard:
+      if config["log"]["tensorboard"]:
         self._events = _open_events(workdir / "tensorboard", progress.step)
+        self._write_event(progress.step, [_create_text("config", _format_config(flat))])
+      if config["log"]["tracker"] != tracker_lib.NONE:
+        self._tracker = tracker_lib.Tracker(config["log"]["tracker"], flat)
 
   def print(self, text: str) -> None:
     """Prints plain text."""
@@ -130,10 +140,25 @@ class RunLog:
     if self.writes:
       with self._path.open("a", encoding="utf-8") as file:
         file.write(files.encode_json(record) + "\n")
-    if self._events:
-      self._events.write_event(_create_event(record))
-      self._events.flush()
+    points = _list_points(record)
+    self._write_event(
+      record["step"], [Summary.Value(tag=tag, simple_value=mean) for tag, mean in points.items()]
+    )
+    if self._tracker:
+      self._tracker.log(points, step=record["step"])
     self.print(self._format(record))
+
+  def write_pictures(self, paths: Iterable[pathlib.Path], step: int) -> None:
+    """Shows PNG files that the run has written in TensorBoard."""
+    if self._events:
+      self._write_event(step, [_create_image(path) for path in paths])
+
+  def _write_event(self, step: int, values: Sequence[Summary.Value]) -> None:
+    """Writes values to TensorBoard's file at once; nothing where there is no file or no value."""
+    if self._events and values:
+      summary = Summary(value=list(values))
+      self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+      self._events.flush()
 
   def _format(self, record: metrics.Record) -> str:
     width = len(str(self._total_epochs))
@@ -149,9 +174,11 @@ class RunLog:
     return text + f"{record['images_per_second']:.0f} images/s  {record['seconds']:.0f} s"
 
   def close(self) -> None:
-    """Closes TensorBoard's file."""
+    """Closes TensorBoard's file and the tracker's run."""
     if self._events:
       self._events.close()
+    if self._tracker:
+      self._tracker.finish()
 
 
 def _open_events(folder: pathlib.Path, step: int) -> EventsWriter:
@@ -166,14 +193,36 @@ def _open_events(folder: pathlib.Path, step: int) -> EventsWriter:
   return events
 
 
-def _create_event(record: metrics.Record) -> Event:
-  """The means of a record, tagged "train/loss" and so on."""
+def _list_points(record: metrics.Record) -> dict[str, float]:
+  """The means of a record, called "train/loss" and so on."""
   names = [name for name in record if name not in ("epoch", "step", "total_epochs")]
   means = {name: record[name] for name in names if not isinstance(record[name], list)}
-  points = [
-    Summary.Value(tag=name.replace("_", "/", 1), simple_value=mean) for name, mean in means.items()
-  ]
-  return Event(step=record["step"], wall_time=time.time(), summary=Summary(value=points))
+  return {name.replace("_", "/", 1): mean for name, mean in means.items()}
+
+
+def _create_text(tag: str, text: str) -> Summary.Value:
+  """Markdown that TensorBoard shows under Text."""
+  plugin = SummaryMetadata.PluginData(plugin_name="text")
+  tensor = TensorProto(
+    dtype="DT_STRING",
+    string_val=[text.encode()],
+    tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
+  )
+  return Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin), tensor=tensor)
+
+
+def _create_image(path: pathlib.Path) -> Summary.Value:
+  with PIL.Image.open(path) as image:
+    width, height = image.size
+  encoded = Summary.Image(
+    height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
+  )
+  return Summary.Value(tag=path.stem, image=encoded)
+
+
+def _format_config(flat: Mapping[str, Any]) -> str:
+  rows = [[key, f"`{value}`"] for key, value in flat.items()]
+  return tables.format_markdown(["key", "value"], rows)
 
 
 def _describe(totals: metrics.Totals, seconds: float) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -40,9 +41,11 @@ def lines(path):
   return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def open_log(path, records=(), tensorboard=False):
+def open_log(path, records=(), tensorboard=False, tracker="none"):
   progress = state_lib.Progress(10 * len(records), None, {}, list(records))
-  return log_lib.RunLog(path, progress, total_epochs=12, tensorboard=tensorboard)
+  log = {"tensorboard": tensorboard, "tracker": tracker}
+  config = {"name": "a", "total_epochs": 12, "log": log}
+  return log_lib.RunLog(path, progress, config=config)
 
 
 def test_a_line_has_the_means(tmp_path):
@@ -135,7 +138,8 @@ def test_tensorboard_gets_every_number_at_once(tmp_path):
   (path,) = (tmp_path / "tensorboard").iterdir()
   for epoch in (2, 3):
     write(log, epoch, {"loss": 0.5, "accuracy": 0.8})
-    version, start, *points = read_events(path)
+    version, start, config, *points = read_events(path)
+    assert "| total_epochs | `12` |" in config.summary.value[0].tensor.string_val[0].decode()
     assert len(points) == epoch - 1
     assert points[-1].step == 10 * epoch
     assert {point.tag: point.simple_value for point in points[-1].summary.value} == {
@@ -247,3 +251,17 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path):
 @pytest.mark.parametrize(("rates", "median"), [([1, 9, 2], 2), ([4, 2], 3)])
 def test_median_rate(rates, median):
   assert metrics.get_median_rate([{"images_per_second": rate} for rate in rates]) == median
+
+
+def test_tensorboard_shows_pictures(tmp_path):
+  PIL.Image.new("RGB", (30, 20)).save(tmp_path / "curves.png")
+  log = open_log(tmp_path, tensorboard=True)
+  log.write_pictures([tmp_path / "curves.png"], step=7)
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  *_, event = read_events(path)
+  (value,) = event.summary.value
+  assert (event.step, value.tag, value.image.width, value.image.height) == (7, "curves", 30, 20)
+  assert value.image.encoded_image_string == (tmp_path / "curves.png").read_bytes()
+  log.close()
+  log = open_log(tmp_path)
+  log.write_pictures([tmp_path / "missing.png"], step=7)  # nothing to show them in

@@ -1,0 +1,53 @@
+"""Weights & Biases or trackio, which share `init`, `log` and `finish`; users install them."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from flax_cifar import errors
+
+NONE = "none"
+TRACKERS = (NONE, "wandb", "trackio")
+PROJECT = "flax_cifar"
+
+
+class Tracker:
+  """A run of the library `name`, which gets what metrics.jsonl gets.
+
+  What goes wrong there, such as a network that is down, is a warning: it is no reason to lose a
+  run. The first failure ends it. `config` is that of the run, flat.
+  """
+
+  def __init__(self, name: str, config: Mapping[str, Any]):
+    self._library: Any = importlib.import_module(name)
+    self._open = True
+    self._call("init", project=PROJECT, name=config["name"], config=dict(config))
+
+  def log(self, numbers: Mapping[str, Any], *, step: int) -> None:
+    """Sends numbers that belong to a step."""
+    self._call("log", dict(numbers), step=step)
+
+  def finish(self) -> None:
+    """Ends the run."""
+    self._call("finish")
+    self._open = False
+
+  def _call(self, function: str, *args: Any, **kwargs: Any) -> None:
+    if not self._open:
+      return
+    try:
+      getattr(self._library, function)(*args, **kwargs)
+    except Exception as error:  # of the library, the network or the disk
+      self._open = False
+      errors.warn(
+        f"{self._library.__name__} gets nothing from now on: its {function} failed "
+        f"({errors.shorten(error)})"
+      )
+
+
+def check_tracker(name: str) -> None:
+  """Raises a UserError unless `name` is in TRACKERS and can be imported."""
+  errors.choose("log.tracker", name, dict.fromkeys(TRACKERS))
+  there = name == NONE or importlib.util.find_spec(name)
+  errors.require(bool(there), "log.tracker", name, f"{NONE}, unless you pip install {name}")
