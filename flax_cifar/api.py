@@ -181,10 +181,12 @@ def load_data(
 def create_model(config: str = "s9", *, num_classes: int = 10, **changes: Any) -> "nn.Module":
   """Creates the untrained network of a config, a Linen module.
 
-  >>> model = create_model("pyramid", num_classes=3, model__norm="layer")
   >>> import jax
-  >>> variables = model.init(jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)), train=False)
-  >>> model.apply(variables, jax.numpy.zeros((5, 32, 32, 3)), train=False).shape
+  >>> model = create_model("pyramid", num_classes=3, model__norm="layer")
+  >>> images = jax.ShapeDtypeStruct((5, 32, 32, 3), "float32")
+  >>> init = lambda images: model.init_with_output(jax.random.key(0), images, train=False)
+  >>> logits, variables = jax.eval_shape(init, images)
+  >>> logits.shape
   (5, 3)
 
   Args:

@@ -5,6 +5,8 @@ Command     python -m benchmarks.accuracy.zoo add RUN_FOLDER ... [--force]
             python -m benchmarks.accuracy.zoo
                 scores every network that is there on the test images, as they are and corrupted,
                 and writes their cards, docs/zoo.json, docs/zoo.md and docs/images/zoo.png
+            python -m benchmarks.accuracy.zoo score NAME ...
+                the same, but scores these alone and keeps the rows of the others
             python -m benchmarks.accuracy.zoo page
                 writes the page and the picture again, from docs/zoo.json
 """
@@ -57,14 +59,16 @@ def main() -> None:
   adder = commands.add_parser("add", help="copy the weights of finished runs to flax_cifar/zoo/")
   adder.add_argument("folders", nargs="+", type=pathlib.Path, metavar="RUN_FOLDER")
   adder.add_argument("--force", action="store_true", help="replace; take any commit")
+  scorer = commands.add_parser("score", help="score these networks alone")
+  scorer.add_argument("names", nargs="+", choices=zoo.list_models(), metavar="NAME")
   commands.add_parser("page", help="write the page and the picture again")
   options = parser.parse_args()
   with command_line.one_line_errors():
     if options.command == "add":
       paths = [add(folder, zoo.FOLDER, force=options.force) for folder in options.folders]
     else:
-      if not options.command:
-        score_all(results.DOCS)
+      if options.command != "page":
+        score(results.DOCS, options.names if options.command else zoo.list_models())
       paths = write_page(results.DOCS)
   for path in paths:
     print(f"written   {path}")
@@ -101,16 +105,18 @@ def add(folder: pathlib.Path, target: pathlib.Path, *, force: bool) -> pathlib.P
 #### Describe
 
 
-def score_all(docs: pathlib.Path) -> None:
-  """Scores every network of the package, and writes their cards and zoo.json."""
-  rows = []
-  for name in zoo.list_models():
+def score(docs: pathlib.Path, names: Sequence[str]) -> None:
+  """Scores the networks `names`, and writes their cards; zoo.json keeps the rows of the others."""
+  path = docs / RECORD
+  old = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+  rows = {row["model"]: row for row in old}
+  for name in names:
     options = evaluate.Options(
       zoo.find_weights(name), split="test", dtype=zoo.DTYPE, corruptions=True
     )
-    rows.append(describe(name, evaluate.evaluate_weights(options)))
-    print(f"{name}: {rows[-1]['accuracy']:.2%}", flush=True)
-  common.write_json(docs / RECORD, rows)
+    rows[name] = describe(name, evaluate.evaluate_weights(options))
+    print(f"{name}: {rows[name]['accuracy']:.2%}", flush=True)
+  common.write_json(path, [rows[name] for name in zoo.list_models()])
 
 
 def write_page(docs: pathlib.Path) -> list[pathlib.Path]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from flax_cifar.kernels import backend, norm_relu, pooling
@@ -84,7 +85,7 @@ class Conv(nn.Conv):
       bias=bias,
     )
 
-  def create_kernel(self, x: Array, shape: tuple[int, ...]) -> Array:
+  def create_kernel(self, x: Array, shape: tuple[int, ...]) -> Array | np.ndarray:
     """Creates the kernel for the input `x`."""
     del x
     return self.param("kernel", self.kernel_init, shape)

@@ -151,8 +151,13 @@ def apply(conv, variables, x):
   return y, *jax.tree.leaves(backward(jnp.sin(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype)))
 
 
-@pytest.mark.parametrize("backend_name", ["xla", "onednn", "gpu"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  ("backend_name", "dtype"),
+  [
+    *[(name, dtype) for name in ("xla", "onednn") for dtype in (jnp.float32, jnp.bfloat16)],
+    ("gpu", jnp.float32),
+  ],
+)
 @pytest.mark.parametrize(
   "options",
   [

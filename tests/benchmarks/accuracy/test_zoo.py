@@ -1,6 +1,7 @@
 """Trained networks are added whole or refused, and their page has a row each."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -73,10 +74,12 @@ def test_the_page_has_a_row_for_each_network(tmp_path, run, monkeypatch):
   zoo_lib.add(run, zoo.FOLDER, force=False)
   monkeypatch.setattr(evaluate, "evaluate_weights", lambda options: create_score(0.85))
   (tmp_path / "docs" / "images").mkdir(parents=True)
-  zoo_lib.score_all(tmp_path / "docs")
+  zoo_lib.score(tmp_path / "docs", zoo.list_models())
+  shutil.copytree(zoo.FOLDER / "pyramid-full", zoo.FOLDER / "another")
+  zoo_lib.score(tmp_path / "docs", ["another"])  # the row of the first one stays
   page, picture = zoo_lib.write_page(tmp_path / "docs")
   text = page.read_text("utf-8")
-  assert "| 48,656 |" in text
+  assert text.count("| 48,656 |") == 2
   assert "| 85.00 | 0.3000 | 2.00 | 60.00 |" in text
   assert "| `pyramid-full` | 60.00 |" in text
   assert (
