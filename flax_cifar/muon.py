@@ -1,9 +1,10 @@
-"""Muon for accelerators: it orthogonalizes the updates of many kernels at once.
+"""Muon for GPUs: it orthogonalizes the updates of many kernels at once.
 
 The result is that of `optax.contrib.muon`, whose Newton-Schulz iteration takes fifteen small matrix
 products for each kernel, one after another. The states are the same too.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,22 +61,30 @@ def orthogonalize(kernels: Any, coefficients: Float32[Array, "3"], rms: float) -
   size are stacked: zeros around a matrix change nothing.
   """
   leaves, treedef = jax.tree.flatten(kernels)
-  matrices = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
-  wide = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
   groups: dict[tuple[int, ...], list[int]] = {}
-  for i, matrix in enumerate(wide):
-    groups.setdefault(tuple(map(_round_up, matrix.shape)), []).append(i)
-  found: dict[int, Array] = {}
+  for i, leaf in enumerate(leaves):
+    groups.setdefault(tuple(map(_round_up, _to_wide(leaf).shape)), []).append(i)
+  results = list(leaves)
   for shape, members in groups.items():
-    stacked = jnp.stack([_pad(wide[i], shape) for i in members])
-    found |= dict(zip(members, iterate(stacked, coefficients), strict=True))
-  results = []
-  for i, (leaf, matrix) in enumerate(zip(leaves, matrices, strict=True)):
-    rows, columns = wide[i].shape
-    result = found[i][:rows, :columns]
-    result = result if matrix.shape == (rows, columns) else result.T
-    results.append(max(rows, columns) ** 0.5 * rms * result.reshape(leaf.shape))
+    stacked = jnp.stack([_pad(_to_wide(leaves[i]), shape) for i in members])
+    for i, found in zip(members, iterate(stacked, coefficients), strict=True):
+      results[i] = rms * _from_wide(found, leaves[i].shape)
   return jax.tree.unflatten(treedef, results)
+
+
+def _to_wide(kernel: Float32[Array, "..."]) -> Float32[Array, "rows columns"]:
+  """The matrix of a kernel, or its transpose: with no more rows than columns."""
+  matrix = kernel.reshape(-1, kernel.shape[-1])
+  return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def _from_wide(matrix: Array, shape: tuple[int, ...]) -> Float32[Array, "..."]:
+  """A kernel of `shape` from its wide matrix, padded at the end; its root mean square becomes 1."""
+  columns = shape[-1]
+  rows = math.prod(shape[:-1])
+  if rows > columns:
+    matrix = matrix.T
+  return max(rows, columns) ** 0.5 * matrix[:rows, :columns].reshape(shape)
 
 
 def iterate(

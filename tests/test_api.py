@@ -8,33 +8,41 @@ import numpy as np
 import pytest
 
 import flax_cifar
-from flax_cifar import errors
+from flax_cifar import errors, models
 from tests import tiny
+
+CONFIG = """
+from tests import tiny
+
+def get_config(arg=""):
+  return tiny.get_config({data!r})
+"""
+
+
+@pytest.fixture(autouse=True)
+def known_model(tiny_model):
+  """The network of the run is known by its name."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("api")
-  return flax_cifar.train_network(
-    "quickstart",
-    workdir=folder / "a&b",
-    name="x<y",
-    total_epochs=2,
-    batch_size=16,
-    eval_batch_size=16,
-    num_devices=1,
-    log__pictures=False,
-    data__validation_size=80,
-    data__name=tiny.write_data(folder / "data.npz", train=400, size=32),
-  )
+  config = folder / "own.py"
+  config.write_text(CONFIG.format(data=tiny.write_data(folder / "data.npz")))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models.MODELS, "tiny", tiny.TinyNet)
+    return flax_cifar.train_network(
+      str(config), workdir=folder / "a&b", name="x<y", total_epochs=2, optimizer__learning_rate=0.2
+    )
 
 
 def test_a_run_has_its_result_its_network_and_its_pictures(run):
   result = json.loads((run.workdir / "result.json").read_text())
   assert run.accuracy == result["test_accuracy"]
   assert [record["epoch"] for record in run.records] == [1, 2]
-  assert (result["config"]["total_epochs"], result["config"]["log"]["pictures"]) == (2, False)
-  images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+  config = result["config"]
+  assert (config["total_epochs"], config["optimizer"]["learning_rate"]) == (2, 0.2)
+  images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
   np.testing.assert_allclose(run.load().predict(images).sum(-1), 1, rtol=1e-5)
   assert len(run.plot_curves().axes) == 2
   assert run.write_report().read_text().startswith("<!DOCTYPE html>")

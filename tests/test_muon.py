@@ -1,4 +1,4 @@
-"""Muon for accelerators against the Muon of optax, which takes one kernel after another."""
+"""Muon for GPUs against the Muon of optax, which takes one kernel after another."""
 
 import jax
 import jax.numpy as jnp

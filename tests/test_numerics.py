@@ -254,7 +254,7 @@ def test_a_whole_step_of_each_network(name):
     key=jax.random.key(0),
     finite=jnp.bool_(True),
   )
-  rng, count = np.random.default_rng(1), 32 if name in LARGE else SHAPE[0]
+  rng, count = np.random.default_rng(1), 16 if name in LARGE else SHAPE[0]
   images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
   labels = rng.integers(10, size=count).astype(np.int32)
   step = jax.jit(

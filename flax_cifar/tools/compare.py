@@ -221,7 +221,10 @@ def read_run(workdir: pathlib.Path, settings: variants.Settings) -> Run:
   """
   result = workdir_lib.read_result(workdir)
   if result is None:
-    raise errors.UserError(f"{str(workdir)!r} holds no result.json; run the sweep again.")
+    raise errors.UserError(
+      f"{str(workdir)!r} holds no result.json, which a run writes at its end; name the folder of a "
+      "finished run, or finish this one by the command that began it."
+    )
   return Run(settings, result, read_records(workdir))
 
 

@@ -18,8 +18,8 @@ def load(name, image_size=8):
 
 
 @pytest.mark.parametrize("name", ["cifar100", "npz", "npz:", "cifar10:x", "zip:a"])
-def test_unknown_name_lists_the_four_forms(name):
-  with pytest.raises(errors.UserError, match="cifar10, shapes, npz:PATH, folder:PATH"):
+def test_unknown_name_lists_the_forms(name):
+  with pytest.raises(errors.UserError, match="cifar10, shapes, tfds:NAME, npz:PATH, folder:PATH"):
     load(name)
 
 
