@@ -6,7 +6,6 @@ tensorflow_datasets takes most of a second to import.
 
 import contextlib
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_cifar import errors, files
+from flax_cifar import files
 from flax_cifar.data import dataset
-from flax_cifar.data.sources import cifar10_archive, decoded
+from flax_cifar.data.sources import cifar10_archive, decoded, prepared
 
 LOCK = "cifar10.lock"
+VERSION = re.compile(r"3\.\d+\.\d+")
 
 
 def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, ...]]:
@@ -37,10 +37,9 @@ def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, 
   Raises:
     UserError: damaged files, a wrong number of examples, or no data and no working mirror.
   """
-  asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  root = errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
-  if prepared := find_prepared(root):
-    train, test = decoded.load_or_decode(prepared, lambda: _sort(_read_prepared(prepared)))
+  root = prepared.find_root(dir)
+  if folder := find_prepared(root):
+    train, test = decoded.load_or_decode(folder, lambda: _sort(_read_prepared(folder)))
   else:
     train, test = _sort(_read_and_prepare(root))
   return train, test, cifar10_archive.CLASS_NAMES
@@ -48,9 +47,7 @@ def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, 
 
 def find_prepared(root: Path) -> Path | None:
   """Returns the newest complete `<root>/cifar10/3.x.y`, or None."""
-  infos = root.glob("cifar10/3.*/dataset_info.json")
-  folders = [info.parent for info in infos if re.fullmatch(r"3\.\d+\.\d+", info.parent.name)]
-  return max(folders, key=lambda folder: [int(n) for n in folder.name.split(".")], default=None)
+  return prepared.find_newest(root / "cifar10", VERSION)
 
 
 def _read_prepared(folder: Path) -> decoded.Splits:
@@ -68,8 +65,8 @@ def _read_and_prepare(root: Path) -> decoded.Splits:
   from flax_cifar.data.sources import cifar10_download
 
   with _lock(root):
-    if prepared := find_prepared(root):  # by the process that held the lock before
-      return _read_prepared(prepared)
+    if folder := find_prepared(root):  # by the process that held the lock before
+      return _read_prepared(folder)
     train, test = cifar10_archive.read_archive(
       cifar10_archive.find_archive(root) or cifar10_download.download_archive(root)
     )

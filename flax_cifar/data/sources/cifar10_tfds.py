@@ -12,7 +12,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.image_classification import cifar
-from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_cifar import errors
 from flax_cifar.data import dataset
@@ -69,14 +68,11 @@ def _join(examples: list[tfds_files.Example]) -> dataset.Split:
   return dataset.Split(np.stack(images), np.array(labels, np.int32))
 
 
-def _decode_record(record: bytes) -> tuple[np.ndarray, int]:
-  feature = tf_example_pb2.Example.FromString(record).features.feature
-  encoded = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
-  image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
-  if image is None or image.shape != cifar10_archive.IMAGE_SHAPE:
+def _decode_record(record: bytes) -> tfds_files.Example:
+  image, label = tfds_files.decode_record(record)
+  if image.shape != cifar10_archive.IMAGE_SHAPE:
     raise ValueError("a record is not an image of 32x32 pixels")
-  label = feature["label"].int64_list.value[0]
-  if not 0 <= label < len(cifar10_archive.CLASS_NAMES):
+  if label >= len(cifar10_archive.CLASS_NAMES):
     raise ValueError(f"a record has the label {label}, not 0..9")
   return image, label
 

@@ -33,8 +33,7 @@ def load_prepared(name: str, *, dir: str) -> dataset.Dataset:
     UserError: it is not prepared, damaged, in another format than array_record and tfrecord, lacks
       a split or a feature, or its images differ in size.
   """
-  asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  root = errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
+  root = find_root(dir)
   if not NAME.fullmatch(name):
     raise errors.UserError(
       f"data.name='tfds:{name}' is no name of a data set; write tfds:NAME or tfds:NAME/CONFIG, as "
@@ -50,10 +49,16 @@ def load_prepared(name: str, *, dir: str) -> dataset.Dataset:
   return read_folder(name.partition("/")[0], folder)
 
 
-def find_newest(place: Path) -> Path | None:
-  """Returns the newest complete version in the folder of a data set, or None."""
+def find_root(dir: str) -> Path:
+  """The root of TFDS data sets: `dir`, or for "" TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+  asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  return errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
+
+
+def find_newest(place: Path, version: re.Pattern[str] = VERSION) -> Path | None:
+  """Returns the newest complete `version` in the folder of a data set, or None."""
   infos = place.glob("*/dataset_info.json")
-  folders = [info.parent for info in infos if VERSION.fullmatch(info.parent.name)]
+  folders = [info.parent for info in infos if version.fullmatch(info.parent.name)]
   return max(folders, key=lambda folder: [int(n) for n in folder.name.split(".")], default=None)
 
 
@@ -72,9 +77,9 @@ def read_folder(name: str, folder: Path) -> dataset.Dataset:
     raise errors.UserError(
       f"{folder} has the splits {found} and lacks {lacking}; both train and test are needed."
     )
-  read = tfds_files.get_reader(folder, info)
+  read, decode = tfds_files.get_reader(folder, info), tfds_files.decode_record
   splits = {
-    split: _join(folder, split, tfds_files.read_shards(folder, shards[split], read, decode_record))
+    split: _join(folder, split, tfds_files.read_shards(folder, shards[split], read, decode))
     for split in ("train", "test", "validation")
     if split in shards
   }
@@ -82,24 +87,6 @@ def read_folder(name: str, folder: Path) -> dataset.Dataset:
   return dataset.Dataset(
     splits["train"], splits["test"], read_names(folder, highest), splits.get("validation")
   )
-
-
-def decode_record(record: bytes) -> tuple[np.ndarray, int]:
-  """Decodes a serialized tf.train.Example into an image uint8 (H, W, 3) and its label."""
-  import cv2
-  from tensorflow_datasets.proto import tf_example_pb2
-
-  feature = tf_example_pb2.Example.FromString(record).features.feature
-  if "image" not in feature or "label" not in feature:
-    raise ValueError(f"its features are {', '.join(sorted(feature))}; image and label are needed")
-  encoded = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
-  image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)  # gray images, too
-  if image is None:
-    raise ValueError("a record is no image")
-  label = feature["label"].int64_list.value[0]
-  if label < 0:
-    raise ValueError(f"a record has the label {label}")
-  return image, label
 
 
 def _join(folder: Path, split: str, examples: Sequence[tuple[np.ndarray, int]]) -> dataset.Split:

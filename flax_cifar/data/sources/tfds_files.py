@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import google_crc32c
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
+from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_cifar import errors
 
@@ -71,6 +73,21 @@ def read_shards(
     except Exception as error:  # the readers raise many types for damaged bytes
       raise explain_damage(folder, file, error) from error
   return examples
+
+
+def decode_record(record: bytes) -> Example:
+  """Decodes a serialized tf.train.Example into an image uint8 (H, W, 3) and its label."""
+  feature = tf_example_pb2.Example.FromString(record).features.feature
+  if "image" not in feature or "label" not in feature:
+    raise ValueError(f"its features are {', '.join(sorted(feature))}; image and label are needed")
+  encoded = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
+  image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)  # gray images, too
+  if image is None:
+    raise ValueError("a record is no image")
+  label = feature["label"].int64_list.value[0]
+  if label < 0:
+    raise ValueError(f"a record has the label {label}")
+  return image, label
 
 
 def _decode_records(
