@@ -12,7 +12,6 @@ import dataclasses
 import html
 import os
 import pathlib
-import runpy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,10 +111,9 @@ def create_config(config: str = "quickstart", **changes: Any) -> "ConfigDict":
   """
   from flax_cifar.tools import command_line
 
-  path, _, variant = command_line.find_config(config, "config").partition(":")
+  found = command_line.load_config(config, "config")
   keys = {key.replace(SEPARATOR, "."): value for key, value in changes.items()}
   try:
-    found: ConfigDict = runpy.run_path(path)["get_config"](variant)
     found.update_from_flattened_dict(keys)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise errors.UserError(f"config {config!r} with {keys}: {errors.shorten(error)}") from error

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -69,6 +70,19 @@ def find_config(text: str, flag: str = "--config") -> str:
     is_ours = path.parent in (pathlib.Path(), pathlib.Path("configs"))
     path = errors.choose(flag, path.stem if is_ours else name, ours)
   return f"{path}{colon}{variant}"
+
+
+def load_config(text: str, flag: str) -> ConfigDict:
+  """The config that the user names by `flag`, see `find_config`.
+
+  Raises:
+    UserError: there is none, or it has no such variant.
+  """
+  path, _, variant = find_config(text, flag).partition(":")
+  try:
+    return runpy.run_path(path)["get_config"](variant)
+  except (KeyError, ValueError) as error:
+    raise errors.UserError(f"{flag}={text!r}: {errors.shorten(error)}") from error
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,14 +5,13 @@ python -m flax_cifar.tools.summary --config=s9 --beside=pyramid --beside=skip:no
 """
 
 import json
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from flax_cifar import environment, errors
+from flax_cifar import environment
 from flax_cifar.models import layer_table
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import tables
@@ -25,7 +24,7 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(config: ConfigDict) -> None:
   environment.check_devices()
-  configs = [config, *map(load_config, BESIDE.value)]
+  configs = [config, *(command_line.load_config(text, "--beside") for text in BESIDE.value)]
   layers = [get_rows(one) for one in configs]
   rows = [describe(one.name, rows) for one, rows in zip(configs, layers, strict=True)]
   if JSON.value:
@@ -34,15 +33,6 @@ def main(config: ConfigDict) -> None:
     print(format_rows(rows))
   else:
     print(tables.format_layer_table(layers[0]), end="")
-
-
-def load_config(text: str) -> ConfigDict:
-  """The config that the user names, as for --config; a UserError if there is none."""
-  path, _, variant = command_line.find_config(text, "--beside").partition(":")
-  try:
-    return runpy.run_path(path)["get_config"](variant)
-  except ValueError as error:
-    raise errors.UserError(f"--beside={text!r}: {errors.shorten(error)}") from error
 
 
 def get_rows(config: ConfigDict) -> list[layer_table.Row]:
