@@ -9,7 +9,8 @@ Command     python main.py --config=configs/pyramid.py
             To compare the norms, with a table and a plot of the curves:
             python -m flax_cifar.tools.sweep --config=configs/pyramid.py
                 --over=norm=batch,layer,group,ghost
-Variants    published   replays the source: trains on all 50,000 images and validates on the test
+Variants    long        ours for 100 epochs
+            published   replays the source: trains on all 50,000 images and validates on the test
                         split, which drives nothing. Known difference: each epoch drops its
                         incomplete last batch (80 of 50,000 images, different ones each epoch)
             Every config has the others: see configs/variants.py
@@ -24,10 +25,17 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.get_config()
   config.name = "pyramid"
   config.model.name = "pyramid"
-  return variants.apply_arg(config, arg, {"ours": _ours, "published": recipes.use_study_recipe})
+  return variants.apply_arg(
+    config, arg, {"ours": _ours, "long": _long, "published": recipes.use_study_recipe}
+  )
 
 
 def _ours(config: ConfigDict) -> None:
   recipes.use_our_recipe(config)
   config.batch_size = 64  # docs/recipes.md
   config.total_epochs = 21
+
+
+def _long(config: ConfigDict) -> None:
+  _ours(config)
+  config.total_epochs = 100
