@@ -104,6 +104,7 @@ def list_items(data: str) -> list[Item]:
   accuracy = [module, "benchmarks.accuracy.time_to_accuracy"]
   changes = ["--", f"--config.data.name={data}", "--config.compute_dtype=bfloat16"]
   tests = [module, "pytest", "-v", "-n", "4", "-p", "no:cacheprovider", *GPU_TESTS]
+  profile = [module, "flax_cifar.tools.profile", "--config=configs/s9.py:long", changes[1]]
   return [
     Item("device", ["-c", DESCRIBE], 60, has_record=False),
     Item("tests", [*tests, "-k", "not devices"], 150, has_record=False),
@@ -114,7 +115,7 @@ def list_items(data: str) -> list[Item]:
     Item("seeds", [*epoch, "--seeds", "1", "8", "32"], 150),
     Item("scan", [*epoch, "--steps-per-call", "1"], 90),
     steps[1],
-    Item("profile", [module, "benchmarks.speed.epoch_profile"], 90),
+    Item("profile", profile, 90, has_record=False),
     Item("augment", [module, "benchmarks.speed.augment"], 90),
   ]
 

@@ -70,9 +70,11 @@ def get_config() -> ConfigDict:
       "ema": {"decay": 0.0},  # per step, of parameters and batch statistics; 0 switches it off
       # Arguments of each schedule; schedule.name selects one.
       "schedule": {
-        "name": "constant",  # constant | step | cosine | one_cycle | plateau
+        "name": "constant",  # constant | step | exponential | cosine | one_cycle | plateau
         "constant": {},
         "step": {"factor": 0.1, "every": 6.0},  # times `factor` every `every` epochs
+        # From the peak to `final` of it, by the same factor at each step; it may also rise.
+        "exponential": {"final": 0.01},
         "cosine": {"warmup": 0.0, "final": 0.0},  # epochs of linear warm-up; final fraction of peak
         # Triangle: from `initial` of the peak to 1 at `peak_at` of the run, then down to `final`.
         "one_cycle": {"initial": 0.0, "peak_at": 0.2, "final": 0.0},

@@ -70,6 +70,14 @@ def _step(steps_per_epoch: int, total_steps: int, *, factor: float, every: float
   return optax.exponential_decay(1.0, steps, factor, staircase=True)
 
 
+def _exponential(steps_per_epoch: int, total_steps: int, *, final: float) -> Schedule:
+  """`final ** (step / total_steps)`: a straight line on a logarithmic scale."""
+  del steps_per_epoch
+  expected = "from 1e-10 to 1e10"
+  errors.require(1e-10 <= final <= 1e10, "schedule.exponential.final", final, expected)
+  return optax.exponential_decay(1.0, total_steps, final)
+
+
 def _cosine(steps_per_epoch: int, total_steps: int, *, warmup: float, final: float) -> Schedule:
   valid = 0 <= warmup < math.inf and to_steps(warmup, steps_per_epoch) < total_steps
   errors.require(valid, "schedule.cosine.warmup", warmup, "epochs, fewer than the run")
@@ -106,6 +114,7 @@ def _one_cycle(
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
   "constant": _constant,
   "step": _step,
+  "exponential": _exponential,
   "cosine": _cosine,
   "one_cycle": _one_cycle,
   "plateau": _plateau,

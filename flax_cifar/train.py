@@ -1,7 +1,6 @@
 """The run, from top to bottom: `train_and_evaluate`; below it an epoch, and a step."""
 
 import contextlib
-import functools
 import pathlib
 import time
 from collections.abc import Iterable
@@ -28,6 +27,7 @@ from flax_cifar.run import checkpoint, nonfinite, plots
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import log as log_lib
 from flax_cifar.run import result as result_lib
+from flax_cifar.run import setup as setup_lib
 from flax_cifar.run import workdir as workdir_lib
 
 MIXING = 1  # folded into the key of a step, from which dropout draws
@@ -59,52 +59,22 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   mesh, num_seeds = mesh_lib.create_mesh(config.num_devices, config.num_seeds), config.num_seeds
   mesh_lib.check_batch_sizes(mesh, config.batch_size, config.eval_batch_size)
   mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
-  feed = feeds.create_feed(
-    splits.train, mean=mean, mesh=mesh, **config_lib.get_feed_arguments(config)
-  )
 
-  #### Network, schedule, optimizer, state
-  model = config_lib.create_model(config, num_classes=len(splits.class_names))
-  schedule = optim.create_schedule(
-    steps_per_epoch=feed.steps_per_epoch, total_epochs=config.total_epochs, **config.schedule
-  )
-  plateau = optim.create_plateau(
-    enabled=config.schedule.name == "plateau", **config.schedule.plateau
-  )
-  optimizer = optim.create_optimizer(schedule, **config.optimizer)
-  normalize = normalize_lib.create_normalize(mean, std, dtype=config.compute_dtype)
-  with config_lib.explain_misfit(config):
-    states = state_lib.create_train_states(
-      model=model,
-      optimizer=optimizer,
-      plateau=plateau,
-      images=normalize(splits.train.images[: state_lib.INIT_IMAGES]),
-      ema_decay=config.ema.decay,
-      seeds=range(config.seed, config.seed + num_seeds),
-    )
-  state = mesh_lib.place(seeds_lib.stack(states), mesh_lib.split_seeds(mesh))
-
-  #### Compiled steps
-  step = functools.partial(
+  #### Network, optimizer, state, compiled steps
+  setup = setup_lib.create_setup(
+    config,
     train_step,
-    model=model,
-    optimizer=optimizer,
-    normalize=normalize,
-    mixing=mixing_lib.create_mixing(**config.mixing.to_dict()),
-    label_smoothing=config.loss.label_smoothing,
-    ema_decay=config.ema.decay,
+    splits.train,
+    num_classes=len(splits.class_names),
+    mean=mean,
+    std=std,
+    mesh=mesh,
   )
-  steps_fn = seeds_lib.compile_steps(
-    step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=num_seeds, mesh=mesh
-  )
-  eval_step = evaluate.create_eval_step(
-    model=model, normalize=normalize, mesh=mesh, num_seeds=num_seeds
-  )
-  observe = seeds_lib.compile_map(plateau.observe, mesh, num_seeds=num_seeds, in_axes=(0, 0))
+  feed, eval_step = setup.feed, setup.eval_step
   policy = checkpoint.SavePolicy(**config_lib.without(config.checkpoint.to_dict(), ("keep",)))
   with config_lib.explain_misfit(config):  # keys that do not fit together fail here, early
-    steps_fn.trace(state, feed.example_inputs(), feed.steps_per_call)
-    layers = layer_table.get_layer_table(model, splits.image_shape)
+    setup.steps_fn.trace(setup.state, feed.example_inputs(), feed.steps_per_call)
+    layers = layer_table.get_layer_table(setup.model, splits.image_shape)
 
   with contextlib.ExitStack() as stack:
     #### Start or resume
@@ -114,7 +84,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     stack.enter_context(workdir_lib.open_workdir(workdir, config.to_dict()))
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     stack.enter_context(contextlib.closing(checkpoints))
-    start = state_lib.Progress(0, state, metrics.create_totals(num_seeds), [])
+    start = state_lib.Progress(0, setup.state, metrics.create_totals(num_seeds), [])
     progress = checkpoints.restore_or(start, mesh)
     config_lib.check_progress(progress, config.total_epochs, feed.steps_per_epoch)
     workdir_lib.write_start(workdir, config.to_dict(), splits.fingerprint, layers)
@@ -132,7 +102,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       train_epoch(
         progress,
         epoch,
-        steps_fn=steps_fn,
+        steps_fn=setup.steps_fn,
         feed=feed,
         checkpoints=checkpoints,
         policy=policy,
@@ -143,7 +113,9 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       validation = evaluate.validate(
         eval_step, variables, splits.validation, config.eval_batch_size, stop=stop
       )
-      factor = optim.compute_lr_factor(schedule, progress.step - 1, progress.state.plateau, mesh)
+      factor = optim.compute_lr_factor(
+        setup.schedule, progress.step - 1, progress.state.plateau, mesh
+      )
       record = metrics.create_record(
         epoch=epoch + 1,
         step=progress.step,
@@ -152,8 +124,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         train=progress.totals,
         validation=validation,
       )
-      if plateau.enabled and validation:
-        seen = observe(progress.state.plateau, validation["loss"])
+      if setup.plateau.enabled and validation:
+        seen = setup.observe(progress.state.plateau, validation["loss"])
         progress.state = progress.state.replace(plateau=seen)
       log.write(record)
       progress.records.append(record)

@@ -216,6 +216,16 @@ def test_cosine_with_warmup():
   )
 
 
+@pytest.mark.parametrize("final", [0.01, 1e6])
+def test_exponential_changes_by_the_same_factor_at_each_step(final):
+  total = STEPS * EPOCHS
+  np.testing.assert_allclose(
+    compute_schedule("exponential", final=final),
+    [final ** (s / total) for s in range(total + 1)],
+    rtol=1e-5,
+  )
+
+
 def test_cosine_without_warmup_starts_at_the_peak_and_ends_at_zero():
   curve = compute_schedule("cosine")
   assert curve[0] == 1.0
@@ -295,6 +305,7 @@ def test_patience_zero_cuts_at_the_first_bad_epoch_only():
   [
     ("step", {"factor": -1.0}, "-1.0"),
     ("step", {"every": 0.0}, "0.0"),
+    ("exponential", {"final": 0.0}, "0.0"),
     ("cosine", {"warmup": 30.0}, "30.0"),
     ("cosine", {"final": 2.0}, "2.0"),
     ("one_cycle", {"peak_at": 1.5}, "1.5"),

@@ -10,7 +10,6 @@ chooses the kernels.
 """
 
 import argparse
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -89,56 +88,27 @@ def create_epoch(config: ConfigDict, *, num_images: int) -> tuple[Callable[[rang
   """A function that trains for a range of steps of one epoch as train.py does, and their number."""
   import numpy as np
 
-  from flax_cifar import metrics, optim, signals, train
+  from flax_cifar import metrics, signals, train
   from flax_cifar import state as state_lib
-  from flax_cifar.data import dataset, feeds
-  from flax_cifar.data.augment import mixing, normalize
+  from flax_cifar.data import dataset
   from flax_cifar.parallel import mesh as mesh_lib
-  from flax_cifar.parallel import seeds as seeds_lib
-  from flax_cifar.run import checkpoint
-  from flax_cifar.run import config as config_lib
+  from flax_cifar.run import checkpoint, setup
 
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (num_images, 32, 32, 3), np.uint8)
   split = dataset.Split(images, rng.integers(0, 10, num_images).astype(np.int32))
-  mesh, num_seeds = mesh_lib.create_mesh(1, config.num_seeds), config.num_seeds
-  mean, std = (0.5,) * 3, (0.25,) * 3
-  arguments = config_lib.get_feed_arguments(config)
-  feed = feeds.create_feed(split, mean=mean, mesh=mesh, **arguments)
-  model = config_lib.create_model(config, num_classes=10)
-  schedule = optim.create_schedule(
-    steps_per_epoch=feed.steps_per_epoch, total_epochs=config.total_epochs, **config.schedule
+  mesh = mesh_lib.create_mesh(1, config.num_seeds)
+  ready = setup.create_setup(
+    config, train.train_step, split, num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, mesh=mesh
   )
-  optimizer = optim.create_optimizer(schedule, **config.optimizer)
-  to_floats = normalize.create_normalize(mean, std, dtype=config.compute_dtype)
-  states = state_lib.create_train_states(
-    model=model,
-    optimizer=optimizer,
-    plateau=optim.create_plateau(enabled=False, **config.schedule.plateau),
-    images=to_floats(images[: state_lib.INIT_IMAGES]),
-    ema_decay=config.ema.decay,
-    seeds=range(num_seeds),
-  )
-  state = mesh_lib.place(seeds_lib.stack(states), mesh_lib.split_seeds(mesh))
-  step = functools.partial(
-    train.train_step,
-    model=model,
-    optimizer=optimizer,
-    normalize=to_floats,
-    mixing=mixing.create_mixing(**config.mixing.to_dict()),
-    label_smoothing=config.loss.label_smoothing,
-    ema_decay=config.ema.decay,
-  )
-  steps_fn = seeds_lib.compile_steps(
-    step, feed.get_batch, input_axes=feed.seed_axes, num_seeds=num_seeds, mesh=mesh
-  )
-  progress = state_lib.Progress(0, state, metrics.create_totals(num_seeds), [])
+  feed, totals = ready.feed, metrics.create_totals(config.num_seeds)
+  progress = state_lib.Progress(0, ready.state, totals, [])
   guard = signals.InterruptGuard()
   policy = checkpoint.SavePolicy(every=1, every_steps=0, every_minutes=0)
 
   def run(steps: range) -> None:
     chunks = feed.chunks(steps)
-    train.train_chunks(progress, chunks, steps_fn, guard, policy, lambda totals, count: None)
+    train.train_chunks(progress, chunks, ready.steps_fn, guard, policy, lambda totals, count: None)
 
   return run, feed.steps_per_epoch
 

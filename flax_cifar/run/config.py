@@ -1,6 +1,7 @@
 """The config of a run: checks before it starts, and the keys that a resumed run may change."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,11 @@ FREE_KEYS = (
 )
 # A longer run also goes on where the shorter one ended; its name may say how long it is.
 RESUME_KEYS = (*FREE_KEYS, "total_epochs", "name")
+# Keys that version 0.1.0 lacked, with the values that mean what it did. A config without them is of
+# an older run; at these values they do not count in the name of a default folder.
+LATER_KEYS: dict[str, Any] = {
+  "schedule.exponential.final": 0.01,
+}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -41,6 +47,28 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
   """A flat config without `keys` and the keys below them."""
   return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in keys)}
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config, perhaps of an older run, with every key of LATER_KEYS.
+
+  >>> complete({"schedule": {"name": "cosine"}})
+  {'schedule': {'name': 'cosine', 'exponential': {'final': 0.01}}}
+  """
+  completed = copy.deepcopy(dict(config))
+  for path, value in LATER_KEYS.items():
+    *sections, key = path.split(".")
+    section = completed
+    for name in sections:
+      section = section.setdefault(name, {})
+    section.setdefault(key, value)
+  return completed
+
+
+def get_identity(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The flat config without keys that change no result, and without LATER_KEYS at their values."""
+  flat = without(flatten(config), FREE_KEYS)
+  return {key: value for key, value in flat.items() if LATER_KEYS.get(key) != value}
 
 
 def settle(config: ConfigDict) -> ConfigDict:

@@ -203,6 +203,27 @@ def draw_learning_rate(records: Sequence[Mapping[str, Any]]) -> "Figure":
   return figure
 
 
+@warn_on_failure
+def save_range_test(
+  path: pathlib.Path,
+  rates: np.ndarray,
+  losses: np.ndarray,
+  smoothed: np.ndarray,
+  suggestion: float,
+) -> None:
+  """Writes the loss of each step against its learning rate, with the `suggestion` marked."""
+  figure = create_figure(6, 4)
+  axis = figure.subplots()
+  axis.plot(rates, losses, color="lightgray", label="loss of the batch")
+  axis.plot(rates, smoothed, label="moving average")
+  axis.axvline(suggestion, color="black", linestyle="--", label=f"suggestion {suggestion:.2g}")
+  top = 1.2 * max(smoothed[0], smoothed.min())
+  axis.set(xscale="log", xlabel="learning rate", ylabel="loss (nats)", ylim=(0, top))
+  axis.grid(alpha=0.3)
+  axis.legend()
+  save_figure(figure, path)
+
+
 def draw_calibration(bins: metrics.CalibrationBins) -> "Figure":
   """Draws the accuracy of the examples of each confidence, beside that of perfect calibration."""
   figure = create_figure(4.5, 3.5)

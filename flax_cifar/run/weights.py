@@ -136,7 +136,7 @@ def _create(tensors: dict[str, np.ndarray], content: dict[str, Any]) -> Weights:
   height, width, channels = (int(size) for size in content["image_shape"])
   return Weights(
     variables=traverse_util.unflatten_dict(tensors, sep="/"),
-    config=dict(content["config"]),
+    config=config_lib.complete(content["config"]),
     class_names=tuple(str(name) for name in content["class_names"]),
     image_shape=(height, width, channels),
     mean=tuple(float(value) for value in content["mean"]),

@@ -32,8 +32,7 @@ def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
   >>> default_workdir({"name": "a/b", "seed": 0})
   PosixPath('runs/a_b-3a159bf2')
   """
-  hashed = config_lib.without(config_lib.flatten(config), config_lib.FREE_KEYS)
-  text = json.dumps(hashed, sort_keys=True)
+  text = json.dumps(config_lib.get_identity(config), sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   name = re.sub(r"[^\w.,=+-]+", "_", config["name"], flags=re.ASCII)[:100] or "run"
   return pathlib.Path("runs") / f"{name}-{digest}"
@@ -83,8 +82,8 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 def _compare_configs(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
   """A line for each key in which a resumed run may not differ, but does."""
   return errors.list_differences(
-    config_lib.without(config_lib.flatten(saved), config_lib.RESUME_KEYS),
-    config_lib.without(config_lib.flatten(config), config_lib.RESUME_KEYS),
+    config_lib.without(config_lib.flatten(config_lib.complete(saved)), config_lib.RESUME_KEYS),
+    config_lib.without(config_lib.flatten(config_lib.complete(config)), config_lib.RESUME_KEYS),
   )
 
 

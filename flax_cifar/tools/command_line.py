@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from flax_cifar import configs, errors, signals, zoo
 
 CONFIGS = pathlib.Path(configs.__file__).parent
+CONFIG_HELP = "A file of configs/; variants and key=value may follow it after a colon."
 NO_CONFIGS = ("__init__", "common", "recipes", "variants")  # shared by the configs
 
 
@@ -116,11 +117,25 @@ def find_network(options: argparse.Namespace) -> pathlib.Path:
   return zoo.find_weights(options.model)
 
 
-def define_config() -> flags.FlagHolder:
+def parse_with_config(
+  parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, ConfigDict]:
+  """The options of `parser`, and the config that --config and --config.KEY=VALUE describe.
+
+  A wrong config ends the process with one line.
+  """
+  parser.epilog = f"--config=NAME|FILE[:VARIANT]  {CONFIG_HELP}\n--config.KEY=VALUE  Sets a key."
+  options, rest = parser.parse_known_args(arguments)
+  values, argv = flags.FlagValues(), [parser.prog, *rest]
+  config = define_config(flag_values=values, sys_argv=argv)
+  parse_flags(config, argv, values)
+  return options, config.value
+
+
+def define_config(**options: Any) -> flags.FlagHolder:
   """The flag --config; reads the whole command line, of which --flagfile may be wrong."""
-  help = "A file of configs/; variants and key=value may follow it after a colon."
   try:
-    return config_flags.DEFINE_config_file("config", None, help)
+    return config_flags.DEFINE_config_file("config", None, CONFIG_HELP, **options)
   except Exception as error:
     leave(f"error: {explain(error)}", 2)
 
@@ -148,16 +163,18 @@ def report_unraisable(problem: Any) -> None:
     sys.__unraisablehook__(problem)
 
 
-def parse_flags(config: flags.FlagHolder, argv: list[str]) -> list[str]:
+def parse_flags(
+  config: flags.FlagHolder, argv: list[str], values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
   """Parses the command line, of which `config` is a flag; an error in it becomes one line."""
   try:
-    rest = flags.FLAGS(_find_configs(argv))
+    rest = values(_find_configs(argv))
     if len(rest) > 1:
       raise ValueError(f"{rest[1]!r} is not a flag; write --config=FILE and --config.KEY=VALUE.")
     if config.value is None:
       raise ValueError("--config is missing; try --config=configs/quickstart.py")
     config.value.lock()  # ml_collections reports a file that fails to load when it is read
-    check_overrides(config_flags.get_override_values(flags.FLAGS[config.name]))
+    check_overrides(config_flags.get_override_values(values[config.name]))
   except Exception as error:  # a config file or an override may raise anything
     leave(f"error: {explain(error)}", 2)
   return rest

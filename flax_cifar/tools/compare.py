@@ -171,7 +171,9 @@ def find_runs(folder: pathlib.Path) -> list[Run]:
 
 def get_recipe(result: Record) -> dict[str, Any]:
   """The flat config of a run without what repetitions may differ in."""
-  return config_lib.without(config_lib.flatten(result["config"]), REPETITION_KEYS)
+  return config_lib.without(
+    config_lib.flatten(config_lib.complete(result["config"])), REPETITION_KEYS
+  )
 
 
 def collect_scores(runs: Sequence[Run], score: str) -> dict[int, float]:

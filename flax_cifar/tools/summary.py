@@ -5,29 +5,41 @@ python -m flax_cifar.tools.summary --config=s9 --beside=pyramid --beside=skip:no
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
-from flax_cifar import environment
+from flax_cifar import environment, errors
 from flax_cifar.models import layer_table
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import tables
 from flax_cifar.tools import command_line
 
-CLASSES = flags.DEFINE_integer("classes", 10, "Number of classes.", lower_bound=1)
-BESIDE = flags.DEFINE_multi_string("beside", [], "Another config; may be given several times.")
-JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+
+def main() -> None:
+  with command_line.one_line_errors():
+    summarize(sys.argv[1:])
 
 
-def main(config: ConfigDict) -> None:
+def summarize(arguments: Sequence[str]) -> None:
+  """Prints what a command line asks for.
+
+  Raises:
+    UserError: something is missing or unknown.
+  """
+  parser = command_line.create_parser("summary", __doc__)
+  parser.add_argument("--beside", action="append", default=[], help="another config; repeatable")
+  parser.add_argument("--classes", type=int, default=10, help="number of classes")
+  parser.add_argument("--json", action="store_true", help="print JSON")
+  options, config = command_line.parse_with_config(parser, arguments)
+  errors.require(options.classes > 0, "--classes", options.classes, "1 or more")
   environment.check_devices()
-  configs = [config, *(command_line.load_config(text, "--beside") for text in BESIDE.value)]
-  layers = [get_rows(one) for one in configs]
+  configs = [config, *(command_line.load_config(text, "--beside") for text in options.beside)]
+  layers = [get_rows(one, options.classes) for one in configs]
   rows = [describe(one.name, rows) for one, rows in zip(configs, layers, strict=True)]
-  if JSON.value:
+  if options.json:
     print(json.dumps(rows, indent=2))
   elif len(rows) > 1:
     print(format_rows(rows))
@@ -35,9 +47,9 @@ def main(config: ConfigDict) -> None:
     print(tables.format_layer_table(layers[0]), end="")
 
 
-def get_rows(config: ConfigDict) -> list[layer_table.Row]:
+def get_rows(config: ConfigDict, num_classes: int) -> list[layer_table.Row]:
   """The layer table of the config's network."""
-  model = config_lib.create_model(config, num_classes=CLASSES.value)
+  model = config_lib.create_model(config, num_classes=num_classes)
   with config_lib.explain_misfit(config):
     return layer_table.get_layer_table(model, (config.data.image_size,) * 2 + (3,))
 
@@ -63,4 +75,4 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  main()

@@ -55,6 +55,11 @@ def test_common_holds_arguments_of_every_choice():
   assert config.model.name in models.MODELS
 
 
+def test_later_keys_have_their_defaults():
+  flat = config_lib.flatten(common.get_config().to_dict())
+  assert {key: flat[key] for key in config_lib.LATER_KEYS} == config_lib.LATER_KEYS
+
+
 def test_variants_combine_and_show_in_the_name():
   config = load("s9", "published,norm=group,seed=3,epochs=7")
   assert config.protocol == "published"

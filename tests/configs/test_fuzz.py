@@ -132,6 +132,7 @@ INVALID = {
   "optimizer.muon.rms": (math.nan, 0.0, -1.0, math.inf),
   "schedule.step.factor": (math.nan, 0.0, -1.0, 2.0, math.inf),
   "schedule.step.every": (math.nan, 0.0, -1.0, math.inf),
+  "schedule.exponential.final": (math.nan, 0.0, -1.0, 1e-30, math.inf),
   "schedule.cosine.warmup": (math.nan, -1e-9, -1.0, 3.0, math.inf, 1e300),
   "schedule.cosine.final": (math.nan, -1.0, 2.0),
   "schedule.one_cycle.initial": (math.nan, -1.0, 2.0),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from flax import traverse_util
 
 import tests
 from flax_cifar import errors, files
@@ -123,12 +124,26 @@ PINNED = json.loads((pathlib.Path(tests.__file__).parent / FILE).read_text())
 
 @pytest.mark.parametrize("config_name", PINNED)
 def test_default_workdirs_are_those_of_earlier_versions(config_name, monkeypatch):
-  """In another folder, the command of an earlier run would start from scratch."""
+  """In another folder, the command of an earlier run would start from scratch.
+
+  A key that is new belongs into `config.LATER_KEYS`.
+  """
   monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: False)
   file, _, variant = config_name.partition(":")
   changed = importlib.import_module(f"flax_cifar.configs.{file}").get_config(variant)
   settled = config_lib.settle(changed)
   assert str(workdir_lib.default_workdir(settled.to_dict())) == PINNED[config_name]
+
+
+def test_a_config_that_lacks_later_keys_is_the_same_run(tmp_path):
+  now = config()
+  older = config_lib.without(config_lib.flatten(now), tuple(config_lib.LATER_KEYS))
+  saved = traverse_util.unflatten_dict(older, sep=".")
+  start(tmp_path / "run", saved)
+  check(tmp_path / "run", now)
+  assert workdir_lib.default_workdir(saved) == workdir_lib.default_workdir(now)
+  with pytest.raises(errors.UserError, match=r"schedule\.exponential\.final.*0\.01.*0\.5"):
+    check(tmp_path / "run", config(**{"schedule.exponential.final": 0.5}))
 
 
 def test_default_workdir_depends_only_on_keys_that_affect_results():

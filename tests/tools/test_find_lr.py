@@ -1,0 +1,71 @@
+"""The range test of learning rates."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flax_cifar import errors
+from flax_cifar.tools import find_lr
+from tests import tiny
+
+
+def test_the_suggestion_is_where_a_known_curve_is_steepest():
+  """A sigmoid in the logarithm of the rate is steepest in its middle, at 0.01; then it rises."""
+  rates = np.logspace(-4, 1, 400)
+  place = np.log10(rates)
+  losses = 2.3 - 1 / (1 + np.exp(-4 * (place + 2))) + np.maximum(0, place) ** 2
+  found = find_lr.analyze(rates, losses)
+  # The moving average lags by 1 / (1 - SMOOTHING) steps.
+  lag = 10 ** (5 / 400 / (1 - find_lr.SMOOTHING))
+  assert 0.01 / 1.1 <= found.steepest <= 0.01 * lag * 1.2
+  assert 0.1 < found.lowest < 10
+  assert not found.diverged
+
+
+@pytest.mark.parametrize("losses", [[2.0] * 20 + [9.0] * 40, [2.0] * 20 + [np.nan]])
+def test_a_loss_that_explodes_has_diverged(losses):
+  assert find_lr.has_diverged(losses)
+  assert not find_lr.has_diverged(losses[:20])
+
+
+def test_a_loss_that_never_falls_is_explained():
+  with pytest.raises(errors.UserError, match=r"did not fall between the rates 0\.01 and 1"):
+    find_lr.analyze(np.logspace(-2, 0, 50), np.linspace(2, 3, 50))
+
+
+def test_the_rate_grows_from_low_to_high_and_the_loss_falls(tiny_model, data, tmp_path):
+  config = tiny.get_config(data)
+  found = find_lr.find(config, low=1e-4, high=100.0, num_steps=40)
+  steps = len(found.rates)
+  ratio = found.rates[1] / found.rates[0]
+  np.testing.assert_allclose(found.rates, 1e-4 * ratio ** np.arange(steps), rtol=1e-4)
+  assert found.rates[0] == pytest.approx(1e-4)
+  assert 1e-4 < found.steepest < found.lowest
+  text = find_lr.format_result(found, config, tmp_path / "lr.png")
+  assert f"suggestion {found.steepest:.2g}" in text
+  json.dumps(find_lr.describe(found))
+  assert config.schedule.name != "exponential"  # the caller's config is left alone
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1e-5, 1e6)])
+def test_rates_out_of_order_or_too_far_apart_are_refused(low, high):
+  with pytest.raises(errors.UserError, match=f"--high={high}"):
+    find_lr.find(tiny.get_config("shapes"), low=low, high=high, num_steps=20)
+
+
+def test_the_command_draws_and_prints(tmp_path):
+  """With overrides of the config; with a wrong flag it ends in one line."""
+  program = [sys.executable, "-m", "flax_cifar.tools.find_lr", "--config=quickstart"]
+  out = tmp_path / "lr.png"
+  flags = [*tiny.write_quick_run(tmp_path), "--steps=20", f"--out={out}", "--json"]
+  done = subprocess.run([*program, *flags], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert len(found["rates"]) == len(found["losses"]) <= 20
+  assert out.read_bytes().startswith(b"\x89PNG")
+  done = subprocess.run([*program, "--stepz=20"], capture_output=True, text=True)
+  assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+  assert "stepz" in done.stderr
