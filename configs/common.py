@@ -129,9 +129,10 @@ def get_config() -> ConfigDict:
       },
       # Arguments of each way to mix the examples of a batch; mixing.name selects one.
       "mixing": {
-        "name": "none",  # none | mixup | cutmix
+        "name": "none",  # none | mixup | cutmix | ricap
         "mixup": {"alpha": 0.2},  # of the Beta distribution of an example's weight
         "cutmix": {"alpha": 1.0},  # of the Beta distribution of an example's share of the area
+        "ricap": {"alpha": 0.3},  # of the Beta distribution of where the borders are
       },
       # Save policy: after so many epochs, steps or minutes, whichever comes first; 0 switches steps
       # or minutes off. The latest `keep` checkpoints stay, and the best one by validation accuracy.

@@ -26,6 +26,7 @@ RESUME_KEYS = (*FREE_KEYS, "total_epochs", "name")
 # an older run; at these values they do not count in the name of a default folder.
 LATER_KEYS: dict[str, Any] = {
   "schedule.exponential.final": 0.01,
+  "mixing.ricap.alpha": 0.3,
 }
 
 

@@ -82,6 +82,44 @@ def cutmix(
   return mixed, _average(targets, targets[partner], kept)
 
 
+def ricap(
+  images: Float[Array, "n h w c"],
+  targets: Float[Array, "n classes"],
+  key: Key[Array, ""],
+  *,
+  alpha: float,
+) -> Mixed:
+  """Puts each image together from parts of four, with the same borders for the whole batch.
+
+  Source: Takahashi et al. 2018, arXiv:1811.09030, "random image cropping and patching".
+
+  Args:
+    images: the batch.
+    targets: its targets, averaged with the areas of the parts as weights.
+    key: a typed key for this step.
+    alpha: both parameters of the Beta distribution of where the borders are, as fractions.
+  """
+  border_key, crop_key, partner_key = jax.random.split(key, 3)
+  size = jnp.array(images.shape[1:3])
+  shares = jax.vmap(partial(draw_share, alpha=alpha))(jax.random.split(border_key))
+  border = jnp.round(size * shares).astype(jnp.int32)
+  row, column = (jnp.arange(length) for length in images.shape[1:3])
+  mixed, mixed_targets = jnp.zeros_like(images), jnp.zeros_like(targets)
+  for part in range(4):
+    is_end = jnp.array(divmod(part, 2))  # below, and to the right of, the borders
+    start, length = border * is_end, jnp.where(is_end, size - border, border)
+    crop_seed, partner_seed = (jax.random.fold_in(k, part) for k in (crop_key, partner_key))
+    corner = jax.random.randint(crop_seed, (2,), 0, size - length + 1)
+    partner = jax.random.permutation(partner_seed, len(images))
+    # The crop fits into the image, so nothing inside the part comes around the edge.
+    moved = jnp.roll(images[partner], start - corner, (1, 2))
+    rows = (row >= start[0]) & (row < start[0] + length[0])
+    columns = (column >= start[1]) & (column < start[1] + length[1])
+    mixed = jnp.where(rows[:, None, None] & columns[:, None], moved, mixed)
+    mixed_targets += length.prod() / size.prod() * targets[partner]
+  return mixed, mixed_targets.astype(targets.dtype)
+
+
 def draw_share(key: Key[Array, ""], alpha: float) -> Float32[Array, ""]:
   """Draws from the distribution Beta(alpha, alpha)."""
   # Like jax.random.beta, but both gamma variates share one loop, because the loop is slow to
@@ -125,6 +163,11 @@ def _cutmix(*, alpha: float) -> Mixing:
   return partial(cutmix, alpha=alpha)
 
 
+def _ricap(*, alpha: float) -> Mixing:
+  _check_alpha("ricap", alpha)
+  return partial(ricap, alpha=alpha)
+
+
 def _check_alpha(name: str, alpha: float) -> None:
   # Outside this range the gamma variates of float32 are 0 or infinite.
   errors.require(1e-6 <= alpha <= 1e6, f"mixing.{name}.alpha", alpha, "from 1e-6 to 1e6")
@@ -134,4 +177,5 @@ MIXINGS: dict[str, Callable[..., Mixing | None]] = {
   "none": _none,
   "mixup": _mixup,
   "cutmix": _cutmix,
+  "ricap": _ricap,
 }

@@ -110,6 +110,34 @@ def test_cutmix_pastes_one_box_at_the_same_place_in_the_whole_batch():
     assert (np.sum(origin, 1) == 1).all()
 
 
+def test_ricap_puts_crops_of_four_examples_together():
+  """Pixels say where they come from: the example, the row, the column."""
+  height, width = 12, 8
+  places = np.stack(
+    np.meshgrid(np.arange(N), np.arange(height), np.arange(width), indexing="ij"), -1
+  )
+  ricap = create("ricap", 1.0)
+  targets = np.eye(N, dtype=np.float32)
+  borders = set()
+  for seed in range(20):
+    mixed, mixed_targets = map(np.asarray, ricap(np.float32(places), targets, jax.random.key(seed)))
+    source, moved = mixed[..., 0].astype(int), mixed[..., 1:] - places[..., 1:]
+    # A part is where example and shift stay the same; the shifts are those of the whole batch.
+    parts, ids = np.unique(
+      np.concatenate([source[..., None], moved], -1)[0].reshape(-1, 3), axis=0, return_inverse=True
+    )
+    assert len(parts) <= 4
+    for part in range(len(parts)):
+      rows, columns = np.nonzero(ids.reshape(height, width) == part)
+      assert len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1), "not a rectangle"
+      borders |= {rows.min(), columns.min()}
+    assert (moved == moved[0]).all()
+    counts = np.stack([(source == n).sum((1, 2)) for n in range(N)], 1)
+    np.testing.assert_allclose(mixed_targets, counts / (height * width), atol=1e-6)
+    np.testing.assert_allclose(counts.sum(0), height * width)  # each example fills each part once
+  assert len(borders) > 5
+
+
 @jax.jit
 @jax.vmap
 def draw_boxes(key, share):
@@ -143,7 +171,7 @@ def test_box_centers_are_uniform():
     assert stats.chisquare(np.bincount(center, minlength=length)).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "ricap"])
 def test_another_key_gives_another_mixture(batch, name):
   noise = np.float32(np.random.default_rng(0).normal(size=batch[0].shape))
   mixing = create(name, 1.0)
@@ -152,7 +180,7 @@ def test_another_key_gives_another_mixture(batch, name):
   assert (one != other).any()
 
 
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "ricap"])
 def test_dtype_is_kept(batch, name):
   images, targets = jax.eval_shape(
     create(name, 1.0), jnp.bfloat16(batch[0]), batch[1], jax.random.key(0)
@@ -160,7 +188,7 @@ def test_dtype_is_kept(batch, name):
   assert (images.dtype, targets.dtype) == (jnp.bfloat16, jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "ricap"])
 def test_bad_alpha_is_quoted(name):
   with pytest.raises(errors.UserError, match=rf"mixing.{name}.alpha=0.0"):
     mixing_lib.create_mixing(name=name, **{name: {"alpha": 0.0}})
