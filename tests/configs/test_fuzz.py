@@ -152,6 +152,7 @@ INVALID = {
   "norm.group.epsilon": (math.nan, 0.0),
   "mixing.mixup.alpha": (math.nan, 0.0, -1.0, 1e-300, math.inf),
   "mixing.cutmix.alpha": (math.nan, 0.0, -1.0, 1e300),
+  "mixing.ricap.alpha": (math.nan, 0.0, -1.0, 1e300),
   "ema.decay": (math.nan, -0.1, 1.0),
   "loss.label_smoothing": (math.nan, -0.1, 1.0),
   "augment.horizontal_flip.p": (math.nan, -0.1, 1.1),

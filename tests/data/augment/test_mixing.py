@@ -113,9 +113,7 @@ def test_cutmix_pastes_one_box_at_the_same_place_in_the_whole_batch():
 def test_ricap_puts_crops_of_four_examples_together():
   """Pixels say where they come from: the example, the row, the column."""
   height, width = 12, 8
-  places = np.stack(
-    np.meshgrid(np.arange(N), np.arange(height), np.arange(width), indexing="ij"), -1
-  )
+  places = np.moveaxis(np.indices((N, height, width)), 0, -1)
   ricap = create("ricap", 1.0)
   targets = np.eye(N, dtype=np.float32)
   borders = set()
@@ -123,9 +121,8 @@ def test_ricap_puts_crops_of_four_examples_together():
     mixed, mixed_targets = map(np.asarray, ricap(np.float32(places), targets, jax.random.key(seed)))
     source, moved = mixed[..., 0].astype(int), mixed[..., 1:] - places[..., 1:]
     # A part is where example and shift stay the same; the shifts are those of the whole batch.
-    parts, ids = np.unique(
-      np.concatenate([source[..., None], moved], -1)[0].reshape(-1, 3), axis=0, return_inverse=True
-    )
+    origins = np.concatenate([source[..., None], moved], -1)[0].reshape(-1, 3)
+    parts, ids = np.unique(origins, axis=0, return_inverse=True)
     assert len(parts) <= 4
     for part in range(len(parts)):
       rows, columns = np.nonzero(ids.reshape(height, width) == part)
