@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from flax_cifar import environment
+
 # Four devices on any machine, to test sharding.
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
@@ -23,6 +25,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
   os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="flax_cifar_tests_")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "xla")
   atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# A process reads it when it starts: those of pytest-xdist, and the programs that tests start.
+os.environ.setdefault("GLIBC_TUNABLES", environment.VARIABLES["GLIBC_TUNABLES"])
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # XLA compiles in half the time without LLVM's optimizations; see `optimized`.
 if os.environ["JAX_PLATFORMS"] == "cpu":
