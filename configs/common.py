@@ -56,7 +56,12 @@ def get_config() -> ConfigDict:
         "group": {"num_groups": 2, "epsilon": 1e-5},
         "none": {},
       },
-      "loss": {"label_smoothing": 0.0},
+      "loss": {
+        "label_smoothing": 0.0,
+        # Learns from a trained network too: a weights file or the name of one of the package; ""
+        # from none. `weight` is that of its part of the loss, in (0, 1].
+        "distillation": {"teacher": "", "weight": 0.5, "temperature": 4.0},
+      },
       "optimizer": {
         "name": "sgd",  # sgd | adamw | muon
         "learning_rate": 0.01,  # the peak, which the schedule multiplies

@@ -51,6 +51,32 @@ def cross_entropy(
   return -(targets * jax.nn.log_softmax(logits)).sum(-1)
 
 
+def distill(
+  losses: Float[Array, " n"],
+  logits: Float[Array, "n classes"],
+  taught: Float[Array, "n classes"],
+  *,
+  weight: float,
+  temperature: float,
+) -> Float[Array, " n"]:
+  """The losses of a student that learns from a teacher too, in nats.
+
+  The teacher's part is the Kullback-Leibler divergence of the student's distribution from the
+  teacher's, both at `temperature`, times its square: then its gradient does not depend on it much.
+  Source: Hinton et al. 2015, arXiv:1503.02531.
+
+  Args:
+    losses: float32 (N,), against the labels.
+    logits: float32 (N, classes), of the student.
+    taught: float32 (N, classes), of the teacher.
+    weight: of the teacher's part, in [0, 1].
+    temperature: that divides the logits.
+  """
+  expected = jax.nn.log_softmax(taught / temperature)
+  divergence = (jnp.exp(expected) * (expected - jax.nn.log_softmax(logits / temperature))).sum(-1)
+  return (1 - weight) * losses + weight * temperature**2 * divergence
+
+
 # ---- Sums and counts
 
 

@@ -23,7 +23,7 @@ from flax_cifar.models import layer_table
 from flax_cifar.parallel import agreement
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
-from flax_cifar.run import checkpoint, nonfinite, plots
+from flax_cifar.run import checkpoint, nonfinite, plots, teacher
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import log as log_lib
 from flax_cifar.run import result as result_lib
@@ -53,8 +53,9 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   #### Data
   with agreement.share_errors():  # one machine alone may lack them
     splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
-  agreement.check_same(result_lib.list_shared(config, splits.fingerprint))
-  workdir_lib.check_data(workdir, splits.fingerprint)
+    fingerprint = splits.fingerprint | teacher.get_fingerprint(config)
+  agreement.check_same(result_lib.list_shared(config, fingerprint))
+  workdir_lib.check_data(workdir, fingerprint)
   config_lib.check_numbers(config, has_validation=len(splits.validation) > 0)
   mesh, num_seeds = mesh_lib.create_mesh(config.num_devices, config.num_seeds), config.num_seeds
   mesh_lib.check_batch_sizes(mesh, config.batch_size, config.eval_batch_size)
@@ -87,7 +88,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     start = state_lib.Progress(0, setup.state, metrics.create_totals(num_seeds), [])
     progress = checkpoints.restore_or(start, mesh)
     config_lib.check_progress(progress, config.total_epochs, feed.steps_per_epoch)
-    workdir_lib.write_start(workdir, config.to_dict(), splits.fingerprint, layers)
+    workdir_lib.write_start(workdir, config.to_dict(), fingerprint, layers)
     log = log_lib.RunLog(workdir, progress, config=config.to_dict())
     stack.enter_context(contextlib.closing(log))
     facts = result_lib.get_facts(progress.state.params, num_seeds, mesh)
@@ -245,6 +246,7 @@ def train_step(
   normalize: normalize_lib.Normalize,
   mixing: mixing_lib.Mixing | None,
   label_smoothing: float,
+  distillation: teacher.Distillation | None,
   ema_decay: float,
 ) -> tuple[state_lib.TrainState, metrics.Metrics]:
   """One step of gradient descent; pure.
@@ -257,6 +259,7 @@ def train_step(
     normalize: uint8 images -> float images.
     mixing: (images, targets, key) -> (images, targets); None leaves them as they are.
     label_smoothing: see `metrics.create_targets`.
+    distillation: (losses, logits, images) -> losses, with a teacher's part; None has no teacher.
     ema_decay: see `state.update_ema`; 0 switches the average off.
 
   Returns:
@@ -279,6 +282,8 @@ def train_step(
       mutable=["batch_stats"],
     )
     losses = metrics.cross_entropy(logits, targets)
+    if distillation:
+      losses = distillation(losses, logits, images)
     return losses.mean(), (losses, logits, updates.get("batch_stats", {}))
 
   gradients, (losses, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)

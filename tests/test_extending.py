@@ -95,6 +95,7 @@ def train_steps(config, steps):
       optimizer=optimizer,
       normalize=normalize_lib.create_normalize((0.5,) * 3, (0.25,) * 3, dtype="float32"),
       mixing=None,
+      distillation=None,
       label_smoothing=0.0,
       ema_decay=0.0,
     )

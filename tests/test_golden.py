@@ -102,6 +102,7 @@ def create_state_and_step(name):
       optimizer=optimizer,
       normalize=normalize.create_normalize((0.5,) * 3, (0.25,) * 3, dtype="float32"),
       mixing=None,
+      distillation=None,
       label_smoothing=config.loss.label_smoothing,
       ema_decay=config.ema.decay,
     )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from scipy import special
 
 from flax_cifar import metrics
 
@@ -21,6 +22,20 @@ def test_cross_entropy_matches_numpy(smoothing):
   np.testing.assert_allclose(actual, targets, rtol=1e-6)
   losses = metrics.cross_entropy(jnp.asarray(logits, jnp.float32), actual)
   np.testing.assert_allclose(losses, -(targets * log_p).sum(-1), rtol=1e-5)
+
+
+def test_distillation_is_a_divergence_at_a_temperature():
+  rng = np.random.default_rng(0)
+  logits, taught, losses = rng.normal(0, 3, (6, 5)), rng.normal(0, 3, (6, 5)), rng.uniform(size=6)
+  weight, temperature = 0.3, 4.0
+  p, q = (special.softmax(values / temperature, -1) for values in (taught, logits))
+  expected = (1 - weight) * losses + weight * temperature**2 * special.rel_entr(p, q).sum(-1)
+  arrays = [jnp.asarray(array, jnp.float32) for array in (losses, logits, taught)]
+  actual = metrics.distill(*arrays, weight=weight, temperature=temperature)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4)
+  arrays[2] = arrays[1]  # a student that has learned all
+  alone = metrics.distill(*arrays, weight=1.0, temperature=temperature)
+  np.testing.assert_allclose(alone, 0, atol=1e-5)
 
 
 def test_the_calibration_error_is_that_of_the_bins():

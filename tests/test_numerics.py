@@ -264,6 +264,7 @@ def test_a_whole_step_of_each_network(name):
       optimizer=optimizer,
       normalize=normalize_lib.create_normalize((0.5,) * 3, (0.25,) * 3, dtype="float32"),
       mixing=None,
+      distillation=None,
       label_smoothing=SMOOTHING,
       ema_decay=DECAY,
     )

@@ -439,7 +439,7 @@ def test_bad_choices_are_named_before_anything_is_written(tmp_path, data, change
   assert not (tmp_path / "run").exists()
 
 
-def create_step(mixing=None, **changes):
+def create_step(mixing=None, distillation=None, **changes):
   """A state and a training step with plain SGD."""
   model, optimizer = tiny.TinyNet(), optax.sgd(0.5)
   plateau = optim.create_plateau(
@@ -455,7 +455,12 @@ def create_step(mixing=None, **changes):
   )[0]
   settings = {"normalize": lambda x: x / 255, "label_smoothing": 0.0, "ema_decay": 0.0} | changes
   step = functools.partial(
-    train.train_step, model=model, optimizer=optimizer, mixing=mixing, **settings
+    train.train_step,
+    model=model,
+    optimizer=optimizer,
+    mixing=mixing,
+    distillation=distillation,
+    **settings,
   )
   return state, step
 
@@ -580,7 +585,7 @@ def test_an_implicit_copy_to_the_device_is_an_error():
       "augment.coarse_dropout.width": 4,
       "ema.decay": 0.9,
     },
-    {"schedule.name": "plateau", "model.norm": "ghost", "model.dropout_rate": 0.1},
+    {"schedule.name": "plateau", "model.norm": "ghost", "mixing.name": "ricap"},
   ],
 )
 def test_a_step_holds_no_array_that_a_device_would_send_back(tmp_path, data, monkeypatch, changes):

@@ -25,6 +25,9 @@ RESUME_KEYS = (*FREE_KEYS, "total_epochs", "name")
 # Keys that version 0.1.0 lacked, with the values that mean what it did. A config without them is of
 # an older run; at these values they do not count in the name of a default folder.
 LATER_KEYS: dict[str, Any] = {
+  "loss.distillation.teacher": "",
+  "loss.distillation.weight": 0.5,
+  "loss.distillation.temperature": 4.0,
   "schedule.exponential.final": 0.01,
   "mixing.ricap.alpha": 0.3,
 }

@@ -21,7 +21,7 @@ from flax_cifar.parallel import agreement
 from flax_cifar.parallel import seeds as seeds_lib
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import log as log_lib
-from flax_cifar.run import plots, tables, weights
+from flax_cifar.run import plots, tables, teacher, weights
 from flax_cifar.run import workdir as workdir_lib
 
 LOCAL_KEYS = ("data.dir", "augment.workers")  # may differ from process to process
@@ -224,10 +224,11 @@ def _report_finished(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any
     return None
   try:
     splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
+    fingerprint = splits.fingerprint | teacher.get_fingerprint(config)
   except errors.UserError as error:  # the result does not need the data
     errors.warn(f"the data of the run cannot be compared with those of now: {error}")
   else:
-    workdir_lib.check_data(workdir, splits.fingerprint)
+    workdir_lib.check_data(workdir, fingerprint)
   print(format_finished(result, workdir))
   return result
 

@@ -17,6 +17,7 @@ from flax_cifar.data.augment import mixing, normalize
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
 from flax_cifar.run import config as config_lib
+from flax_cifar.run import teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,7 @@ def create_setup(
       ema_decay=config.ema.decay,
       seeds=range(config.seed, config.seed + config.num_seeds),
     )
+  distillation = teacher.create_distillation(config, num_classes=num_classes, mean=mean, std=std)
   step = functools.partial(
     train_step,
     model=model,
@@ -94,6 +96,7 @@ def create_setup(
     normalize=to_floats,
     mixing=mixing.create_mixing(**config.mixing.to_dict()),
     label_smoothing=config.loss.label_smoothing,
+    distillation=distillation,
     ema_decay=config.ema.decay,
   )
   across: dict[str, Any] = {"mesh": mesh, "num_seeds": config.num_seeds}

@@ -122,6 +122,8 @@ def test_a_hostile_config_is_refused_or_starts(prepared_run, changed):
 
 
 INVALID = {
+  "loss.distillation.weight": (math.nan, 0.0, -1.0, 2.0),
+  "loss.distillation.temperature": (math.nan, 0.0, -1.0, math.inf),
   "optimizer.learning_rate": (math.nan, math.inf, 0.0, -1.0, 1e300),
   "optimizer.weight_decay": (math.nan, math.inf, -1.0),
   "optimizer.sgd.momentum": (math.nan, -0.1, 1.0, 1 - 1e-16),

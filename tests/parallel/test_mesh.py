@@ -103,6 +103,7 @@ def compile_text(num_seeds, num_devices):
     optimizer=optimizer,
     normalize=normalize.create_normalize((0.5,) * 3, (0.25,) * 3, dtype="float32"),
     mixing=None,
+    distillation=None,
     label_smoothing=0.0,
     ema_decay=0.0,
   )

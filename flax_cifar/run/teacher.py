@@ -1,0 +1,116 @@
+"""A trained network as the teacher of another one: distillation.
+
+Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from flax_cifar import errors, metrics, zoo
+from flax_cifar.run import weights as weights_lib
+
+KEY = "loss.distillation.teacher"
+DIGEST_DIGITS = 16
+
+
+# (losses (N,), logits (N, classes), images as the student gets them) -> losses (N,)
+Distillation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def get_fingerprint(config: ConfigDict) -> dict[str, str]:
+  """The digest of the teacher's file, which a resumed run needs unchanged; {} without a teacher.
+
+  Raises:
+    UserError: there is no such file or network.
+  """
+  if not config.loss.distillation.teacher:
+    return {}
+  path = find_teacher(config.loss.distillation.teacher)
+  try:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  except OSError as error:
+    raise errors.UserError(
+      f"{KEY}={str(path)!r} cannot be read ({error.strerror}); name the weights of a run."
+    ) from error
+  return {"teacher_sha256": digest[:DIGEST_DIGITS]}
+
+
+def find_teacher(name: str) -> pathlib.Path:
+  """The weights file that `name` is, or that of a network of the package."""
+  path = errors.get_path(KEY, name)
+  if path.is_file():
+    return path
+  folders = {known: zoo.find_weights(known) for known in zoo.list_models()}
+  return errors.choose(KEY, name, folders)
+
+
+def create_distillation(
+  config: ConfigDict, *, num_classes: int, mean: Sequence[float], std: Sequence[float]
+) -> Distillation | None:
+  """The teacher that `config` names, ready for the steps of its student; None without one.
+
+  The teacher is evaluated on the images of the step, augmented and mixed as its student gets them.
+
+  Args:
+    config: of the student's run.
+    num_classes: of the student.
+    mean: that the student's normalization subtracts, per channel in [0, 1].
+    std: that it divides by.
+
+  Raises:
+    UserError: the teacher is missing or damaged, or has other classes or images; or a number is
+      out of range.
+  """
+  options = config.loss.distillation
+  weight, temperature = options.weight, options.temperature
+  errors.require(0 < weight <= 1, "loss.distillation.weight", weight, "above 0 and at most 1")
+  fits = 1e-2 <= temperature <= 1e4
+  errors.require(fits, "loss.distillation.temperature", temperature, "from 0.01 to 10,000")
+  if not options.teacher:
+    return None
+  weights = weights_lib.load_weights(find_teacher(options.teacher))
+  _check_fits(weights, num_classes, config.data.image_size)
+  predict = _create_predict(weights, mean=mean, std=std, dtype=config.compute_dtype)
+
+  def add_teacher(losses: jax.Array, logits: jax.Array, images: jax.Array) -> jax.Array:
+    return metrics.distill(losses, logits, predict(images), weight=weight, temperature=temperature)
+
+  return add_teacher
+
+
+def _check_fits(weights: weights_lib.Weights, num_classes: int, image_size: int) -> None:
+  height, width, _ = weights.image_shape
+  errors.require(
+    (len(weights.class_names), height, width) == (num_classes, image_size, image_size),
+    KEY,
+    f"a network of {len(weights.class_names)} classes and {height}x{width} pixels",
+    f"one of {num_classes} classes and {image_size}x{image_size} pixels",
+  )
+
+
+def _create_predict(
+  weights: weights_lib.Weights, *, mean: Sequence[float], std: Sequence[float], dtype: str
+) -> Callable[[jax.Array], jax.Array]:
+  """The network of `weights`, computed in `dtype`, for images normalized by `mean` and `std`."""
+  weights = dataclasses.replace(weights, config={**weights.config, "compute_dtype": dtype})
+  model = weights_lib.create_network(weights)
+  pairs = list(zip(mean, std, weights.mean, weights.std, strict=True))
+  # NumPy's numbers become part of the program; arrays on a device would be copied at each step.
+  scale = np.array([own / its for _, own, _, its in pairs])
+  shift = np.array([(own - its) / deviation for own, _, its, deviation in pairs])
+
+  def predict(images: jax.Array) -> jax.Array:
+    moved = images * scale.astype(images.dtype) + shift.astype(images.dtype)
+    variables = jax.tree.map(jnp.asarray, weights.variables)
+    logits: Any = model.apply(variables, moved, train=False)
+    return jax.lax.stop_gradient(logits)
+
+  return predict
