@@ -45,6 +45,10 @@ def get_config() -> ConfigDict:
         # torch (which most sources used) | keras (Glorot uniform) | flax (LeCun normal) | he (for
         # norm none)
         "init": "torch",
+        # Of the residual units of tiny50k, tiny100k, tiny200k and tiny700k. activation: relu | gelu
+        # | silu. drop_path: probability that training skips the last unit for an image, in [0, 1);
+        # that of the others grows from 0 (stochastic depth).
+        "residual": {"activation": "relu", "drop_path": 0.0},
       },
       # Arguments of each norm; model.norm selects one.
       "norm": {

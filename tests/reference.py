@@ -78,7 +78,14 @@ def norm_and_relu(x, params, stats):
 
 
 def create_model(
-  name, *, norm="batch", num_classes=10, dropout_rate=0.05, dtype="float32", **norm_changes
+  name,
+  *,
+  norm="batch",
+  num_classes=10,
+  dropout_rate=0.05,
+  dtype="float32",
+  residual=None,
+  **norm_changes,
 ):
   return models.create_model(
     name=name,
@@ -87,6 +94,7 @@ def create_model(
     norm_arguments={norm: common.get_config().norm[norm].to_dict() | norm_changes},
     dropout_rate=dropout_rate,
     init="torch",
+    residual=common.get_config().model.residual.to_dict() | (residual or {}),
     dtype=dtype,
   )
 

@@ -10,6 +10,7 @@ import pytest
 
 import flax_cifar
 from flax_cifar import errors, zoo
+from flax_cifar.run import config as config_lib
 from flax_cifar.run import weights as weights_lib
 
 
@@ -25,7 +26,7 @@ def test_every_folder_is_whole(name):
   run = json.loads((folder / "run.json").read_text("utf-8"))
   weights = weights_lib.load_weights(zoo.find_weights(name))
   weights_lib.create_network(weights)
-  assert json.loads(json.dumps(weights.config)) == run["config"]
+  assert weights.config == config_lib.complete(run["config"])
   leaves = weights_lib.state_lib.name_leaves(weights.variables["params"]).values()
   assert sum(leaf.size for leaf in leaves) == run["parameters"]
   assert f"{run['parameters']:,}" in (folder / "layers.txt").read_text("utf-8").splitlines()[-1]

@@ -40,6 +40,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "tiny700k": partial(tiny.Tiny, widths=(96, 192, 256), units=(3, 4, 6)),
   "wide": wide.Wide,
 }
+RESIDUAL = ("tiny50k", "tiny100k", "tiny200k", "tiny700k")  # they take model.residual
 DTYPES: dict[str, blocks.DType] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -51,6 +52,7 @@ def create_model(
   norm_arguments: Mapping[str, Mapping[str, Any]],
   dropout_rate: float,
   init: str,
+  residual: Mapping[str, Any],
   dtype: str,
 ) -> nn.Module:
   """Builds the network called `name`.
@@ -59,18 +61,38 @@ def create_model(
   convolutions compute in `dtype`; parameters, statistics and logits are float32.
 
   Raises:
-    UserError: unknown name, norm, initializer or dtype; a dropout rate outside [0, 1).
+    UserError: unknown name, norm, initializer, activation or dtype; a rate outside [0, 1); or
+      options of residual units for a network that has none.
   """
   errors.require(
     0 <= dropout_rate < 1, "model.dropout_rate", dropout_rate, "at least 0 and below 1"
   )
-  return errors.choose("model.name", name, MODELS)(
+  create = errors.choose("model.name", name, MODELS)
+  return create(
     num_classes=num_classes,
     norm=get_norm(norm, norm_arguments),
     dropout_rate=dropout_rate,
     kernel_init=get_init(init),
     dtype=errors.choose("compute_dtype", dtype, DTYPES),
+    **get_residual_options(name, **residual),
   )
+
+
+def get_residual_options(name: str, *, activation: str, drop_path: float) -> dict[str, Any]:
+  """The attributes for the residual units of the network `name`; {} where it has none.
+
+  Raises:
+    UserError: a value is unknown or out of range, or the network has no residual units to take it.
+  """
+  errors.choose("model.residual.activation", activation, blocks.ACTIVATIONS)
+  expected = "at least 0 and below 1"
+  errors.require(0 <= drop_path < 1, "model.residual.drop_path", drop_path, expected)
+  if name in RESIDUAL:
+    return {"activation": activation, "drop_path": drop_path}
+  for key, value, only in (("activation", activation, "relu"), ("drop_path", drop_path, 0.0)):
+    expected = f"{only!r} for model.name={name!r}; {', '.join(RESIDUAL)} have residual units"
+    errors.require(value == only, f"model.residual.{key}", value, expected)
+  return {}
 
 
 def get_init(name: str) -> blocks.Initializer:

@@ -339,6 +339,13 @@ class DepthwiseSeparableUnit(Unit):
     )(x)
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "relu": norm_relu.relu,
+  "gelu": nn.gelu,  # its approximation by tanh
+  "silu": nn.silu,
+}
+
+
 class ResidualSeparableUnit(Unit):
   """Depthwise 3x3, norm, pointwise 1x1, norm, ReLU and dropout, plus the unit's input.
 
@@ -349,9 +356,14 @@ class ResidualSeparableUnit(Unit):
 
   Attributes:
     stride: of the depthwise convolution, in pixels.
+    activation: a key of ACTIVATIONS, in place of the ReLU.
+    drop_path: probability that training leaves an image with the unit's input alone, where that is
+      added (stochastic depth, Huang et al. 2016, arXiv:1603.09382).
   """
 
   stride: int = 1
+  activation: str = "relu"
+  drop_path: float = 0.0
 
   def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
     """Whether the norm comes before ReLU and the channels fit."""
@@ -364,7 +376,10 @@ class ResidualSeparableUnit(Unit):
     affine = self.norm(relu=False, name="depthwise_norm").get_affine(moments, train)
     y, moments = separable.convolve_pointwise(y, affine, params["pointwise"]["kernel"], relu=False)
     affine = self.create_norm().get_affine(moments, train)
-    return self.finish(y, affine, train, x if self._keeps_shape(x) else None)
+    if self._has_relu and not self.drop_path:
+      return self.finish(y, affine, train, x if self._keeps_shape(x) else None)
+    y = finish_lib.finish(y, affine, None, None, relu=self._has_relu)
+    return self._activate_and_add(y, x, train)
 
   def compute_by_modules(self, x: Float[Array, "n h w c"], train: bool) -> Array:
     """Computes the unit by modules of its own."""
@@ -374,9 +389,21 @@ class ResidualSeparableUnit(Unit):
     y = self.create_conv(self.features, (1, 1), fan_in=channels, use_bias=False, name="pointwise")(
       y
     )
-    y = self.norm(relu=True, name="norm")(y, train)
+    y = self.norm(relu=self._has_relu, name="norm")(y, train)
+    return self._activate_and_add(y, x, train)
+
+  @property
+  def _has_relu(self) -> bool:
+    return self.activation == "relu"
+
+  def _activate_and_add(self, y: Array, x: Array, train: bool) -> Array:
+    """The end of the unit with input `x`, after the norm, which applies a ReLU itself."""
+    y = y if self._has_relu else ACTIVATIONS[self.activation](y)
     y = dropout.Dropout(self.dropout_rate, name="dropout")(y, train)
-    return x + y if self._keeps_shape(x) else y
+    if not self._keeps_shape(x):
+      return y
+    leave_out = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), name="drop_path")
+    return x + leave_out(y, deterministic=not train)
 
   def _keeps_shape(self, x: Array) -> bool:
     return self.stride == 1 and x.shape[-1] == self.features

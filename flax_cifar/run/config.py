@@ -25,6 +25,8 @@ RESUME_KEYS = (*FREE_KEYS, "total_epochs", "name")
 # Keys that version 0.1.0 lacked, with the values that mean what it did. A config without them is of
 # an older run; at these values they do not count in the name of a default folder.
 LATER_KEYS: dict[str, Any] = {
+  "model.residual.activation": "relu",
+  "model.residual.drop_path": 0.0,
   "loss.distillation.teacher": "",
   "loss.distillation.weight": 0.5,
   "loss.distillation.temperature": 4.0,

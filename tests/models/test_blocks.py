@@ -8,6 +8,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from flax_cifar import errors, models
 from flax_cifar.kernels import backend
@@ -557,6 +558,8 @@ CPP_UNITS = {
   **{f"residual {n}": (residual, n, 0.0, True) for n in ("batch", "fixed scale", "group", "none")},
   "residual evaluation": (residual, "batch", 0.1, False),
   "residual dropout": (residual, "batch", 0.1, True),
+  "gelu": (partial(residual, activation="gelu"), "batch", 0.1, True),
+  "drop path": (partial(residual, activation="silu", drop_path=0.5), "layer", 0.0, True),
   "strided": (partial(blocks.ResidualSeparableUnit, 48, stride=2), "batch", 0.0, True),
   **{
     f"conv {norm}": (partial(conv, use_bias=True), norm, 0.1, True)
@@ -610,6 +613,42 @@ def test_a_unit_in_cpp_equals_its_modules(name, monkeypatch):
   # Rounding may switch a ReLU, which changes a few gradients by all that they are.
   actual, expected = (jax.flatten_util.ravel_pytree(tree)[0] for tree in gradients)
   assert jnp.linalg.norm(actual - expected) < 5e-3 * jnp.linalg.norm(expected)
+
+
+ACTIVATIONS = {  # in float64
+  "relu": lambda x: np.maximum(x, 0),
+  "silu": lambda x: x / (1 + np.exp(-x)),
+  "gelu": lambda x: x * special.ndtr(x),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_residual_unit_adds_its_activation_to_its_input(name):
+  unit = residual(UNIT_NORMS["batch"], blocks.INITS["he"], 0.0, F32, activation=name)
+  x = jnp.asarray(RNG.normal(size=(4, 6, 6, 32)), F32)
+  variables = reference.draw_like(unit.init(KEY, x, train=False))
+  params, stats = variables["params"], variables["batch_stats"]
+  y = reference.convolve(np.asarray(x), params["depthwise"]["kernel"], padding=1)
+  y = reference.normalize(y, params["depthwise_norm"], stats["depthwise_norm"])
+  y = reference.convolve(y, params["pointwise"]["kernel"])
+  y = np.asarray(x) + ACTIVATIONS[name](reference.normalize(y, params["norm"], stats["norm"]))
+  actual = jax.jit(partial(unit.apply, train=False))(variables, x)
+  # nn.gelu is an approximation, off by at most 5e-4.
+  np.testing.assert_allclose(actual, y, atol=1e-3 if name == "gelu" else 1e-5)
+
+
+def test_drop_path_leaves_out_whole_images_in_training_alone():
+  rate, count = 0.25, 400
+  kind = partial(residual, UNIT_NORMS["layer"], blocks.INITS["he"], 0.0, F32)
+  x = jnp.asarray(RNG.normal(size=(count, 3, 3, 32)), F32)
+  variables = kind().init(KEY, x, train=False)
+  whole = kind().apply(variables, x, train=True) - x  # without drop path
+  unit = kind(drop_path=rate)
+  np.testing.assert_allclose(unit.apply(variables, x, train=False) - x, whole, atol=1e-6)
+  branch = unit.apply(variables, x, train=True, rngs={"dropout": KEY}) - x
+  left_out = np.all(np.asarray(branch) == 0, axis=(1, 2, 3))
+  assert abs(left_out.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / count)
+  np.testing.assert_allclose(branch[~left_out], whole[~left_out] / (1 - rate), atol=1e-5)
 
 
 def test_a_residual_unit_with_a_norm_of_its_own_is_computed_by_modules(monkeypatch):

@@ -52,6 +52,7 @@ def create(name, norm=None):
     norm_arguments=common.get_config().norm,
     dropout_rate=0.0,
     init="torch",
+    residual=common.get_config().model.residual,
     dtype="float32",
   )
 

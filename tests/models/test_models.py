@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors, models
-from flax_cifar.models import dropout, ghost, layer_table
+from flax_cifar.models import blocks, dropout, ghost, layer_table
 from flax_cifar.run import config as config_lib
 from tests import numpy_networks, reference
 from tests.configs import test_configs
@@ -476,6 +476,42 @@ def test_an_unknown_network_is_an_error_that_lists_the_choices():
   )
   with pytest.raises(errors.UserError, match=message):
     reference.create_model("piramid")
+
+
+def test_drop_path_grows_from_unit_to_unit():
+  model = reference.create_model("tiny50k", residual={"activation": "silu", "drop_path": 0.2})
+  rates = []
+
+  def watch(next_fn, args, kwargs, context):
+    unit = context.module
+    is_call = context.method_name == "__call__"
+    if is_call and isinstance(unit, blocks.ResidualSeparableUnit):
+      assert unit.activation == "silu"
+      if unit.stride == 1:
+        rates.append(unit.drop_path)
+    return next_fn(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    reference.get_variable_shapes(model)
+  np.testing.assert_allclose(rates, np.arange(12) * 0.2 / 11)
+
+
+@pytest.mark.parametrize(
+  ("name", "residual", "message"),
+  [
+    ("tiny50k", {"activation": "rely"}, r"residual\.activation='rely'.*'relu'"),
+    ("tiny50k", {"drop_path": 1.0}, r"residual\.drop_path=1\.0.*below 1"),
+    (
+      "pyramid",
+      {"activation": "gelu"},
+      r"activation='gelu'.*'relu' for.*'pyramid'; tiny50k",
+    ),
+    ("pyramid", {"drop_path": 0.1}, r"residual\.drop_path=0\.1.*0\.0 for.*'pyramid'"),
+  ],
+)
+def test_options_of_residual_units_are_checked(name, residual, message):
+  with pytest.raises(errors.UserError, match=message):
+    reference.create_model(name, residual=residual)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
