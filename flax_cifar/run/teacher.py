@@ -46,10 +46,7 @@ def get_fingerprint(config: ConfigDict) -> dict[str, str]:
 def find_teacher(name: str) -> pathlib.Path:
   """The weights file that `name` is, or that of a network of the package."""
   path = errors.get_path(KEY, name)
-  if path.is_file():
-    return path
-  folders = {known: zoo.find_weights(known) for known in zoo.list_models()}
-  return errors.choose(KEY, name, folders)
+  return path if path.is_file() else zoo.find_weights(name, KEY)
 
 
 def create_distillation(

@@ -107,7 +107,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
   """Adds the flags --weights and --model, one of which names a trained network."""
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--weights", help="weights.safetensors")
-  source.add_argument("--model", help=f"that came with the package: {', '.join(zoo.list_models())}")
+  source.add_argument("--model", help=f"{', '.join(zoo.list_models())}, or hf:USER/NAME")
 
 
 def find_network(options: argparse.Namespace) -> pathlib.Path:

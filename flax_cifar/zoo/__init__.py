@@ -3,19 +3,20 @@
 The folder of each has `weights.safetensors`; `run.json`, which is the result of its run with the
 config, the command and every epoch; `scores.json`, how well it classifies the test images, computed
 in DTYPE; `layers.txt`, its layer table; and `README.md`, its card. This module imports no JAX when
-it is imported.
+it is imported. `hub` has networks of others.
 """
 
 import pathlib
 from typing import TYPE_CHECKING
 
 from flax_cifar import errors
+from flax_cifar.zoo import hub
 
 if TYPE_CHECKING:
   from flax_cifar.run import classifier
 
 FOLDER = pathlib.Path(__file__).parent
-WEIGHTS = "weights.safetensors"
+WEIGHTS = hub.WEIGHTS
 DTYPE = "float32"  # whatever type they were trained in: it rounds nearly alike everywhere
 
 
@@ -24,14 +25,20 @@ def list_models() -> list[str]:
   return sorted(path.parent.name for path in FOLDER.glob(f"*/{WEIGHTS}"))
 
 
-def find_weights(name: str) -> pathlib.Path:
-  """The weights file of the trained network `name`; a UserError if there is none."""
+def find_weights(name: str, key: str = "model") -> pathlib.Path:
+  """The weights file of the trained network `name`, of the package or `hf:USER/NAME`.
+
+  Raises:
+    UserError: there is none; the message calls the name `key`.
+  """
+  if name.startswith(hub.PREFIX):
+    return hub.download(name)
   folders = {known: FOLDER / known for known in list_models()}
-  return errors.choose("model", name, folders) / WEIGHTS
+  return errors.choose(key, name, folders) / WEIGHTS
 
 
 def load_pretrained(name: str) -> "classifier.Classifier":
-  """Loads the trained network `name`, one of `list_models`.
+  """Loads the trained network `name`, one of `list_models` or `hf:USER/NAME`.
 
   Raises:
     UserError: there is none of this name; the message lists them.
