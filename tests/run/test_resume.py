@@ -7,9 +7,9 @@ import signal
 import numpy as np
 import pytest
 
-from flax_cifar import errors, evaluate, signals, train
+from flax_cifar import errors, evaluate, models, signals, train
 from flax_cifar.run import checkpoint, integrity, plots
-from tests import runs
+from tests import runs, tiny
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
@@ -27,11 +27,14 @@ def stop_at(workdir, data, step, changes, *, saved=None):
   assert not (workdir / "result.json").exists()
 
 
-@pytest.fixture
-def uninterrupted(tmp_path, data):
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
   """The folder of an uninterrupted run whose state has every optional part."""
-  runs.run(tmp_path / "uninterrupted", data, **PLATEAU)
-  return tmp_path / "uninterrupted"
+  folder = tmp_path_factory.mktemp("uninterrupted")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models.MODELS, "tiny", tiny.TinyNet)
+    runs.run(folder / "run", tiny.write_data(folder / "tiny.npz"), **PLATEAU)
+  return folder / "run"
 
 
 @pytest.mark.parametrize(
