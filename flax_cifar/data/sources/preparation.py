@@ -67,7 +67,7 @@ def prepare(source: published.Source, splits: published.Splits, root: Path) -> P
   """
   from flax_cifar.data.sources import tfds_writer
 
-  report(f"Preparing {source.title} in {root / source.name}, once; about half a minute.")
+  report(f"Preparing {source.title} in {root / source.name}, once; half a minute or more.")
   return tfds_writer.prepare(source, splits, data_dir=root)
 
 

@@ -134,7 +134,7 @@ def test_without_a_network_the_error_names_every_missing_file(served, tmp_path, 
   mirror.use(monkeypatch, server, name, "missing")
   source = catalog.CATALOG[name]
   root = tmp_path / "typo" / "deep"
-  with pytest.raises(errors.UserError, match="could not be downloaded.*HTTP 404") as caught:
+  with pytest.raises(errors.UserError, match=r"could not be downloaded.*HTTP 404") as caught:
     load_it(name, root)
   text = str(caught.value)
   for file in source.files:
