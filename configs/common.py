@@ -29,7 +29,9 @@ def get_config() -> ConfigDict:
       # "trial": like honest, but never reads the test split: for choosing among recipes.
       "protocol": "honest",
       "data": {
-        "name": "cifar10",  # cifar10 | shapes | tfds:NAME | npz:PATH | folder:PATH
+        # cifar10 | shapes | tfds:NAME | npz:PATH | folder:PATH. CIFAR-10 and tfds:cifar100, mnist,
+        # fashion_mnist and svhn_cropped are downloaded if need be.
+        "name": "cifar10",
         # Where CIFAR-10 and tfds:NAME are; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
         "dir": "",
         "image_size": 32,  # pixels; images of `shapes` and folders get this size

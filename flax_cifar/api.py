@@ -165,7 +165,8 @@ def load_data(
 
   Args:
     name: cifar10, shapes, tfds:NAME, npz:PATH or folder:PATH.
-    dir: where CIFAR-10 and tfds:NAME are; "" is TFDS_DATA_DIR or ~/tensorflow_datasets.
+    dir: where CIFAR-10 and tfds:NAME are, or are downloaded to; "" is TFDS_DATA_DIR or
+      ~/tensorflow_datasets.
     image_size: height and width in pixels, of shapes and folders.
 
   Raises:

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from flax_cifar import environment, errors, models
 from flax_cifar import train as train_lib
 from flax_cifar.data import dataset, load
-from flax_cifar.data.sources import cifar10_archive, cifar10_tfds
+from flax_cifar.data.sources import catalog, cifar10_tfds, cifar_archive, tfds_writer
 from flax_cifar.run import weights
 from flax_cifar.run import workdir as workdir_lib
 from flax_cifar.tools import jobs, sweep
@@ -239,7 +239,7 @@ def test_a_pickle_as_a_batch_of_cifar_is_not_executed(tmp_path, gadget, protocol
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
       (folder / name).write_bytes(pickle.dumps(content, protocol))
     with pytest.raises(errors.UserError, match="has no place in a CIFAR batch"):
-      cifar10_archive.read_archive(folder)
+      cifar_archive.read_archive(folder)
     assert not sentinel.exists()
 
 
@@ -252,7 +252,7 @@ def test_the_unpickler_accepts_only_arrays(name):
     parts = (f"\x8c{chr(len(part))}{part}" for part in (module, name))
     blob = f"\x80\x04{''.join(parts)}\x93.".encode("latin-1")
     with pytest.raises(pickle.UnpicklingError, match="has no place"):
-      cifar10_archive._decode_pickled(blob)
+      cifar_archive._decode_pickled(blob, (b"labels",))
 
 
 EVIL = "evil_module.Image"
@@ -271,10 +271,10 @@ FEATURES = {  # each makes TFDS import the module
 @pytest.mark.parametrize("form", FEATURES)
 def test_a_prepared_directory_imports_nothing(tmp_path, monkeypatch, form):
   """TFDS finds classes by name, and imports modules that it does not know."""
-  monkeypatch.setattr(cifar10_archive, "BATCH_SIZE", 2)
-  monkeypatch.setattr(cifar10_archive, "TRAIN_BATCHES", 1)
+  monkeypatch.setattr(cifar_archive, "BATCH_SIZE", 2)
+  monkeypatch.setattr(cifar_archive, "TRAIN_BATCHES", 1)
   split = dataset.Split(np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 1], np.int32))
-  folder = cifar10_tfds.prepare_cifar10(train=split, test=split, data_dir=tmp_path)
+  folder = tfds_writer.prepare(catalog.CATALOG["cifar10"], (split, split), data_dir=tmp_path)
   executed = tmp_path / "executed"
   (tmp_path / "evil_module.py").write_text(f"open({str(executed)!r}, 'w')")
   monkeypatch.syspath_prepend(str(tmp_path))
@@ -302,7 +302,7 @@ def list_all(folder):
 def test_an_archive_writes_nothing_and_follows_no_link(tmp_path, kind):
   """Members outside the folder are skipped; one that is not a regular file counts as missing."""
   (tmp_path / "inner").mkdir()
-  path = tmp_path / "inner" / cifar10_archive.ARCHIVE
+  path = tmp_path / "inner" / cifar_archive.ARCHIVE
   secret = tmp_path / "secret"
   secret.write_bytes(pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [0]}))
   types = {"symlink": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}
@@ -319,7 +319,7 @@ def test_an_archive_writes_nothing_and_follows_no_link(tmp_path, kind):
         tar.addfile(member, io.BytesIO(b"evil"))
   before = list_all(tmp_path)
   with pytest.raises(errors.UserError, match="data_batch_1 is not in it"):
-    cifar10_archive.read_archive(path)
+    cifar_archive.read_archive(path)
   assert list_all(tmp_path) == before
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax_cifar import errors
 from flax_cifar.data import dataset as dataset_lib
 from flax_cifar.data.augment import arguments
-from flax_cifar.data.sources import cifar10, cifar10_archive, folder, npz, prepared, shapes
+from flax_cifar.data.sources import catalog, cifar10, folder, npz, prepared, shapes
 
 
 def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset:
@@ -18,7 +18,7 @@ def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset
   Args:
     name: one of the five forms; `~` in PATH is the home directory. Transparent pixels of images
       in a folder become white.
-    dir: where CIFAR-10 is, or is downloaded to, and where prepared data sets of TFDS are; "" means
+    dir: where CIFAR-10 and the data sets of TFDS are prepared, or are downloaded to; "" means
       TFDS_DATA_DIR, else ~/tensorflow_datasets. The other three do not use it.
     image_size: height and width in pixels. `shapes` and `folder:PATH` make images of this
       size; the other three must already have it.
@@ -93,13 +93,14 @@ def _check_size(split: dataset_lib.Split, image_size: int, *, where: str) -> Non
 
 def _load_cifar10(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
   del path
-  errors.require(
-    image_size == cifar10_archive.IMAGE_SHAPE[0],
-    "data.image_size",
-    image_size,
-    "32 for cifar10",
-  )
+  _require_size("cifar10", image_size)
   return dataset_lib.Dataset(*cifar10.load_cifar10(dir=dir))
+
+
+def _require_size(name: str, image_size: int) -> None:
+  """Refuses the size of a data set of the catalog before it is downloaded."""
+  size = catalog.CATALOG[name].image_size
+  errors.require(image_size == size, "data.image_size", image_size, f"{size} for {name}")
 
 
 def _load_shapes(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
@@ -117,8 +118,10 @@ def _load_shapes(*, path: Path, dir: str, image_size: int) -> dataset_lib.Datase
 
 
 def _load_prepared(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:
-  del image_size
-  return prepared.load_prepared(path.as_posix(), dir=dir)
+  name = path.as_posix()
+  if name in catalog.CATALOG:
+    _require_size(name, image_size)
+  return prepared.load_prepared(name, dir=dir)
 
 
 def _load_npz(*, path: Path, dir: str, image_size: int) -> dataset_lib.Dataset:

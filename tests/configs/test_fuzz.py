@@ -17,10 +17,10 @@ from flax_cifar import errors, models, signals, train
 from flax_cifar.configs import common
 from flax_cifar.data import feeds
 from flax_cifar.data.augment import arguments as arguments_lib
-from flax_cifar.data.sources import cifar10_download, shapes
+from flax_cifar.data.sources import shapes
 from flax_cifar.run import config as config_lib
 from flax_cifar.tools import command_line
-from tests import fuzz, tiny
+from tests import fuzz, mirror, tiny
 
 ROOT = Path(__file__).parents[2]
 KEYS = config_lib.flatten(common.get_config().to_dict())
@@ -103,7 +103,7 @@ def prepared_run(tmp_path_factory):
     patch.setattr(signals, "InterruptGuard", stop)
     patch.setattr(shapes, "NUM_TRAIN", 40)
     patch.setattr(shapes, "NUM_TEST", 20)
-    patch.setattr(cifar10_download, "MIRRORS", ())
+    mirror.remove_all(patch)
     patch.setenv("TFDS_DATA_DIR", str(folder / "none"))
     yield tiny.write_data(folder / "tiny.npz"), folder / "run"
 

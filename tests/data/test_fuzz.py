@@ -16,8 +16,8 @@ from PIL import Image
 
 from flax_cifar import errors
 from flax_cifar.data import load
-from flax_cifar.data.sources import cifar10, cifar10_archive, cifar10_download, cifar10_tfds
-from tests import cifar10_files, fuzz
+from flax_cifar.data.sources import catalog, cifar10, cifar10_tfds, cifar_archive, tfds_writer
+from tests import cifar10_files, fuzz, mirror
 
 SIZE = 8
 seeds = st.randoms(use_true_random=False)
@@ -289,9 +289,8 @@ BATCH_FILES = {
 @pytest.fixture(autouse=True)
 def tiny_cifar10(monkeypatch):
   """CIFAR-10 with four images in each file, and without mirrors."""
-  monkeypatch.setattr(cifar10_archive, "BATCH_SIZE", cifar10_files.PER_BATCH)
-  monkeypatch.setattr(cifar10_download, "MIRRORS", ())
-  monkeypatch.delenv("FLAX_CIFAR_MIRROR", raising=False)
+  monkeypatch.setattr(cifar_archive, "BATCH_SIZE", cifar10_files.PER_BATCH)
+  mirror.remove_all(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -305,14 +304,14 @@ def archives(tmp_path_factory):
 def read_or_refuse(path):
   """Checks the splits of `read_archive` and returns None, or returns the one-line error."""
   try:
-    splits = cifar10_archive.read_archive(path)
+    splits = cifar_archive.read_archive(path)
   except errors.UserError as error:
     return one_line(error, path.name)
   for split, count in zip(splits, (20, 4), strict=True):
     assert split.images.shape == (count, 32, 32, 3)
     assert split.images.dtype == np.uint8
     assert split.labels.dtype == np.int32
-    assert set(split.labels.tolist()) <= set(range(len(cifar10_archive.CLASS_NAMES)))
+    assert set(split.labels.tolist()) <= set(range(len(cifar_archive.CLASS_NAMES)))
   return None
 
 
@@ -376,7 +375,7 @@ class Call:
 def test_a_pickle_calls_nothing(tmp_path, monkeypatch, thing):
   monkeypatch.chdir(tmp_path)
   path = cifar10_files.write_archive(
-    tmp_path / "in" / cifar10_archive.ARCHIVE, {"data_batch_3": pickle.dumps(thing, protocol=2)}
+    tmp_path / "in" / cifar_archive.ARCHIVE, {"data_batch_3": pickle.dumps(thing, protocol=2)}
   )
   assert read_or_refuse(path) is not None
   assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
@@ -407,14 +406,14 @@ def test_an_archive_writes_nothing_beside_it(tmp_path, monkeypatch, name):
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-  path = cifar10_files.write_archive(tmp_path / cifar10_archive.ARCHIVE)
-  monkeypatch.setattr(cifar10_archive, "MAX_UNPACKED_BYTES", 50_000)
+  path = cifar10_files.write_archive(tmp_path / cifar_archive.ARCHIVE)
+  monkeypatch.setattr(cifar_archive, "MAX_UNPACKED_BYTES", 50_000)
   assert "claims" in read_or_refuse(path)
-  monkeypatch.setattr(cifar10_archive, "MAX_UNPACKED_BYTES", 110_000)  # the padding at the end
+  monkeypatch.setattr(cifar_archive, "MAX_UNPACKED_BYTES", 110_000)  # the padding at the end
   with tarfile.open(path) as tar:
     used = max(member.offset_data + member.size for member in tar)
-  monkeypatch.setattr(cifar10_archive, "MAX_UNPACKED_BYTES", used)
-  monkeypatch.setattr(cifar10_archive, "CHUNK_BYTES", 1)
+  monkeypatch.setattr(cifar_archive, "MAX_UNPACKED_BYTES", used)
+  monkeypatch.setattr(cifar_archive, "CHUNK_BYTES", 1)
   assert "more than" in read_or_refuse(path)
 
 
@@ -426,11 +425,10 @@ def prepared(tmp_path_factory):
   """A prepared directory in each format, as the bytes of its files."""
   folder = tmp_path_factory.mktemp("prepared")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(cifar10_archive, "BATCH_SIZE", cifar10_files.PER_BATCH)
-    train, test = cifar10_archive.read_archive(
-      cifar10_files.write_archive(folder / cifar10_archive.ARCHIVE)
-    )
-  made = cifar10_tfds.prepare_cifar10(train=train, test=test, data_dir=folder)
+    patch.setattr(cifar_archive, "BATCH_SIZE", cifar10_files.PER_BATCH)
+    path = cifar10_files.write_archive(folder / cifar_archive.ARCHIVE)
+    splits = cifar_archive.read_archive(path)
+  made = tfds_writer.prepare(catalog.CATALOG["cifar10"], splits, data_dir=folder)
   forms = [{path.name: path.read_bytes() for path in made.iterdir()}]
   cifar10_files.to_tfrecord(made)
   return (*forms, {path.name: path.read_bytes() for path in made.iterdir()})

@@ -4,20 +4,15 @@ The modules that prepare, read and download it are imported where they are neede
 tensorflow_datasets takes most of a second to import.
 """
 
-import contextlib
 import hashlib
 import re
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from flax_cifar import files
 from flax_cifar.data import dataset
-from flax_cifar.data.sources import cifar10_archive, decoded, prepared
+from flax_cifar.data.sources import catalog, cifar_archive, decoded, preparation, prepared
 
-LOCK = "cifar10.lock"
 VERSION = re.compile(r"3\.\d+\.\d+")
 
 
@@ -42,7 +37,7 @@ def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, 
     train, test = decoded.load_or_decode(folder, lambda: _sort(_read_prepared(folder)))
   else:
     train, test = _sort(_read_and_prepare(root))
-  return train, test, cifar10_archive.CLASS_NAMES
+  return train, test, cifar_archive.CLASS_NAMES
 
 
 def find_prepared(root: Path) -> Path | None:
@@ -62,55 +57,18 @@ def _sort(splits: decoded.Splits) -> decoded.Splits:
 
 
 def _read_and_prepare(root: Path) -> decoded.Splits:
-  from flax_cifar.data.sources import cifar10_download
-
-  with _lock(root):
+  source = catalog.CATALOG["cifar10"]
+  with preparation.lock(source, root):
     if folder := find_prepared(root):  # by the process that held the lock before
       return _read_prepared(folder)
-    train, test = cifar10_archive.read_archive(
-      cifar10_archive.find_archive(root) or cifar10_download.download_archive(root)
-    )
-    _prepare(train, test, root)
-  return train, test
-
-
-@contextlib.contextmanager
-def _lock(root: Path) -> Iterator[None]:
-  """Waits for other processes that download or prepare the data, and holds the lock meanwhile.
-
-  The kernel releases the lock of a process that dies. The function goes on without a lock where
-  none can be taken, because `root` is read-only or on a cluster's file system. Where no data come
-  of it, nothing is left behind in `root`, which may be a misspelled path.
-  """
-  created = [folder for folder in (root, *root.parents) if not folder.exists()]
-  with contextlib.ExitStack() as stack:
-    stack.callback(_remove_empty, root, created)
-    with contextlib.suppress(OSError):
-      root.mkdir(parents=True, exist_ok=True)
-      file = stack.enter_context((root / LOCK).open("a"))
-      if not files.lock(file, wait=False):
-        _print(f"Waiting for another process to download or prepare CIFAR-10 in {root}.")
-        files.lock(file, wait=True)
-    yield
-
-
-def _remove_empty(root: Path, created: Sequence[Path]) -> None:
-  """Removes the lock file, if `root` holds nothing else, and the folders created for it."""
-  with contextlib.suppress(OSError):  # a folder that holds something stays
-    if [path.name for path in root.iterdir()] == [LOCK]:
-      (root / LOCK).unlink()
-    for folder in created:
-      folder.rmdir()
-
-
-def _prepare(train: dataset.Split, test: dataset.Split, root: Path) -> None:
-  from flax_cifar.data.sources import cifar10_tfds
-
-  _print(f"Preparing CIFAR-10 in {root / 'cifar10'}, once; about half a minute.")
-  try:
-    cifar10_tfds.prepare_cifar10(train=train, test=test, data_dir=root)
-  except OSError as error:
-    _print(f"Not prepared ({error}); the run continues, and the next one reads the archive again.")
+    splits = preparation.read_published(source, root)
+    try:
+      preparation.prepare(source, splits, root)
+    except OSError as error:
+      preparation.report(
+        f"Not prepared ({error}); the run continues, and the next one reads the archive again."
+      )
+  return splits
 
 
 def _sort_by_pixels(split: dataset.Split) -> dataset.Split:
@@ -119,7 +77,3 @@ def _sort_by_pixels(split: dataset.Split) -> dataset.Split:
   keys = np.frombuffer(b"".join(digests), "<u8")
   order = np.lexsort((split.labels, keys))
   return dataset.Split(split.images[order], split.labels[order])
-
-
-def _print(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)

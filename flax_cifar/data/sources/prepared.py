@@ -9,6 +9,7 @@ import numpy as np
 
 from flax_cifar import errors
 from flax_cifar.data import dataset
+from flax_cifar.data.sources import catalog, preparation
 
 # NAME or NAME/CONFIG, and no path that leads elsewhere.
 NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w.+-]*[\w+-][\w.+-]*)?", flags=re.ASCII)
@@ -18,7 +19,8 @@ VERSION = re.compile(r"\d+\.\d+\.\d+")
 def load_prepared(name: str, *, dir: str) -> dataset.Dataset:
   """Loads `<dir>/NAME/VERSION`, or `<dir>/NAME/CONFIG/VERSION` for the name NAME/CONFIG.
 
-  The newest version counts. Gray images become RGB. The splits `train` and `test` are needed;
+  The newest version counts. Where there is none, a data set of the catalog is downloaded and
+  prepared, as TFDS would. Gray images become RGB. The splits `train` and `test` are needed;
   `validation` is used where there is one. The classes are called by `label.labels.txt`, or "0",
   "1", ... up to the highest label.
 
@@ -30,8 +32,8 @@ def load_prepared(name: str, *, dir: str) -> dataset.Dataset:
     Dataset with uint8 (N, H, W, 3) images of one size.
 
   Raises:
-    UserError: it is not prepared, damaged, in another format than array_record and tfrecord, lacks
-      a split or a feature, or its images differ in size.
+    UserError: it is not prepared and cannot be, or it is damaged, in another format than
+      array_record and tfrecord, lacks a split or a feature, or its images differ in size.
   """
   root = find_root(dir)
   if not NAME.fullmatch(name):
@@ -39,20 +41,42 @@ def load_prepared(name: str, *, dir: str) -> dataset.Dataset:
       f"data.name='tfds:{name}' is no name of a data set; write tfds:NAME or tfds:NAME/CONFIG, as "
       "tfds:mnist."
     )
-  folder = find_newest(root / name)
-  if folder is None:
+  folder = find_newest(root / name) or _prepare(name, root)
+  return read_folder(name, folder)
+
+
+def _prepare(name: str, root: Path) -> Path:
+  """Downloads and prepares a data set of the catalog; returns its folder."""
+  if name not in catalog.CATALOG:
     raise errors.UserError(
-      f"data.name='tfds:{name}' is not prepared in {str(root)!r}; prepare it with "
-      f"tfds.load({name!r}, data_dir={str(root)!r}), which may need TensorFlow, or name its place "
-      "in data.dir."
+      f"data.name='tfds:{name}' is not prepared in {str(root)!r}; {advise(name, root)}."
     )
-  return read_folder(name.partition("/")[0], folder)
+  source = catalog.CATALOG[name]
+  with preparation.lock(source, root):
+    if folder := find_newest(root / name):  # by the process that held the lock before
+      return folder
+    splits = preparation.read_published(source, root)
+    try:
+      return preparation.prepare(source, splits, root)
+    except OSError as error:
+      raise errors.UserError(
+        f"data.name='tfds:{name}' cannot be prepared in {str(root)!r} ({error}); make room or "
+        "choose another --config.data.dir (or TFDS_DATA_DIR)."
+      ) from error
 
 
 def find_root(dir: str) -> Path:
   """The root of TFDS data sets: `dir`, or for "" TFDS_DATA_DIR, else ~/tensorflow_datasets."""
   asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   return errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
+
+
+def advise(name: str, root: Path) -> str:
+  """What to do if the data set `name`, or NAME/CONFIG, is not prepared in `root`."""
+  return (
+    f"prepare it with tfds.load({name!r}, data_dir={str(root)!r}), which may need TensorFlow, or "
+    "name its place in data.dir"
+  )
 
 
 def find_newest(place: Path, version: re.Pattern[str] = VERSION) -> Path | None:
@@ -63,15 +87,15 @@ def find_newest(place: Path, version: re.Pattern[str] = VERSION) -> Path | None:
 
 
 def read_folder(name: str, folder: Path) -> dataset.Dataset:
-  """Reads the prepared `folder` of the data set `name`; see `load_prepared`."""
+  """Reads the prepared `folder` of the data set `name`, or NAME/CONFIG; see `load_prepared`."""
   # Imported here: tensorflow_datasets takes most of a second to import.
   from flax_cifar.data.sources import tfds_files
 
   try:
-    info = tfds_files.read_info(name, folder)
+    info = tfds_files.read_info(name.partition("/")[0], folder)
     shards = {split: tfds_files.list_shards(folder, info.splits[split]) for split in info.splits}
   except Exception as error:  # TFDS raises many types for damaged JSON
-    raise tfds_files.explain_damage(folder, folder / "dataset_info.json", error) from error
+    raise tfds_files.explain_damage(name, folder, folder / "dataset_info.json", error) from error
   if missing := {"train", "test"} - shards.keys():
     found, lacking = (", ".join(sorted(names)) for names in (shards, missing))
     raise errors.UserError(
@@ -79,7 +103,7 @@ def read_folder(name: str, folder: Path) -> dataset.Dataset:
     )
   read, decode = tfds_files.get_reader(folder, info), tfds_files.decode_record
   splits = {
-    split: _join(folder, split, tfds_files.read_shards(folder, shards[split], read, decode))
+    split: _join(folder, split, tfds_files.read_shards(name, folder, shards[split], read, decode))
     for split in ("train", "test", "validation")
     if split in shards
   }

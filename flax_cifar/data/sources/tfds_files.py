@@ -13,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_cifar import errors
+from flax_cifar.data.sources import catalog, prepared
 
 BLOCK = 500  # records that a thread decodes at once
 Shard = tuple[Path, int]  # a file, and the number of records it should hold
@@ -53,12 +54,13 @@ def get_reader(folder: Path, info: tfds.core.DatasetInfo) -> Callable[[Path], Se
 
 
 def read_shards(
+  name: str,
   folder: Path,
   shards: Sequence[Shard],
   read: Callable[[Path], Sequence[bytes]],
   decode: Callable[[bytes], Example],
 ) -> list[Example]:
-  """Reads and decodes all records of a split, in order.
+  """Reads and decodes all records of a split of the data set `name`, in order.
 
   `decode` may raise anything for a damaged record.
 
@@ -71,7 +73,7 @@ def read_shards(
     try:
       examples += _decode_records(read(file), length, decode)
     except Exception as error:  # the readers raise many types for damaged bytes
-      raise explain_damage(folder, file, error) from error
+      raise explain_damage(name, folder, file, error) from error
   return examples
 
 
@@ -104,11 +106,13 @@ def _decode_records(
     return [example for block in blocks for example in block]
 
 
-def explain_damage(folder: Path, file: Path, reason: object) -> errors.UserError:
-  """The error for a damaged `file` of the prepared `folder`."""
+def explain_damage(name: str, folder: Path, file: Path, reason: object) -> errors.UserError:
+  """The error for a damaged `file` of the prepared `folder` of the data set `name`."""
+  root = folder.parents[1 + name.count("/")]
+  remedy = "run again" if name in catalog.CATALOG else prepared.advise(name, root)
   return errors.UserError(
     f"{file} is missing, damaged or not readable here ({errors.shorten(reason)}); delete the "
-    f"directory {folder} and run again."
+    f"directory {folder} and {remedy}."
   )
 
 

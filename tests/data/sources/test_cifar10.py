@@ -2,34 +2,35 @@
 
 import errno
 import fcntl
-import hashlib
-import http.server
 import json
 import os
 import pickle
 import queue
 import shutil
 import tarfile
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import requests
 
 from flax_cifar import errors
 from flax_cifar.data import dataset
-from flax_cifar.data.sources import cifar10, cifar10_archive, cifar10_download, cifar10_tfds
-from tests import cifar10_files
+from flax_cifar.data.sources import (
+  catalog,
+  cifar10,
+  cifar10_tfds,
+  cifar_archive,
+  preparation,
+  tfds_writer,
+)
+from tests import cifar10_files, mirror
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
   """CIFAR-10 with four images per batch, and without mirrors."""
-  monkeypatch.setattr(cifar10_archive, "BATCH_SIZE", cifar10_files.PER_BATCH)
-  monkeypatch.setattr(cifar10_download, "MIRRORS", ())
-  monkeypatch.delenv("FLAX_CIFAR_MIRROR", raising=False)
+  monkeypatch.setattr(cifar_archive, "BATCH_SIZE", cifar10_files.PER_BATCH)
+  mirror.remove_all(monkeypatch)
   monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
 
 
@@ -60,10 +61,10 @@ def as_set(split):
 @pytest.mark.parametrize("name", cifar10_files.FORMATS)
 def test_archive_and_unpacked_folder(tmp_path, name):
   path = cifar10_files.write_archive(tmp_path / name)
-  assert_is_tiny(*cifar10_archive.read_archive(path))
+  assert_is_tiny(*cifar_archive.read_archive(path))
   with tarfile.open(path) as tar:
     tar.extractall(tmp_path, filter="data")
-  assert_is_tiny(*cifar10_archive.read_archive(tmp_path / cifar10_files.FORMATS[name][0]))
+  assert_is_tiny(*cifar_archive.read_archive(tmp_path / cifar10_files.FORMATS[name][0]))
 
 
 @pytest.mark.parametrize("place", ["", "downloads", "downloads/manual"])
@@ -74,17 +75,17 @@ def test_archive_is_found_prepared_and_read_again(tmp_path, place, capsys):
   path.unlink()
   second = cifar10.load_cifar10(dir=str(tmp_path))
   assert capsys.readouterr().err == ""
-  assert first[2] == second[2] == cifar10_archive.CLASS_NAMES
+  assert first[2] == second[2] == cifar_archive.CLASS_NAMES
   for one, other in zip(first[:2], second[:2], strict=True):  # same order, too
     np.testing.assert_array_equal(one.images, other.images)
     np.testing.assert_array_equal(one.labels, other.labels)
-  train, test = cifar10_archive.read_archive(cifar10_files.write_archive(path))
+  train, test = cifar_archive.read_archive(cifar10_files.write_archive(path))
   assert as_set(train) == as_set(first[0])
   assert as_set(test) == as_set(first[1])
 
 
 def test_dir_comes_from_the_environment_when_empty(tmp_path, monkeypatch):
-  cifar10_files.write_archive(tmp_path / "env" / cifar10_archive.ARCHIVE)
+  cifar10_files.write_archive(tmp_path / "env" / cifar_archive.ARCHIVE)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
   assert len(cifar10.load_cifar10(dir="")[0]) == 20
   monkeypatch.delenv("TFDS_DATA_DIR")
@@ -94,7 +95,7 @@ def test_dir_comes_from_the_environment_when_empty(tmp_path, monkeypatch):
 
 
 def test_loading_works_even_if_preparing_fails(tmp_path, capsys):
-  cifar10_files.write_archive(tmp_path / cifar10_archive.ARCHIVE)
+  cifar10_files.write_archive(tmp_path / cifar_archive.ARCHIVE)
   (tmp_path / "cifar10").write_text("a file where the directory should be")
   train, _, _ = cifar10.load_cifar10(dir=str(tmp_path))
   assert len(train) == 20
@@ -109,9 +110,9 @@ class Evil:
 def test_malicious_pickle_is_refused(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   blob = pickle.dumps({b"data": Evil(), b"labels": []}, protocol=2)
-  path = cifar10_files.write_archive(tmp_path / cifar10_archive.ARCHIVE, {"data_batch_3": blob})
+  path = cifar10_files.write_archive(tmp_path / cifar_archive.ARCHIVE, {"data_batch_3": blob})
   with pytest.raises(errors.UserError, match=r"mkdir has no place in a CIFAR batch.*delete it"):
-    cifar10_archive.read_archive(path)
+    cifar_archive.read_archive(path)
   assert not (tmp_path / "evil_was_here").exists()
 
 
@@ -126,12 +127,12 @@ def test_truncated_archive(tmp_path, name, keep):
 
 
 def test_flipped_byte_in_an_archive(tmp_path):
-  path = cifar10_files.write_archive(tmp_path / cifar10_archive.ARCHIVE)
+  path = cifar10_files.write_archive(tmp_path / cifar_archive.ARCHIVE)
   blob = bytearray(path.read_bytes())
   blob[len(blob) // 2] ^= 1
   path.write_bytes(blob)
   with pytest.raises(errors.UserError, match="is damaged"):
-    cifar10_archive.read_archive(path)
+    cifar_archive.read_archive(path)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_flipped_byte_in_an_archive(tmp_path):
 def test_incomplete_archive(tmp_path, replace, message):
   path = cifar10_files.write_archive(tmp_path / "cifar-10-binary.tar.gz", replace)
   with pytest.raises(errors.UserError, match=message):
-    cifar10_archive.read_archive(path)
+    cifar_archive.read_archive(path)
 
 
 # ---- Prepared directories
@@ -157,17 +158,16 @@ def test_incomplete_archive(tmp_path, replace, message):
 
 @pytest.fixture
 def prepared(tmp_path):
-  train, test = cifar10_archive.read_archive(
-    cifar10_files.write_archive(tmp_path / "a" / cifar10_archive.ARCHIVE)
-  )
-  return cifar10_tfds.prepare_cifar10(train=train, test=test, data_dir=tmp_path)
+  path = cifar10_files.write_archive(tmp_path / "a" / cifar_archive.ARCHIVE)
+  splits = cifar_archive.read_archive(path)
+  return tfds_writer.prepare(catalog.CATALOG["cifar10"], splits, data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("convert", [lambda folder: None, cifar10_files.to_tfrecord])
 def test_prepared_directory_in_either_format(tmp_path, prepared, convert):
   convert(prepared)
   train, test = cifar10_tfds.read_prepared(prepared)
-  expected = cifar10_archive.read_archive(tmp_path / "a" / cifar10_archive.ARCHIVE)
+  expected = cifar_archive.read_archive(tmp_path / "a" / cifar_archive.ARCHIVE)
   assert (as_set(train), as_set(test)) == tuple(as_set(split) for split in expected)
 
 
@@ -210,14 +210,12 @@ def test_a_changed_bit_in_a_tfrecord_is_noticed(tmp_path, prepared, place):
 
 
 def test_damaged_metadata_and_other_counts(tmp_path, prepared, monkeypatch):
-  monkeypatch.setattr(cifar10_archive, "BATCH_SIZE", 5)
+  monkeypatch.setattr(cifar_archive, "BATCH_SIZE", 5)
   with pytest.raises(
     errors.UserError, match="20 training and 4 test images, CIFAR-10 has 25 and 5"
   ):
     cifar10.load_cifar10(dir=str(tmp_path))
-  (prepared / "label.labels.txt").write_text(
-    "\n".join(reversed(cifar10_archive.CLASS_NAMES)) + "\n"
-  )
+  (prepared / "label.labels.txt").write_text("\n".join(reversed(cifar_archive.CLASS_NAMES)) + "\n")
   with pytest.raises(errors.UserError, match=r"label\.labels\.txt"):
     cifar10.load_cifar10(dir=str(tmp_path))
   (prepared / "dataset_info.json").write_text("{")
@@ -254,65 +252,34 @@ def test_another_format_is_refused_without_advice_to_delete(prepared, file_forma
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-  """A local mirror: the path of a URL selects its behavior; `server.seen` lists the requests."""
-  blob = cifar10_files.write_archive(tmp_path / "served" / cifar10_archive.ARCHIVE).read_bytes()
-  monkeypatch.setattr(cifar10_download, "ARCHIVE_BYTES", len(blob))
-  monkeypatch.setattr(cifar10_archive, "ARCHIVE_MD5", hashlib.md5(blob).hexdigest())
-
-  class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-      byte_range = self.headers.get("Range")
-      self.server.seen.append((self.path, byte_range))
-      kind = self.path.strip("/")
-      body, status = (b"x" * len(blob) if kind == "wrong" else blob), 200
-      if kind == "missing":
-        return self.send_error(404)
-      if byte_range and kind != "stubborn":
-        body, status = body[int(byte_range.removeprefix("bytes=").rstrip("-")) :], 206
-      self.send_response(status)
-      if kind != "page":
-        self.send_header("Content-Length", "all" if kind == "vague" else str(len(body)))
-      self.end_headers()
-      sent = {"breaks": body[: len(body) // 2], "page": b"<html>log in</html>"}.get(kind, body)
-      return self.wfile.write(sent)
-
-    def log_message(self, *args):
-      pass
-
-  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-    httpd.seen, httpd.blob = [], blob
-    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+  blob = cifar10_files.write_archive(tmp_path / "served" / cifar_archive.ARCHIVE).read_bytes()
+  mirror.expect(monkeypatch, "cifar10", 0, blob)
+  with mirror.serve({"": blob}) as httpd:
     yield httpd
-    httpd.shutdown()
-
-
-def use_mirrors(monkeypatch, server, *kinds):
-  urls = tuple(f"http://127.0.0.1:{server.server_port}/{kind}" for kind in kinds)
-  monkeypatch.setattr(cifar10_download, "MIRRORS", urls)
 
 
 def test_download_prepares_and_leaves_no_part(tmp_path, monkeypatch, server):
-  use_mirrors(monkeypatch, server, "good")
+  mirror.use(monkeypatch, server, "cifar10", "good")
   train, test, _ = cifar10.load_cifar10(dir=str(tmp_path / "new" / "dir"))
-  expected = cifar10_archive.read_archive(tmp_path / "served" / cifar10_archive.ARCHIVE)
+  expected = cifar_archive.read_archive(tmp_path / "served" / cifar_archive.ARCHIVE)
   assert (as_set(train), as_set(test)) == tuple(as_set(split) for split in expected)
   names = {path.name for path in (tmp_path / "new" / "dir").iterdir()}
-  assert {cifar10_archive.ARCHIVE, "cifar10"} <= names
+  assert {cifar_archive.ARCHIVE, "cifar10"} <= names
   assert not any(name.endswith(".part") for name in names)
   cifar10.load_cifar10(dir=str(tmp_path / "new" / "dir"))
   assert len(server.seen) == 1
 
 
 def test_a_second_first_run_waits_for_the_first(tmp_path, monkeypatch, server):
-  use_mirrors(monkeypatch, server, "good")
+  mirror.use(monkeypatch, server, "cifar10", "good")
   root, printed = tmp_path / "new", queue.Queue()
-  monkeypatch.setattr(cifar10, "_print", printed.put)
-  splits = cifar10_archive.read_archive(tmp_path / "served" / cifar10_archive.ARCHIVE)
+  monkeypatch.setattr(preparation, "report", printed.put)
+  splits = cifar_archive.read_archive(tmp_path / "served" / cifar_archive.ARCHIVE)
   with ThreadPoolExecutor(1) as pool:
-    with cifar10._lock(root):
+    with preparation.lock(catalog.CATALOG["cifar10"], root):
       second = pool.submit(cifar10.load_cifar10, dir=str(root))
       assert printed.get(timeout=10).startswith("Waiting for another process")
-      cifar10_tfds.prepare_cifar10(train=splits[0], test=splits[1], data_dir=root)
+      tfds_writer.prepare(catalog.CATALOG["cifar10"], splits, data_dir=root)
     train, test, _ = second.result(timeout=10)
   assert (as_set(train), as_set(test)) == tuple(as_set(split) for split in splits)
   assert printed.empty()
@@ -320,7 +287,7 @@ def test_a_second_first_run_waits_for_the_first(tmp_path, monkeypatch, server):
 
 
 def test_a_wrong_folder_is_left_as_it_was(tmp_path, monkeypatch, server):
-  use_mirrors(monkeypatch, server, "missing")
+  mirror.use(monkeypatch, server, "cifar10", "missing")
   (tmp_path / "mine").mkdir()
   for folder in (tmp_path / "mine", tmp_path / "typo" / "deep"):
     with pytest.raises(errors.UserError):
@@ -334,106 +301,8 @@ def test_a_file_system_without_locks_is_accepted(tmp_path, monkeypatch):
     raise OSError(errno.ENOLCK, "No locks available")
 
   monkeypatch.setattr(fcntl, "flock", refuse)
-  cifar10_files.write_archive(tmp_path / cifar10_archive.ARCHIVE)
+  cifar10_files.write_archive(tmp_path / cifar_archive.ARCHIVE)
   assert len(cifar10.load_cifar10(dir=str(tmp_path))[0]) == 20
-
-
-def test_an_archive_that_cannot_be_renamed_is_one_error(tmp_path, monkeypatch, server):
-  use_mirrors(monkeypatch, server, "good")
-  (tmp_path / cifar10_archive.ARCHIVE / "x").mkdir(parents=True)
-  with pytest.raises(errors.UserError, match=r"cannot be written .*make room or choose another"):
-    cifar10_download.download_archive(tmp_path)
-
-
-def test_mirrors_fail_over_in_order(tmp_path, monkeypatch, server):
-  kinds = ("missing", "wrong", "page", "vague", "good")
-  use_mirrors(monkeypatch, server, *kinds, "unused")
-  path = cifar10_download.download_archive(tmp_path)
-  assert path.read_bytes() == server.blob
-  # No request resumes from wrong bytes.
-  assert server.seen == [(f"/{kind}", None) for kind in kinds]
-
-
-def test_the_mirror_of_the_user_comes_first(tmp_path, monkeypatch, server):
-  use_mirrors(monkeypatch, server, "unused")
-  monkeypatch.setenv("FLAX_CIFAR_MIRROR", f"http://127.0.0.1:{server.server_port}/own")
-  cifar10_download.download_archive(tmp_path)
-  assert server.seen == [("/own", None)]
-
-
-def test_broken_download_is_resumed_by_the_next_mirror(tmp_path, monkeypatch, server):
-  monkeypatch.setattr(cifar10_archive, "CHUNK_BYTES", 1000)  # a broken download loses at most this
-  use_mirrors(monkeypatch, server, "breaks", "good")
-  assert cifar10_download.download_archive(tmp_path).read_bytes() == server.blob
-  kept = len(server.blob) // 2 // 1000 * 1000
-  assert server.seen == [("/breaks", None), ("/good", f"bytes={kept}-")]
-
-
-def test_partial_downloads_of_earlier_runs(tmp_path, monkeypatch, server):
-  part = tmp_path / f"{cifar10_archive.ARCHIVE}.part"
-  part.write_bytes(server.blob[:1000])
-  use_mirrors(monkeypatch, server, "stubborn")  # ignores Range and answers 200 with everything
-  assert cifar10_download.download_archive(tmp_path).read_bytes() == server.blob
-  part.write_bytes(b"y" * 1000)  # not the beginning of the archive
-  use_mirrors(monkeypatch, server, "first", "second")
-  assert cifar10_download.download_archive(tmp_path).read_bytes() == server.blob
-  assert server.seen[1:] == [("/first", "bytes=1000-"), ("/second", None)]
-  part.write_bytes(server.blob)  # complete: no request at all
-  cifar10_download.download_archive(tmp_path)
-  assert len(server.seen) == 3
-
-
-def test_if_all_mirrors_fail_the_error_has_reasons_and_remedies(tmp_path, monkeypatch, server):
-  use_mirrors(monkeypatch, server, "missing", "wrong")
-  refused = "http://127.0.0.1:9/x"
-  odd = ("no-url", "http://[bad/x", "http://ü..x/y")
-  monkeypatch.setattr(cifar10_download, "MIRRORS", (*cifar10_download.MIRRORS, refused, *odd))
-  start = time.monotonic()
-  with pytest.raises(errors.UserError) as caught:
-    cifar10.load_cifar10(dir=str(tmp_path))
-  assert time.monotonic() - start < 5
-  text = str(caught.value)
-  for part in ("HTTP 404", "wrong checksum", "127.0.0.1:9: no connection", "no-url: Invalid URL"):
-    assert part in text
-  for part in ("[bad: Failed to parse", "ü..x: Failed to parse"):
-    assert part in text
-  for remedy in (
-    cifar10_archive.ARCHIVE_MD5,
-    "TFDS_DATA_DIR",
-    "--config.data.name=shapes",
-    str(tmp_path),
-  ):
-    assert remedy in text
-  assert "\n" not in text
-
-
-def test_requests_get_times_out_and_does_not_retry(tmp_path, monkeypatch):
-  calls = []
-
-  def get(url, **kwargs):
-    calls.append((url, kwargs["timeout"]))
-    raise requests.ConnectTimeout
-
-  monkeypatch.setattr(requests, "get", get)
-  monkeypatch.setattr(cifar10_download, "MIRRORS", ("http://a/x", "http://b/x"))
-  with pytest.raises(errors.UserError, match="a: no answer in time; b: no answer in time"):
-    cifar10_download.download_archive(tmp_path)
-  assert calls == [("http://a/x", (5, 30)), ("http://b/x", (5, 30))]
-
-
-def test_disk_and_directory_are_checked_first(tmp_path, monkeypatch, server):
-  use_mirrors(monkeypatch, server, "good")
-  (tmp_path / "file").write_text("")
-  with pytest.raises(errors.UserError, match="cannot be made"):
-    cifar10_download.download_archive(tmp_path / "file" / "x")
-  with monkeypatch.context() as patch:
-    patch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(errors.UserError, match="cannot be written to"):
-      cifar10_download.download_archive(tmp_path)
-  monkeypatch.setattr(cifar10_download, "DISK_BYTES", 1 << 62)
-  with pytest.raises(errors.UserError, match="MB free but CIFAR-10 needs"):
-    cifar10_download.download_archive(tmp_path)
-  assert server.seen == []
 
 
 # ---- Order

@@ -84,7 +84,8 @@ def test_the_newest_version_counts(tmp_path):
 @pytest.mark.parametrize(
   ("name", "size", "message"),
   [
-    ("mnist", 28, "data.name='tfds:mnist' is not prepared"),
+    ("kmnist", 28, "data.name='tfds:kmnist' is not prepared"),
+    ("mnist/big", 28, "data.name='tfds:mnist/big' is not prepared.*tfds.load.'mnist/big'"),
     ("digits/big", 28, "data.name='tfds:digits/big' is not prepared"),
     ("../digits", 28, "is no name of a data set"),
     ("digits/..", 28, "is no name of a data set"),
@@ -108,7 +109,8 @@ def test_a_damaged_file_is_named(tmp_path):
   prepare(tmp_path)
   (file,) = tmp_path.glob("digits/1.2.0/*test*")
   file.write_bytes(file.read_bytes()[:-40])
-  with pytest.raises(errors.UserError, match="missing, damaged or not readable"):
+  remedy = rf"delete the directory {file.parent} and prepare it with tfds.load\('digits', .*TensorF"
+  with pytest.raises(errors.UserError, match=f"missing, damaged or not readable.*{remedy}"):
     load.load_dataset(name="tfds:digits", dir=str(tmp_path), image_size=28)
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets reads the output of prepare_cifar10, which is complete or absent."""
+"""TensorFlow Datasets reads the output of prepare, which is complete or absent."""
 
 import socket
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from flax_cifar.data import dataset
-from flax_cifar.data.sources import cifar10_tfds
+from flax_cifar.data.sources import catalog, tfds_writer
 
 SIZES = {"train": 30, "test": 7}
 
@@ -20,6 +20,10 @@ def make_split(seed, n):
   return dataset.Split(images, rng.integers(0, 10, n).astype(np.int32))
 
 
+def prepare(splits, root):
+  return tfds_writer.prepare(catalog.CATALOG["cifar10"], tuple(splits.values()), data_dir=root)
+
+
 @pytest.fixture(scope="module")
 def splits():
   return {name: make_split(i, n) for i, (name, n) in enumerate(SIZES.items())}
@@ -28,7 +32,7 @@ def splits():
 @pytest.fixture(scope="module")
 def prepared(splits, tmp_path_factory):
   root = tmp_path_factory.mktemp("data")
-  return root, cifar10_tfds.prepare_cifar10(**splits, data_dir=root)
+  return root, prepare(splits, root)
 
 
 def test_plain_tfds_reads_the_same_pixels_and_labels(prepared, splits):
@@ -65,7 +69,7 @@ def test_preparing_uses_no_network_and_prints_nothing(splits, tmp_path, monkeypa
     raise AssertionError("a connection was opened")
 
   monkeypatch.setattr(socket.socket, "connect", connect)
-  cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path)
+  prepare(splits, tmp_path)
   assert capfd.readouterr() == ("", "")
 
 
@@ -73,23 +77,23 @@ def test_interrupted_preparation_leaves_nothing_that_looks_prepared(splits, tmp_
   def fail(image):
     raise OSError("disk full")
 
-  monkeypatch.setattr(cifar10_tfds, "_png", fail)
+  monkeypatch.setattr(tfds_writer, "_png", fail)
   with pytest.raises(OSError, match="disk full"):
-    cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path)
+    prepare(splits, tmp_path)
   assert list(tmp_path.glob("cifar10/3*/*")) == []
   monkeypatch.undo()
-  assert cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path).is_dir()
+  assert prepare(splits, tmp_path).is_dir()
 
 
 WRITE_WITH_A_LIMIT = """
 import resource, sys
 import numpy as np
-from flax_cifar.data.sources.cifar10_tfds import prepare_cifar10
+from flax_cifar.data.sources import catalog, tfds_writer
 from flax_cifar.data.dataset import Split
 split = Split(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int32))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-  prepare_cifar10(train=split, test=split, data_dir=sys.argv[1])
+  tfds_writer.prepare(catalog.CATALOG["cifar10"], (split, split), data_dir=sys.argv[1])
 except OSError as error:
   print(error)
 """
@@ -107,14 +111,14 @@ def test_a_write_that_fails_is_an_oserror(tmp_path):
 def test_an_empty_directory_is_not_mistaken_for_a_prepared_one(splits, tmp_path):
   (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
   with pytest.raises(FileExistsError, match="delete it"):
-    cifar10_tfds.prepare_cifar10(**splits, data_dir=tmp_path)
+    prepare(splits, tmp_path)
 
 
 def test_the_builder_of_tfds_stays_registered_and_tensorflow_is_not_imported():
   code = """
 import sys
 import tensorflow_datasets as tfds
-import flax_cifar.data.sources.cifar10
+from flax_cifar.data.sources import cifar10, tfds_writer
 assert tfds.builder_cls("cifar10").__module__ == "tensorflow_datasets.image_classification.cifar"
 assert "tensorflow" not in sys.modules
 """
