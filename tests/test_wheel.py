@@ -13,7 +13,10 @@ from flax_cifar import zoo
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = ("compare", "evaluate", "export", "predict", "report", "summary", "sweep")
+TOOLS = (
+  *("compare", "evaluate", "export", "find_lr", "predict", "profile", "publish", "report"),
+  *("summary", "sweep"),
+)
 # Stands for an environment in which these cannot be imported; Python runs it at its start.
 BLOCKER = """
 import sys

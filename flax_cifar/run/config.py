@@ -58,8 +58,8 @@ def without(flat: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
   """A config, perhaps of an older run, with every key of LATER_KEYS.
 
-  >>> complete({"schedule": {"name": "cosine"}})
-  {'schedule': {'name': 'cosine', 'exponential': {'final': 0.01}}}
+  >>> complete({"schedule": {"name": "cosine"}})["schedule"]
+  {'name': 'cosine', 'exponential': {'final': 0.01}}
   """
   completed = copy.deepcopy(dict(config))
   for path, value in LATER_KEYS.items():
