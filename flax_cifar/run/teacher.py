@@ -6,7 +6,7 @@ Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +75,7 @@ def create_distillation(
     return None
   weights = weights_lib.load_weights(find_teacher(options.teacher))
   _check_fits(weights, num_classes, config.data.image_size)
+  _warn_of_leak(weights.config, config)
   predict = _create_predict(weights, mean=mean, std=std, dtype=config.compute_dtype)
 
   def add_teacher(losses: jax.Array, logits: jax.Array, images: jax.Array) -> jax.Array:
@@ -91,6 +92,17 @@ def _check_fits(weights: weights_lib.Weights, num_classes: int, image_size: int)
     f"a network of {len(weights.class_names)} classes and {height}x{width} pixels",
     f"one of {num_classes} classes and {image_size}x{image_size} pixels",
   )
+
+
+def _warn_of_leak(teacher: Mapping[str, Any], student: ConfigDict) -> None:
+  """Warns if the teacher was trained on images on which its student is validated."""
+  theirs, own = teacher["data"], student.data
+  held_out = 0 if teacher["protocol"] == "published" else theirs["validation_size"]
+  if theirs["name"] == own.name and held_out < own.validation_size != 0:
+    errors.warn(
+      f"{KEY}={student.loss.distillation.teacher!r} was trained on images of this run's validation "
+      "split, so its validation accuracy is too high; choose nothing by it"
+    )
 
 
 def _create_predict(
