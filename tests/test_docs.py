@@ -17,11 +17,12 @@ from flax_cifar.configs import common
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("benchmarks", "configs", "flax_cifar", "tests")
 FOLDERS = tuple(f"{name}/" for name in (*PACKAGES, "docs"))
-NOT_OURS = {"pip", "pytest", "venv"}  # modules of `python -m`
+NOT_OURS = {"ipykernel", "pip", "pytest", "venv"}  # modules of `python -m`
 PLACEHOLDER = re.compile(r"\b(NAME|KEY|FILE|PART)\b")
 
 PAGES = {
-  path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+  path.relative_to(ROOT).as_posix(): path
+  for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
 }
 HEADERS = {
   f"configs/{path.name}": f"flax_cifar.configs.{path.stem}"
@@ -134,6 +135,13 @@ def test_links_have_targets(name):
     target = PAGES[name].parent / path if path else PAGES[name]
     assert "://" in link or target.exists(), link
     assert not anchor or anchor in get_anchors(target), f"{link}: there is no such heading"
+
+
+def test_every_network_has_a_section_of_facts_and_layers():
+  text = PAGES["docs/networks.md"].read_text()
+  for system in set(SYSTEMS) - {"quickstart"}:  # which trains `pyramid`
+    assert f"{{network}} {system}\n" in text
+    assert f"{{layers}} {system}\n" in text
 
 
 @pytest.mark.parametrize("name", ALL)

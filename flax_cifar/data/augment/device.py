@@ -26,8 +26,8 @@ class DeviceOp:
 
   Attributes:
     columns: number of uniform numbers that it needs per example.
-    draw: called as draw(uniforms (N, columns), epoch, (H, W)).
-    apply: called as apply(pixels, **params) -> pixels.
+    draw: called as `draw(uniforms (N, columns), epoch, (H, W))`.
+    apply: called as `apply(pixels, **params) -> pixels`.
     redraw: False gives an example the same numbers in every epoch.
   """
 
