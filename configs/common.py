@@ -148,8 +148,9 @@ def get_config() -> ConfigDict:
       # Save policy: after so many epochs, steps or minutes, whichever comes first; 0 switches steps
       # or minutes off. The latest `keep` checkpoints stay, and the best one by validation accuracy.
       "checkpoint": {"every": 1, "every_steps": 0, "every_minutes": 0.0, "keep": 2},
-      # tracker: none | wandb | trackio, which you install yourself.
-      "log": {"tensorboard": True, "pictures": True, "tracker": "none"},
+      # screen False prints nothing but warnings. tracker: none | wandb | trackio, which you install
+      # yourself.
+      "log": {"screen": True, "tensorboard": True, "pictures": True, "tracker": "none"},
     },
     convert_dict=True,
   )

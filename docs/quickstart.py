@@ -26,13 +26,11 @@ import tempfile
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.utils import capture
 
 import flax_cifar
 from flax_cifar import environment, explain
 from flax_cifar.data import splits
 from flax_cifar.data.augment import device, normalize
-from flax_cifar.kernels import backend
 from flax_cifar.models import layer_table
 
 environment.apply_settings(restart=False)  # before JAX starts: it keeps what it compiles
@@ -107,8 +105,7 @@ figure, axes = plt.subplots(1, 2, figsize=(7, 3.5))
 for axis, title, variables in zip(
   axes, ("before training", "trained"), (untrained, trained.weights.variables), strict=True
 ):
-  with backend.use("definition"):  # plain operations of JAX, which can be looked into
-    field = compute_field(model, variables, images)
+  field = compute_field(model, variables, images)
   axis.imshow(np.sqrt(field), cmap="inferno", vmin=0, vmax=1)  # the root shows the weak outskirts
   axis.set_title(title)
   axis.axis("off")
@@ -164,10 +161,13 @@ show(grid, titles * len(originals), columns=6)
 folder = pathlib.Path(tempfile.mkdtemp())
 runs = {}
 for norm in ("batch", "layer", "group"):
-  with capture.capture_output():  # what a run prints
-    runs[norm] = flax_cifar.train_network(
-      f"quickstart:norm={norm}", workdir=folder / norm, data__limit=4000, log__tensorboard=False
-    )
+  runs[norm] = flax_cifar.train_network(
+    f"quickstart:norm={norm}",
+    workdir=folder / norm,
+    data__limit=4000,
+    log__screen=False,
+    log__tensorboard=False,
+  )
 
 figure, axis = plt.subplots(figsize=(6, 3.5))
 for norm, run in runs.items():

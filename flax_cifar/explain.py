@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from flax_cifar.kernels import backend
+
 Change = Callable[[Array], Array]
 
 
@@ -37,7 +39,7 @@ def find_last_map(model: nn.Module, image_shape: tuple[int, ...]) -> FeatureMap:
     return y
 
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  with nn.intercept_methods(record):
+  with backend.use("definition"), nn.intercept_methods(record):
     jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False), images)
   if not found:
     raise ValueError("no module of the network has an output with several positions")
@@ -70,7 +72,8 @@ def compute_grad_cam(
     return jnp.take_along_axis(logits, classes[:, None], 1).sum(), features
 
   zeros = jnp.zeros((len(images), *last.shape))
-  gradient, features = jax.grad(get_score, has_aux=True)(zeros)
+  with backend.use("definition"):  # kernels that join layers have no map between them
+    gradient, features = jax.grad(get_score, has_aux=True)(zeros)
   weights = gradient.mean((1, 2), keepdims=True)
   cam = nn.relu((weights * features.astype(jnp.float32)).sum(-1))
   return cam / jnp.maximum(cam.max((1, 2), keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -91,7 +94,8 @@ def compute_effective_receptive_field(
     _, features = _run(model, variables, images, last, lambda y: y)
     return features[:, row, column].astype(jnp.float32).sum()
 
-  gradient = jnp.abs(jax.grad(get_middle)(images)).mean((0, 3))
+  with backend.use("definition"):  # see above
+    gradient = jnp.abs(jax.grad(get_middle)(images)).mean((0, 3))
   return gradient / jnp.maximum(gradient.max(), jnp.finfo(jnp.float32).tiny)
 
 

@@ -60,7 +60,9 @@ class RunLog:
   ):
     """`config` is that of the run, as nested dictionaries."""
     # Not where FORCE_COLOR asks for it: escapes do not belong into a log file.
-    self.console = Screen(highlight=False, force_terminal=sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    quiet = not config["log"]["screen"]
+    self.console = Screen(highlight=False, force_terminal=terminal, quiet=quiet)
     self.writes = agreement.is_first()
     self._path = workdir / "metrics.jsonl"
     self._total_epochs, flat = config["total_epochs"], config_lib.flatten(config)

@@ -229,7 +229,8 @@ def _report_finished(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any
     errors.warn(f"the data of the run cannot be compared with those of now: {error}")
   else:
     workdir_lib.check_data(workdir, fingerprint)
-  print(format_finished(result, workdir))
+  if config.log.screen:
+    print(format_finished(result, workdir))
   return result
 
 

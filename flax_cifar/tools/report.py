@@ -193,7 +193,6 @@ def list_mistakes(
   import jax
 
   from flax_cifar import explain
-  from flax_cifar.kernels import backend
 
   probabilities = np.asarray(jax.nn.softmax(logits))
   predictions = probabilities.argmax(-1)
@@ -202,13 +201,12 @@ def list_mistakes(
   chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
   if not len(chosen):
     return []
-  with backend.use("definition"):  # kernels that join layers have no map between them
-    heat = jax.jit(explain.compute_grad_cam, static_argnums=0)(
-      network.model,
-      network.weights.variables,
-      normalize(network, split.images[chosen]),
-      predictions[chosen],
-    )
+  heat = jax.jit(explain.compute_grad_cam, static_argnums=0)(
+    network.model,
+    network.weights.variables,
+    normalize(network, split.images[chosen]),
+    predictions[chosen],
+  )
   names = network.class_names
   return [
     Mistake(
@@ -226,13 +224,11 @@ def draw_fields(network: "classifier_lib.Classifier", images: np.ndarray) -> np.
   import jax
 
   from flax_cifar import explain
-  from flax_cifar.kernels import backend
   from flax_cifar.models import layer_table
 
-  with backend.use("definition"):
-    field = jax.jit(explain.compute_effective_receptive_field, static_argnums=0)(
-      network.model, network.weights.variables, normalize(network, images[:EXPLAINED])
-    )
+  field = jax.jit(explain.compute_effective_receptive_field, static_argnums=0)(
+    network.model, network.weights.variables, normalize(network, images[:EXPLAINED])
+  )
   rows = layer_table.get_layer_table(network.model, network.weights.image_shape)
   lit = overlay(images[0], np.sqrt(np.asarray(field)))  # the root shows the weak outskirts
   return frame(lit, layer_table.get_receptive_field(rows))

@@ -41,11 +41,20 @@ def lines(path):
   return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def open_log(path, records=(), tensorboard=False, tracker="none"):
+def open_log(path, records=(), screen=True, tensorboard=False, tracker="none"):
   progress = state_lib.Progress(10 * len(records), None, {}, list(records))
-  log = {"tensorboard": tensorboard, "tracker": tracker}
+  log = {"screen": screen, "tensorboard": tensorboard, "tracker": tracker}
   config = {"name": "a", "total_epochs": 12, "log": log}
   return log_lib.RunLog(path, progress, config=config)
+
+
+def test_a_silent_screen_stays_empty(tmp_path, capsys):
+  log = open_log(tmp_path, screen=False)
+  log.banner({"network": "tiny"})
+  write(log, 1, {"loss": 0.5, "accuracy": 0.8})
+  log.close()
+  assert capsys.readouterr().out == ""
+  assert len(lines(tmp_path)) == 1
 
 
 def test_a_line_has_the_means(tmp_path):
