@@ -133,6 +133,15 @@ def get_config() -> ConfigDict:
           "hue": 0.05,
           "p": 0.5,
         },
+        # One change per image out of shifts, shears, rotation, brightness, contrast, saturation,
+        # posterizing and solarizing, by up to `strength` of TrivialAugment's "wide" ranges.
+        "trivial_augment": {
+          "strength": 1.0,
+          "interpolation": "nearest",
+          "border": "fill",
+          "fill": "mean",
+          "p": 1.0,
+        },
         # Normalization comes last, in training and evaluation. One value in [0, 1] per channel;
         # () means those of the data set.
         "mean": (),

@@ -25,6 +25,11 @@ RESUME_KEYS = (*FREE_KEYS, "total_epochs", "name")
 # Keys that version 0.1.0 lacked, with the values that mean what it did. A config without them is of
 # an older run; at these values they do not count in the name of a default folder.
 LATER_KEYS: dict[str, Any] = {
+  "augment.trivial_augment.strength": 1.0,
+  "augment.trivial_augment.interpolation": "nearest",
+  "augment.trivial_augment.border": "fill",
+  "augment.trivial_augment.fill": "mean",
+  "augment.trivial_augment.p": 1.0,
   "model.residual.activation": "relu",
   "model.residual.drop_path": 0.0,
   "loss.distillation.teacher": "",

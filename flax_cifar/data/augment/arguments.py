@@ -14,6 +14,20 @@ MAX_PIXELS = 512  # of an image's side, of a padding and of a hole
 MAX_HOLES = 100  # each hole is a part of the compiled program
 
 
+# The changes of trivial_augment, at a level in [-1, 1]; TrivialAugment (Müller and Hutter 2021,
+# arXiv:2103.10158) in its "wide" ranges, without autocontrast, equalization and sharpness.
+TRIVIAL_KINDS = (
+  "identity",
+  *("shift_x", "shift_y"),  # by level times the width or height, truncated to whole pixels
+  *("shear_x", "shear_y"),  # by TRIVIAL_FACTOR * level pixels for each pixel
+  "rotate",  # by TRIVIAL_DEGREES * level
+  *("brightness", "contrast", "saturation"),  # times 1 + TRIVIAL_FACTOR * level
+  "posterize",  # drops TRIVIAL_BITS * |level| of the eight bits
+  "solarize",  # inverts what is at or above 255 * (1 - |level|)
+)
+TRIVIAL_DEGREES, TRIVIAL_FACTOR, TRIVIAL_BITS = 135.0, 0.99, 6
+
+
 def within(low: float, high: float, unit: str) -> Rule:
   """The rule for a number in [low, high], in `unit`."""
   return lambda value: low <= value <= high, f"{unit} in [{low:g}, {high:g}]"
@@ -56,6 +70,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "saturation": within(0, 1, "a fraction"),
     "hue": within(0, 0.5, "a fraction of the circle"),
   },
+  "trivial_augment": {"strength": within(0, 1, "a fraction")},
 }
 
 

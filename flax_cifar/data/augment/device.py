@@ -15,7 +15,7 @@ from jaxtyping import Array, Float32, Int, Int32, Key, UInt8, UInt32
 
 from flax_cifar import errors
 from flax_cifar.data.augment import arguments as arguments_lib
-from flax_cifar.data.augment import device_color, device_pixels, device_random
+from flax_cifar.data.augment import device_color, device_pixels, device_random, device_trivial
 
 Size = tuple[int, int]  # height, width
 
@@ -191,18 +191,16 @@ def apply_affine(
     border: "fill" or "reflect".
     fill: color of the border "fill".
   """
-  shift_x, shift_y, scale_x, scale_y, angle = map(
-    device_pixels.per_image, (shift_x, shift_y, scale_x, scale_y, angle)
-  )
   cos, sin = jnp.cos(jnp.deg2rad(angle)), jnp.sin(jnp.deg2rad(angle))
-  row, column = device_pixels.get_grid(pixels)
-  u = column - (pixels.shape[2] - 1) / 2 - shift_x
-  v = row - (pixels.shape[1] - 1) / 2 - shift_y
-  # The distance to the source instead of its position: small numbers are more precise.
-  away_x = (cos / scale_x - 1) * u - sin / scale_x * v - shift_x
-  away_y = sin / scale_y * u + (cos / scale_y - 1) * v - shift_y
-  read = partial(device_pixels.read_pixels, pixels, border=border, fill=fill)
-  return device_pixels.SAMPLERS[interpolation](read, row, column, away_x, away_y)
+  return device_pixels.warp(
+    pixels,
+    linear=((cos / scale_x, -sin / scale_x), (sin / scale_y, cos / scale_y)),
+    shift_x=shift_x,
+    shift_y=shift_y,
+    interpolation=interpolation,
+    border=border,
+    fill=fill,
+  )
 
 
 def draw_rotate(uniforms: Float32[Array, "n 2"], *, limit: float, p: float) -> device_random.Drawn:
@@ -362,6 +360,21 @@ def _color_jitter(
   )
 
 
+# ---- Policies
+
+
+def _trivial_augment(
+  *, strength: float, interpolation: str, border: str, fill: device_pixels.Fill, p: float
+) -> DeviceOp:
+  return DeviceOp(
+    3,
+    lambda u, epoch, size: device_trivial.draw_trivial_augment(u, strength=strength, p=p),
+    partial(
+      device_trivial.apply_trivial_augment, interpolation=interpolation, border=border, fill=fill
+    ),
+  )
+
+
 DEVICE_OPS: dict[str, Callable[..., DeviceOp]] = {
   "horizontal_flip": _horizontal_flip,
   "alternating_flip": _alternating_flip,
@@ -370,4 +383,5 @@ DEVICE_OPS: dict[str, Callable[..., DeviceOp]] = {
   "random_crop": _random_crop,
   "coarse_dropout": _coarse_dropout,
   "color_jitter": _color_jitter,
+  "trivial_augment": _trivial_augment,
 }

@@ -69,19 +69,20 @@ def apply_color_jitter(
   blends = [jnp.where(place < turn, order[:, place], order[:, place + 1]) for place in range(3)]
   channels = device_pixels.split_channels(pixels)
   for place, kind in enumerate(blends):
-    channels = _blend(channels, kind, factors, place < turn)
+    channels = blend(channels, kind, factors, place < turn)
   channels = _change_hue(channels, hue)
   for place, kind in enumerate(blends):
-    channels = _blend(channels, kind, factors, place >= turn)
+    channels = blend(channels, kind, factors, place >= turn)
   return device_pixels.join_channels(channels)
 
 
-def _blend(
+def blend(
   channels: device_pixels.Channels, kind: Array, factors: Array, applied: Array
 ) -> device_pixels.Channels:
   """Changes brightness, contrast or saturation, whichever `kind` (N,) says, where `applied` (N,).
 
-  A factor scales the distance to black, to the image's mean gray or to the pixel's gray.
+  A factor, `factors[n, kind[n]]`, scales the distance to black, to the image's mean gray or to the
+  pixel's gray.
   """
   factor = jnp.take_along_axis(factors, kind[:, None], axis=1)[:, 0]
   factor, kind = (

@@ -5,6 +5,7 @@ time of gathering three bytes.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +137,36 @@ def _lerp(first: Channels, second: Channels, weight: Array) -> Channels:
 
 
 SAMPLERS = {"nearest": _sample_nearest, "bilinear": _sample_bilinear}
+
+
+def warp(
+  pixels: UInt32[Array, "n h w"],
+  *,
+  linear: tuple[tuple[Array, Array], tuple[Array, Array]],
+  shift_x: Float32[Array, " n"],
+  shift_y: Float32[Array, " n"],
+  interpolation: str,
+  border: str,
+  fill: Fill,
+) -> UInt32[Array, "n h w"]:
+  """Reads each pixel of the result where an affine map about the center leads.
+
+  Args:
+    pixels: the images.
+    linear: rows of the map from a place in the result, (x, y) from the center and without the
+      shift, to its source: float32 (N,) each.
+    shift_x, shift_y: of the result, in pixels to the right and down.
+    interpolation: a key of SAMPLERS.
+    border: "fill" or "reflect".
+    fill: color of the border "fill".
+  """
+  (xx, xy), (yx, yy) = (tuple(map(per_image, row)) for row in linear)
+  shift_x, shift_y = per_image(shift_x), per_image(shift_y)
+  row, column = get_grid(pixels)
+  u = column - (pixels.shape[2] - 1) / 2 - shift_x
+  v = row - (pixels.shape[1] - 1) / 2 - shift_y
+  # The distance to the source instead of its position: small numbers are more precise.
+  away_x = (xx - 1) * u + xy * v - shift_x
+  away_y = yx * u + (yy - 1) * v - shift_y
+  read = partial(read_pixels, pixels, border=border, fill=fill)
+  return SAMPLERS[interpolation](read, row, column, away_x, away_y)

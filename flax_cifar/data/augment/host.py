@@ -14,6 +14,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would access the ne
 import albumentations as A
 import cv2
 import numpy as np
+from albumentations.augmentations.geometric import functional as geometric_functional
+from albumentations.augmentations.pixel import functional as pixel_functional
 from jaxtyping import UInt8
 
 from flax_cifar import errors
@@ -23,6 +25,11 @@ BORDERS = {"fill": cv2.BORDER_CONSTANT, "reflect": cv2.BORDER_REFLECT_101}
 INTERPOLATIONS = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR}
 # Takes the place of the epoch in streams that are the same in all epochs.
 EVERY_EPOCH = 2**32 - 1
+ADJUSTMENTS = {
+  "brightness": pixel_functional.adjust_brightness_torchvision,
+  "contrast": pixel_functional.adjust_contrast_torchvision,
+  "saturation": pixel_functional.adjust_saturation_torchvision,
+}
 
 
 class HostAugment:
@@ -192,6 +199,72 @@ def _color_jitter(
   )
 
 
+class TrivialAugment(A.ImageOnlyTransform):
+  """Makes one of `arguments.TRIVIAL_KINDS`, at a random level."""
+
+  class InitSchema(A.ImageOnlyTransform.InitSchema):
+    strength: float
+    interpolation: int
+    border_mode: int
+    fill: tuple[float, ...]
+
+  def __init__(
+    self, strength: float, interpolation: int, border_mode: int, fill: tuple[float, ...], p: float
+  ):
+    super().__init__(p=p)
+    self.strength = strength
+    self.interpolation = interpolation
+    self.border_mode = border_mode
+    self.fill = fill
+
+  def get_params(self) -> dict[str, Any]:
+    kind = int(len(arguments_lib.TRIVIAL_KINDS) * self.py_random.random())
+    return {"kind": kind, "level": self.strength * (2 * self.py_random.random() - 1)}
+
+  def apply(self, img: np.ndarray, *, kind: int, level: float, **params: Any) -> np.ndarray:
+    name = arguments_lib.TRIVIAL_KINDS[kind]
+    if name in ADJUSTMENTS:
+      return ADJUSTMENTS[name](img, 1 + arguments_lib.TRIVIAL_FACTOR * level)
+    if name == "posterize":
+      dropped = round(arguments_lib.TRIVIAL_BITS * abs(level))
+      return pixel_functional.posterize(img, 8 - dropped) if dropped else img
+    if name == "solarize":
+      return pixel_functional.solarize(img, 1 - abs(level))
+    return self._move(img, name, level)
+
+  def _move(self, img: np.ndarray, name: str, level: float) -> np.ndarray:
+    height, width = img.shape[:2]
+    linear, shift, shear = np.eye(2), np.zeros(2), arguments_lib.TRIVIAL_FACTOR * level
+    if name == "shift_x":
+      shift[0] = np.trunc(level * width)
+    elif name == "shift_y":
+      shift[1] = np.trunc(level * height)
+    elif name == "shear_x":
+      linear[0, 1] = shear
+    elif name == "shear_y":
+      linear[1, 0] = shear
+    elif name == "rotate":
+      angle = np.deg2rad(arguments_lib.TRIVIAL_DEGREES * level)
+      linear[:] = (np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))
+    center = np.array([width - 1, height - 1]) / 2
+    matrix = np.eye(3)
+    matrix[:2] = np.column_stack([linear, center + shift - linear @ center])
+    options = self.interpolation, self.fill, self.border_mode, (height, width)
+    return geometric_functional.warp_affine(img, matrix, *options)
+
+
+def _trivial_augment(
+  *, strength: float, interpolation: str, border: str, fill: tuple[float, ...], p: float
+) -> A.BasicTransform:
+  return TrivialAugment(
+    strength=strength,
+    interpolation=INTERPOLATIONS[interpolation],
+    border_mode=BORDERS[border],
+    fill=fill,
+    p=p,
+  )
+
+
 OPS: dict[str, Callable[..., A.BasicTransform]] = {
   "horizontal_flip": _horizontal_flip,
   "alternating_flip": _alternating_flip,
@@ -200,4 +273,5 @@ OPS: dict[str, Callable[..., A.BasicTransform]] = {
   "random_crop": _random_crop,
   "coarse_dropout": _coarse_dropout,
   "color_jitter": _color_jitter,
+  "trivial_augment": _trivial_augment,
 }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import stats
 
 from flax_cifar import errors
@@ -104,6 +104,7 @@ DECODERS = {
   "random_crop": select("top", "left"),
   "coarse_dropout": decode_holes,
   "color_jitter": select("brightness", "contrast", "saturation", "hue", "order"),
+  "trivial_augment": select("kind", "level"),
 }
 
 
@@ -186,6 +187,49 @@ def test_jitter_pixels_match_albumentations(kept):
   assert (found > 1).mean() < 1e-4
 
 
+@pytest.mark.parametrize(
+  ("changes", "size", "most"),
+  [
+    ({"border": "reflect", "interpolation": "bilinear"}, (32, 32), 1e-4),
+    ({**COLORED, "interpolation": "bilinear"}, (24, 40), 1e-4),
+    ({**COLORED, "interpolation": "nearest"}, (32, 32), 1e-3),  # halfway between two pixels
+    ({"border": "fill", "fill": "mean", "strength": 0.3}, (32, 32), 1e-3),
+  ],
+)
+def test_trivial_pixels_match_albumentations(changes, size, most):
+  images = make_images(400, *size)
+  expected, params = run_host("trivial_augment", images, **changes)
+  found = difference(apply_on_device("trivial_augment", images, params, **changes), expected)
+  for number, name in enumerate(arguments_lib.TRIVIAL_KINDS):
+    chosen = params["kind"] == number
+    assert chosen.sum() > 10
+    assert (found[chosen] > 1).mean() < most, name
+    exact = name in ("identity", "shift_x", "shift_y", "posterize", "solarize")
+    assert (found[chosen] > 0).mean() <= (0 if exact else 1e-3), name
+    assert (expected[chosen] == images[chosen]).all() == (name == "identity")
+
+
+@pytest.mark.parametrize("level", [-1.0, -0.4, 0.3])
+def test_trivial_changes_are_those_of_pillow(level):
+  """Shears about the center with the nearest pixel, bits and inversions."""
+  images, shear, center = make_images(), arguments_lib.TRIVIAL_FACTOR * level, 16
+  color = (125, 30, 200)
+  affine = {"method": Image.Transform.AFFINE, "fillcolor": color, "size": (32, 32)}
+  bits, threshold = 8 - round(6 * abs(level)), int(np.ceil(255 * (1 - abs(level))))
+  references = {
+    "shear_x": lambda x: x.transform(data=(1, -shear, shear * center, 0, 1, 0), **affine),
+    "shear_y": lambda x: x.transform(data=(1, 0, 0, -shear, 1, shear * center), **affine),
+    "posterize": lambda x: ImageOps.posterize(x, bits),
+    "solarize": lambda x: ImageOps.solarize(x, threshold),
+  }
+  for name, reference in references.items():
+    expected = np.stack([np.asarray(reference(Image.fromarray(image))) for image in images])
+    number = arguments_lib.TRIVIAL_KINDS.index(name)
+    params = {"kind": np.full(len(images), number), "level": np.full(len(images), level)}
+    found = apply_on_device("trivial_augment", images, params, border="fill", fill=color)
+    assert (found != expected).any(-1).mean() < 2e-2, name  # halfway between two pixels
+
+
 def test_identity_changes_no_bit():
   images = make_images()
   zero, one = np.zeros(len(images)), np.ones(len(images))
@@ -235,6 +279,7 @@ def as_columns(params):
     ("random_crop", {}),
     ("coarse_dropout", {"p": 1.0, "holes": 2}),
     ("color_jitter", {"p": 1.0}),
+    ("trivial_augment", {}),
   ],
 )
 def test_parameters_are_distributed_as_albumentations_draws_them(name, changes):
@@ -251,7 +296,9 @@ def test_parameters_are_distributed_as_albumentations_draws_them(name, changes):
       assert stats.ks_2samp(expected, device[key]).pvalue > 1e-4, key
 
 
-@pytest.mark.parametrize("name", ["shift_scale_rotate", "random_crop", "coarse_dropout"])
+@pytest.mark.parametrize(
+  "name", ["shift_scale_rotate", "random_crop", "coarse_dropout", "trivial_augment"]
+)
 def test_parameters_are_independent(name):
   applied, params = draw_on_device(name)
   columns = np.array([applied, *as_columns(params).values()], float)
@@ -260,7 +307,9 @@ def test_parameters_are_independent(name):
   assert np.abs(correlation).max() < 4.5 / np.sqrt(DRAWS)
 
 
-@pytest.mark.parametrize("name", ["horizontal_flip", "rotate", "coarse_dropout", "color_jitter"])
+@pytest.mark.parametrize(
+  "name", ["horizontal_flip", "rotate", "coarse_dropout", "color_jitter", "trivial_augment"]
+)
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_probability_is_kept(name, p):
   rate = draw_on_device(name, p=p)[0].mean()
@@ -414,6 +463,7 @@ def test_without_ops_there_is_no_augmentation():
     ("coarse_dropout", {"fill": (0.5, 0, 0)}, r"\(0.5, 0, 0\)"),
     ("color_jitter", {"brightness": -0.1}, "augment.color_jitter.brightness=-0.1"),
     ("color_jitter", {"hue": 0.6}, "augment.color_jitter.hue=0.6"),
+    ("trivial_augment", {"strength": 1.5}, "augment.trivial_augment.strength=1.5"),
   ],
 )
 def test_bad_values_are_quoted(create_augment, op, change, message):
