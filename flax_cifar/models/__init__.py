@@ -78,18 +78,24 @@ def create_model(
   )
 
 
-def get_residual_options(name: str, *, activation: str, drop_path: float) -> dict[str, Any]:
+def get_residual_options(
+  name: str, *, activation: str, squeeze_excite: float, drop_path: float
+) -> dict[str, Any]:
   """The attributes for the residual units of the network `name`; {} where it has none.
 
   Raises:
     UserError: a value is unknown or out of range, or the network has no residual units to take it.
   """
   errors.choose("model.residual.activation", activation, blocks.ACTIVATIONS)
+  fits, expected = 0 <= squeeze_excite <= 1, "a fraction in [0, 1]"
+  errors.require(fits, "model.residual.squeeze_excite", squeeze_excite, expected)
   expected = "at least 0 and below 1"
   errors.require(0 <= drop_path < 1, "model.residual.drop_path", drop_path, expected)
+  options = {"activation": activation, "squeeze_excite": squeeze_excite, "drop_path": drop_path}
   if name in RESIDUAL:
-    return {"activation": activation, "drop_path": drop_path}
-  for key, value, only in (("activation", activation, "relu"), ("drop_path", drop_path, 0.0)):
+    return options
+  for key, value in options.items():
+    only = "relu" if key == "activation" else 0.0
     expected = f"{only!r} for model.name={name!r}; {', '.join(RESIDUAL)} have residual units"
     errors.require(value == only, f"model.residual.{key}", value, expected)
   return {}

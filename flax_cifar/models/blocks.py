@@ -346,6 +346,28 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class SqueezeExcite(nn.Module):
+  """Computes a factor in (0, 1) for each channel of each image from the means of its channels.
+
+  Source: Hu et al. 2018 (arXiv:1709.01507).
+
+  Attributes:
+    hidden: channels between the two layers.
+    kernel_init: initializer of both kernels.
+  """
+
+  hidden: int
+  kernel_init: Initializer
+
+  @nn.compact
+  def __call__(self, means: Float[Array, "n 1 1 c"]) -> Float32[Array, "n 1 1 c"]:
+    channels = means.shape[-1]
+    conv = partial(Conv, kernel_size=(1, 1), kernel_init=self.kernel_init, dtype=jnp.float32)
+    bias = partial(get_bias_init, self.kernel_init)
+    x = conv(self.hidden, bias_init=bias(channels), name="squeeze")(means)
+    return nn.sigmoid(conv(channels, bias_init=bias(self.hidden), name="excite")(norm_relu.relu(x)))
+
+
 class ResidualSeparableUnit(Unit):
   """Depthwise 3x3, norm, pointwise 1x1, norm, ReLU and dropout, plus the unit's input.
 
@@ -357,12 +379,15 @@ class ResidualSeparableUnit(Unit):
   Attributes:
     stride: of the depthwise convolution, in pixels.
     activation: a key of ACTIVATIONS, in place of the ReLU.
+    squeeze_excite: hidden channels of SqueezeExcite, whose factors multiply the result of the first
+      norm, as a fraction of its channels; 0 leaves it out.
     drop_path: probability that training leaves an image with the unit's input alone, where that is
       added (stochastic depth, Huang et al. 2016, arXiv:1603.09382).
   """
 
   stride: int = 1
   activation: str = "relu"
+  squeeze_excite: float = 0.0
   drop_path: float = 0.0
 
   def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
@@ -374,6 +399,11 @@ class ResidualSeparableUnit(Unit):
     params = self.variables["params"]
     y, moments, x = separable.convolve_depthwise(x, params["depthwise"]["kernel"], self.stride)
     affine = self.norm(relu=False, name="depthwise_norm").get_affine(moments, train)
+    if self.squeeze_excite:
+      center, slope, bias = affine  # a factor of the result is one of slope and bias
+      means = (moments.mean - center) * slope + bias
+      factors = self._create_squeeze_excite(x.shape[-1])(means[:, None, None])[:, 0, 0]
+      affine = moments_lib.Affine(center, slope * factors, bias * factors)
     y, moments = separable.convolve_pointwise(y, affine, params["pointwise"]["kernel"], relu=False)
     affine = self.create_norm().get_affine(moments, train)
     if self._has_relu and not self.drop_path:
@@ -386,11 +416,18 @@ class ResidualSeparableUnit(Unit):
     channels = x.shape[-1]
     y = self.create_depthwise(channels, stride=self.stride)(x)
     y = self.norm(relu=False, name="depthwise_norm")(y, train)
+    if self.squeeze_excite:
+      factors = self._create_squeeze_excite(channels)(GlobalAveragePool()(y))
+      y = y * factors.astype(y.dtype)
     y = self.create_conv(self.features, (1, 1), fan_in=channels, use_bias=False, name="pointwise")(
       y
     )
     y = self.norm(relu=self._has_relu, name="norm")(y, train)
     return self._activate_and_add(y, x, train)
+
+  def _create_squeeze_excite(self, channels: int) -> SqueezeExcite:
+    hidden = max(1, round(self.squeeze_excite * channels))
+    return SqueezeExcite(hidden, self.kernel_init, name="squeeze_excite")
 
   @property
   def _has_relu(self) -> bool:

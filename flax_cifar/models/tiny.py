@@ -17,19 +17,25 @@ class Tiny(blocks.Network):
     widths: channels of each stage.
     units: residual units of each stage, without the strided unit before them.
     activation: of the units, see `blocks.ACTIVATIONS`.
+    squeeze_excite: of the units, a fraction of their channels; 0 for none.
     drop_path: of the last unit; it grows from 0 by the same amount from unit to unit.
   """
 
   widths: tuple[int, ...] = (32, 48, 64)
   units: tuple[int, ...] = (3, 4, 5)
   activation: str = "relu"
+  squeeze_excite: float = 0.0
   drop_path: float = 0.0
 
   @nn.compact
   def __call__(
     self, images: Float[Array, "n h w 3"], train: bool
   ) -> Float32[Array, "n {self.num_classes}"]:
-    unit = self.get_unit(blocks.ResidualSeparableUnit, activation=self.activation)
+    unit = self.get_unit(
+      blocks.ResidualSeparableUnit,
+      activation=self.activation,
+      squeeze_excite=self.squeeze_excite,
+    )
     rates = iter(np.linspace(0, self.drop_path, sum(self.units)).tolist())
 
     x = self.get_unit(blocks.ConvUnit)(self.widths[0], name="stem")(images, train)

@@ -31,6 +31,7 @@ LATER_KEYS: dict[str, Any] = {
   "augment.trivial_augment.fill": "mean",
   "augment.trivial_augment.p": 1.0,
   "model.residual.activation": "relu",
+  "model.residual.squeeze_excite": 0.0,
   "model.residual.drop_path": 0.0,
   "loss.distillation.teacher": "",
   "loss.distillation.weight": 0.5,

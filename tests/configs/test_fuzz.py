@@ -122,6 +122,7 @@ def test_a_hostile_config_is_refused_or_starts(prepared_run, changed):
 
 
 INVALID = {
+  "model.residual.squeeze_excite": (math.nan, -0.1, 1.5),
   "augment.trivial_augment.strength": (math.nan, -0.1, 1.5),
   "model.residual.drop_path": (math.nan, -0.1, 1.0),
   "loss.distillation.weight": (math.nan, 0.0, -1.0, 2.0),

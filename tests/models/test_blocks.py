@@ -559,6 +559,11 @@ CPP_UNITS = {
   "residual evaluation": (residual, "batch", 0.1, False),
   "residual dropout": (residual, "batch", 0.1, True),
   "gelu": (partial(residual, activation="gelu"), "batch", 0.1, True),
+  **{
+    f"squeeze excite {norm}": (partial(residual, squeeze_excite=0.25), norm, 0.0, True)
+    for norm in ("batch", "ghost", "layer")
+  },
+  "squeeze excite evaluation": (partial(residual, squeeze_excite=0.25), "batch", 0.0, False),
   "drop path": (partial(residual, activation="silu", drop_path=0.5), "layer", 0.0, True),
   "strided": (partial(blocks.ResidualSeparableUnit, 48, stride=2), "batch", 0.0, True),
   **{
@@ -622,14 +627,22 @@ ACTIVATIONS = {  # in float64
 }
 
 
+@pytest.mark.parametrize("squeeze", [0.0, 0.25])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_a_residual_unit_adds_its_activation_to_its_input(name):
-  unit = residual(UNIT_NORMS["batch"], blocks.INITS["he"], 0.0, F32, activation=name)
+def test_a_residual_unit_adds_its_activation_to_its_input(name, squeeze):
+  options = {"activation": name, "squeeze_excite": squeeze}
+  unit = residual(UNIT_NORMS["batch"], blocks.INITS["he"], 0.0, F32, **options)
   x = jnp.asarray(RNG.normal(size=(4, 6, 6, 32)), F32)
   variables = reference.draw_like(unit.init(KEY, x, train=False))
   params, stats = variables["params"], variables["batch_stats"]
   y = reference.convolve(np.asarray(x), params["depthwise"]["kernel"], padding=1)
   y = reference.normalize(y, params["depthwise_norm"], stats["depthwise_norm"])
+  if squeeze:
+    layers = params["squeeze_excite"]
+    assert layers["squeeze"]["kernel"].shape == (1, 1, 32, 8)
+    hidden = y.mean((1, 2)) @ layers["squeeze"]["kernel"][0, 0] + layers["squeeze"]["bias"]
+    gate = np.maximum(hidden, 0) @ layers["excite"]["kernel"][0, 0] + layers["excite"]["bias"]
+    y = y * special.expit(gate)[:, None, None]
   y = reference.convolve(y, params["pointwise"]["kernel"])
   y = np.asarray(x) + ACTIVATIONS[name](reference.normalize(y, params["norm"], stats["norm"]))
   actual = jax.jit(partial(unit.apply, train=False))(variables, x)

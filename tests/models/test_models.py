@@ -478,6 +478,17 @@ def test_an_unknown_network_is_an_error_that_lists_the_choices():
     reference.create_model("piramid")
 
 
+def test_squeeze_and_excitation_adds_two_layers_to_each_unit():
+  plain = reference.create_model("tiny50k")
+  model = reference.create_model("tiny50k", residual={"squeeze_excite": 0.25})
+  inputs = 3 * [32] + [32, *4 * [48]] + [48, *5 * [64]]  # channels of each unit's depthwise norm
+  added = sum(2 * c * (c // 4) + c // 4 + c for c in inputs)
+  assert reference.count_parameters(model) == reference.count_parameters(plain) + added
+  rows = layer_table.get_layer_table(model, (32, 32, 3))
+  assert sum(row.parameters for row in rows) == reference.count_parameters(model)
+  assert rows[-1].receptive_field is None
+
+
 def test_drop_path_grows_from_unit_to_unit():
   model = reference.create_model("tiny50k", residual={"activation": "silu", "drop_path": 0.2})
   rates = []
@@ -506,6 +517,8 @@ def test_drop_path_grows_from_unit_to_unit():
       {"activation": "gelu"},
       r"activation='gelu'.*'relu' for.*'pyramid'; tiny50k",
     ),
+    ("tiny50k", {"squeeze_excite": 1.5}, r"residual\.squeeze_excite=1\.5.*a fraction"),
+    ("pyramid", {"squeeze_excite": 0.5}, r"residual\.squeeze_excite=0\.5.*0\.0 for.*'pyramid'"),
     ("pyramid", {"drop_path": 0.1}, r"residual\.drop_path=0\.1.*0\.0 for.*'pyramid'"),
   ],
 )
