@@ -1,7 +1,15 @@
 """Small CIFAR-10 networks in JAX and Flax: see README.md."""
 
-from flax_cifar.api import Run, create_config, create_model, load_data, load_run, train_network
-from flax_cifar.zoo import list_models, load_pretrained
+from flax_cifar.api import (
+  Run,
+  create_config,
+  create_model,
+  load_data,
+  load_pretrained,
+  load_run,
+  train_network,
+)
+from flax_cifar.zoo import list_models
 
 __all__ = [
   "Run",

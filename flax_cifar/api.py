@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flax_cifar import environment, errors
+from flax_cifar import environment, errors, zoo
 
 if TYPE_CHECKING:
   import flax.linen as nn
@@ -197,3 +197,16 @@ def create_model(config: str = "s9", *, num_classes: int = 10, **changes: Any) -
   from flax_cifar.run import config as config_lib
 
   return config_lib.create_model(settings, num_classes=num_classes)
+
+
+def load_pretrained(name: str) -> "classifier.Classifier":
+  """Loads the trained network `name`, one of `list_models` or `hf:USER/NAME`.
+
+  Raises:
+    UserError: there is none of this name; the message lists them.
+  """
+  from flax_cifar.run import classifier
+  from flax_cifar.run import weights as weights_lib
+
+  weights = weights_lib.load_weights(zoo.find_weights(name))
+  return classifier.create_classifier(weights, dtype=zoo.DTYPE)

@@ -7,13 +7,9 @@ it is imported. `hub` has networks of others.
 """
 
 import pathlib
-from typing import TYPE_CHECKING
 
 from flax_cifar import errors
 from flax_cifar.zoo import hub
-
-if TYPE_CHECKING:
-  from flax_cifar.run import classifier
 
 FOLDER = pathlib.Path(__file__).parent
 WEIGHTS = hub.WEIGHTS
@@ -35,14 +31,3 @@ def find_weights(name: str, key: str = "model") -> pathlib.Path:
     return hub.download(name)
   folders = {known: FOLDER / known for known in list_models()}
   return errors.choose(key, name, folders) / WEIGHTS
-
-
-def load_pretrained(name: str) -> "classifier.Classifier":
-  """Loads the trained network `name`, one of `list_models` or `hf:USER/NAME`.
-
-  Raises:
-    UserError: there is none of this name; the message lists them.
-  """
-  from flax_cifar.run import classifier, weights
-
-  return classifier.create_classifier(weights.load_weights(find_weights(name)), dtype=DTYPE)

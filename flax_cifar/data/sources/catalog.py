@@ -3,6 +3,8 @@
 URLs and checksums are those of TFDS, save for CIFAR-10, which has faster mirrors.
 """
 
+from pathlib import Path
+
 from flax_cifar.data.sources import cifar_archive, idx, published, svhn
 
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
@@ -143,3 +145,11 @@ SVHN = published.Source(
   read=svhn.read_splits,
 )
 CATALOG = {source.name: source for source in (CIFAR10, CIFAR100, MNIST, FASHION_MNIST, SVHN)}
+
+
+def advise(name: str, root: Path) -> str:
+  """What to do if a data set `name`, or NAME/CONFIG, of no catalog is not prepared in `root`."""
+  return (
+    f"prepare it with tfds.load({name!r}, data_dir={str(root)!r}), which may need TensorFlow, or "
+    "name its place in data.dir"
+  )

@@ -49,7 +49,7 @@ def _prepare(name: str, root: Path) -> Path:
   """Downloads and prepares a data set of the catalog; returns its folder."""
   if name not in catalog.CATALOG:
     raise errors.UserError(
-      f"data.name='tfds:{name}' is not prepared in {str(root)!r}; {advise(name, root)}."
+      f"data.name='tfds:{name}' is not prepared in {str(root)!r}; {catalog.advise(name, root)}."
     )
   source = catalog.CATALOG[name]
   with preparation.lock(source, root):
@@ -69,14 +69,6 @@ def find_root(dir: str) -> Path:
   """The root of TFDS data sets: `dir`, or for "" TFDS_DATA_DIR, else ~/tensorflow_datasets."""
   asked = dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   return errors.get_path("data.dir (or TFDS_DATA_DIR)", asked)
-
-
-def advise(name: str, root: Path) -> str:
-  """What to do if the data set `name`, or NAME/CONFIG, is not prepared in `root`."""
-  return (
-    f"prepare it with tfds.load({name!r}, data_dir={str(root)!r}), which may need TensorFlow, or "
-    "name its place in data.dir"
-  )
 
 
 def find_newest(place: Path, version: re.Pattern[str] = VERSION) -> Path | None:

@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_cifar import errors
-from flax_cifar.data.sources import catalog, prepared
+from flax_cifar.data.sources import catalog
 
 BLOCK = 500  # records that a thread decodes at once
 Shard = tuple[Path, int]  # a file, and the number of records it should hold
@@ -109,7 +109,7 @@ def _decode_records(
 def explain_damage(name: str, folder: Path, file: Path, reason: object) -> errors.UserError:
   """The error for a damaged `file` of the prepared `folder` of the data set `name`."""
   root = folder.parents[1 + name.count("/")]
-  remedy = "run again" if name in catalog.CATALOG else prepared.advise(name, root)
+  remedy = "run again" if name in catalog.CATALOG else catalog.advise(name, root)
   return errors.UserError(
     f"{file} is missing, damaged or not readable here ({errors.shorten(reason)}); delete the "
     f"directory {folder} and {remedy}."
