@@ -166,6 +166,7 @@ def create_parts(network: str, dtype: str = "float32") -> tuple[Any, dict[str, A
     "normalize": normalize.create_normalize((0.5,) * 3, (0.25,) * 3, dtype=dtype),
     "mixing": None,
     "label_smoothing": 0.0,
+    "distillation": None,
     "ema_decay": 0.0,
   }
 

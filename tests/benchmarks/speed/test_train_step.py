@@ -1,11 +1,13 @@
 """The comparison of steps: turns, ratios, tables, and another commit."""
 
+import inspect
 import sys
 
 import pytest
 
 from benchmarks import common
-from benchmarks.speed import regression, train_step
+from benchmarks.speed import regression, step_worker, train_step
+from flax_cifar import train
 
 
 class Clock:
@@ -80,6 +82,12 @@ def test_another_commit_is_checked_out_and_removed(tmp_path, monkeypatch):
   assert not folder.exists()
   with pytest.raises(SystemExit, match="no-such-commit"):
     regression.checked_out("no-such-commit").__enter__()
+
+
+def test_a_step_has_all_its_arguments():
+  _, parts = step_worker.create_parts("pyramid")
+  _, _, *names = inspect.signature(train.train_step).parameters
+  assert set(parts) == set(names)
 
 
 def test_a_worker_measures_steps_until_it_is_closed():
