@@ -37,6 +37,7 @@ def test_every_folder_is_whole(name):
 
 def test_a_pretrained_network_gives_probabilities():
   network = flax_cifar.load_pretrained("tiny50k")
+  assert repr(network) == "Classifier('tiny50k': tiny50k, 32x32 pixels, 10 classes)"
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
   probabilities = network.predict(images)
   assert (probabilities.shape, probabilities.dtype) == ((3, 10), np.float32)

@@ -16,7 +16,7 @@ from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import weights as weights_lib
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Classifier:
   """A trained network, compiled, with its variables on the devices.
 
@@ -34,6 +34,11 @@ class Classifier:
   mesh: jax.sharding.Mesh
   variables: Any
   eval_step: evaluate.EvalStep
+
+  def __repr__(self) -> str:
+    config, (height, width, _) = self.weights.config, self.weights.image_shape
+    network = f"{config['model']['name']}, {height}x{width} pixels, {len(self.class_names)} classes"
+    return f"Classifier({config['name']!r}: {network})"
 
   @property
   def class_names(self) -> tuple[str, ...]:

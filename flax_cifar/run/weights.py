@@ -43,8 +43,8 @@ class Weights:
     data: fingerprint of the data, see `splits.Splits.fingerprint`; empty in older files.
   """
 
-  variables: dict[str, Any]
-  config: dict[str, Any]
+  variables: dict[str, Any] = dataclasses.field(repr=False)
+  config: dict[str, Any] = dataclasses.field(repr=False)
   class_names: tuple[str, ...]
   image_shape: tuple[int, int, int]
   mean: tuple[float, ...]

@@ -4,8 +4,9 @@
 
 The range test of Smith 2017 (arXiv:1506.01186), with exponential growth. Training ends where the
 smoothed loss is four times its lowest value, or not finite. The suggestion is the rate at which the
-smoothed loss falls fastest, in its logarithm; a tenth of the rate with the lowest loss is another
-rule. Both are places to start from, no more: compare rates on validation images (`:trial,lr=R`).
+smoothed loss has fallen half of its way to the lowest value; a tenth of the rate with the lowest
+loss is another rule. Both are places to start from, no more: compare rates on validation images
+(`:trial,lr=R`).
 """
 
 import argparse
@@ -38,7 +39,7 @@ class RangeTest:
     rates: the learning rate of each step.
     losses: in nats, the mean of the step's batch.
     smoothed: a moving average of them.
-    steepest: the rate at which `smoothed` falls fastest.
+    halfway: the rate at which `smoothed` has fallen half of its way.
     lowest: the rate at which it is lowest.
     diverged: whether training ended before the last rate.
   """
@@ -46,7 +47,7 @@ class RangeTest:
   rates: np.ndarray
   losses: np.ndarray
   smoothed: np.ndarray
-  steepest: float
+  halfway: float
   lowest: float
   diverged: bool
 
@@ -83,7 +84,7 @@ def report(found: RangeTest, config: ConfigDict, options: argparse.Namespace) ->
   if out:
     from flax_cifar.run import plots
 
-    plots.save_range_test(out, found.rates, found.losses, found.smoothed, found.steepest)
+    plots.save_range_test(out, found.rates, found.losses, found.smoothed, found.halfway)
   print(json.dumps(describe(found)) if options.json else format_result(found, config, out))
 
 
@@ -151,17 +152,19 @@ def analyze(rates: np.ndarray, losses: Sequence[float]) -> RangeTest:
   """
   smoothed = smooth(losses)
   lowest = int(np.nanargmin(smoothed))
-  slopes = np.gradient(smoothed, np.log(rates))[BORDER:lowest]
-  if not (slopes < 0).any():
+  start, end = smoothed[min(BORDER, lowest)], smoothed[lowest]
+  if not start > end:
     raise errors.UserError(
       f"the loss did not fall between the rates {rates[0]:.2g} and {rates[-1]:.2g}; choose a lower "
       "--low, or more --steps."
     )
+  # The last step above the middle: noise before the fall may cross it too, but not for long.
+  above = np.flatnonzero(smoothed[:lowest] >= (start + end) / 2)
   return RangeTest(
     rates=rates,
     losses=np.array(losses),
     smoothed=smoothed,
-    steepest=float(rates[BORDER + np.argmin(slopes)]),
+    halfway=float(rates[above[-1]]),
     lowest=float(rates[lowest]),
     diverged=has_diverged(losses),
   )
@@ -170,7 +173,7 @@ def analyze(rates: np.ndarray, losses: Sequence[float]) -> RangeTest:
 def describe(found: RangeTest) -> dict[str, Any]:
   """The result as JSON has it."""
   return {
-    "suggestion": found.steepest,
+    "suggestion": found.halfway,
     "tenth_of_lowest": found.lowest / 10,
     "lowest": found.lowest,
     "diverged": found.diverged,
@@ -191,7 +194,7 @@ def format_result(found: RangeTest, config: ConfigDict, out: pathlib.Path | None
     [
       *tables.format_text(rows, [False, True, True]),
       f"ended after {len(found.rates)} steps: {end}",
-      f"suggestion {found.steepest:.2g}, where the loss falls fastest",
+      f"suggestion {found.halfway:.2g}, where the loss has fallen half of its way",
       f"a tenth of the rate with the lowest loss is {found.lowest / 10:.2g}; the config has "
       f"{config.optimizer.learning_rate:g}",
       *([f"picture {out}"] if out else []),

@@ -38,7 +38,7 @@ An image classifier trained with flax_cifar.
 | {split} accuracy | {accuracy} |
 | protocol | {protocol} |
 | weights | {scored_weights}, seed {seed} |
-| training | {epochs} epochs in {minutes:,.0f} minutes on {hardware} |
+| training | {epochs} epochs in {minutes:,.1f} minutes on {hardware} |
 | command | `{command}` |
 | commit | `{commit}` |
 
