@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import flax_cifar
-from flax_cifar import errors, models
+from flax_cifar import errors
 from tests import tiny
 
 CONFIG = """
@@ -29,8 +29,7 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("api")
   config = folder / "own.py"
   config.write_text(CONFIG.format(data=tiny.write_data(folder / "data.npz")))
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, "tiny", tiny.TinyNet)
+  with tiny.registered():
     return flax_cifar.train_network(
       str(config), workdir=folder / "a&b", name="x<y", total_epochs=2, optimizer__learning_rate=0.2
     )

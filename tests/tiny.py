@@ -1,12 +1,15 @@
 """A network, a data set and a config small enough to train within a test."""
 
+import contextlib
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
+from flax_cifar import models
 from flax_cifar.configs import common
 from flax_cifar.models import blocks, norms
 
@@ -29,6 +32,14 @@ class TinyNet(nn.Module):
       self.features, self.norm, self.kernel_init, self.dropout_rate, self.dtype, name="unit"
     )
     return blocks.ConvHead(self.num_classes, self.kernel_init, name="head")(unit(images, train))
+
+
+@contextlib.contextmanager
+def registered():
+  """Registers TinyNet, as the fixture `tiny_model` does, for fixtures of a wider scope."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models.MODELS, "tiny", TinyNet)
+    yield
 
 
 def write_data(path, *, train=96, test=40, size=IMAGE_SIZE, seed=0) -> str:

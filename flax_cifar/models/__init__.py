@@ -67,8 +67,7 @@ def create_model(
   errors.require(
     0 <= dropout_rate < 1, "model.dropout_rate", dropout_rate, "at least 0 and below 1"
   )
-  create = errors.choose("model.name", name, MODELS)
-  return create(
+  return errors.choose("model.name", name, MODELS)(
     num_classes=num_classes,
     norm=get_norm(norm, norm_arguments),
     dropout_rate=dropout_rate,

@@ -75,17 +75,17 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
   options, config = command_line.parse_with_config(parser, arguments)
   errors.require(options.steps >= LEAST, "--steps", options.steps, f"{LEAST} or more")
   errors.require(options.low > 0, "--low", options.low, "positive")
+  options.out = errors.get_path("--out", options.out) if options.out else None
   return options, config
 
 
 def report(found: RangeTest, config: ConfigDict, options: argparse.Namespace) -> None:
   """Draws and prints the result."""
-  out = errors.get_path("--out", options.out) if options.out else None
-  if out:
+  if options.out:
     from flax_cifar.run import plots
 
-    plots.save_range_test(out, found.rates, found.losses, found.smoothed, found.halfway)
-  print(json.dumps(describe(found)) if options.json else format_result(found, config, out))
+    plots.save_range_test(options.out, found.rates, found.losses, found.smoothed, found.halfway)
+  print(json.dumps(describe(found)) if options.json else format_result(found, config, options.out))
 
 
 def find(config: ConfigDict, *, low: float, high: float, num_steps: int) -> RangeTest:

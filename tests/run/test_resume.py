@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from flax_cifar import errors, evaluate, models, signals, train
+from flax_cifar import errors, evaluate, signals, train
 from flax_cifar.run import checkpoint, integrity, plots
 from tests import runs, tiny
 
@@ -31,8 +31,7 @@ def stop_at(workdir, data, step, changes, *, saved=None):
 def uninterrupted(tmp_path_factory):
   """The folder of an uninterrupted run whose state has every optional part."""
   folder = tmp_path_factory.mktemp("uninterrupted")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, "tiny", tiny.TinyNet)
+  with tiny.registered():
     runs.run(folder / "run", tiny.write_data(folder / "tiny.npz"), **PLATEAU)
   return folder / "run"
 

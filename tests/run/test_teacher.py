@@ -19,11 +19,8 @@ QUICK = {"total_epochs": 1, "schedule.name": "constant"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """A folder with `data` and a trained network, `weights`."""
-  from flax_cifar import models
-
   folder = tmp_path_factory.mktemp("teacher")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, "tiny", tiny.TinyNet)
+  with tiny.registered():
     runs.run(folder / "run", tiny.write_data(folder / "tiny.npz"), **QUICK)
   shutil.copy(folder / "run" / "weights.safetensors", folder / "weights")
   return folder

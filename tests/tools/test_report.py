@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from flax_cifar import errors, models
+from flax_cifar import errors
 from flax_cifar.kernels import backend
 from flax_cifar.run import classifier, weights
 from flax_cifar.tools import report
@@ -59,8 +59,7 @@ def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp("report")
   arrays = dict(np.load(tiny.write_data(folder / "plain.npz").removeprefix("npz:")))
   np.savez(folder / "data.npz", **arrays, class_names=np.array(NAMES))
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, "tiny", tiny.TinyNet)
+  with tiny.registered():
     runs.run(folder / "run", f"npz:{folder / 'data.npz'}", **{"log.pictures": True, "name": "s9-x"})
   return folder / "run"
 
