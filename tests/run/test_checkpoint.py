@@ -196,7 +196,7 @@ def restore(folder, like=None):
 
 @pytest.mark.parametrize(
   ("how", "share"),
-  [("deleted", 1), ("flipped", 1), ("emptied", 4), ("halved", 4), ("cut", 4)],
+  [("deleted", 4), ("flipped", 1), ("emptied", 4), ("halved", 4), ("cut", 4)],
 )
 def test_the_one_before_takes_the_place_of_a_damaged_one(tmp_path, two, how, share, capsys):
   """Whichever file is damaged, or one of `share`; files without a digest do no harm."""

@@ -101,12 +101,8 @@ def test_every_program_works_from_any_directory(tmp_path):
   status, stdout, _ = call(
     "-m", "flax_cifar.tools.summary", "--config=configs/s9.py", cwd=tmp_path, **environment
   )
-  assert (status, "192,672" in stdout) == (0, True)
-  for tool in ("evaluate", "sweep"):
-    status, stdout, _ = call(
-      "-m", f"flax_cifar.tools.{tool}", "--help", cwd=tmp_path, **environment
-    )
-    assert (status, f"usage: {tool}" in stdout) == (0, True)
+  assert status == 0
+  assert stdout.splitlines()[-1].split() == ["total", "192,672", "154,845,568", "99"]
 
 
 def test_devices_that_are_not_here_are_one_line():
@@ -122,12 +118,6 @@ def test_an_unknown_choice_is_one_line_and_writes_nothing(tmp_path):
   assert (status, stderr.count("\n")) == (2, 1)
   assert "model.norm='bach' is unknown; choose one of batch, ghost" in stderr
   assert not workdir.exists()
-
-
-def test_summary_prints_the_table():
-  status, stdout, _ = call("-m", "flax_cifar.tools.summary", "--config=configs/s9.py")
-  assert status == 0
-  assert stdout.splitlines()[-1].split() == ["total", "192,672", "154,845,568", "99"]
 
 
 def tiny_run(tmp_path, **changes):

@@ -1,7 +1,6 @@
 """The range test of learning rates."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -58,16 +57,37 @@ def test_rates_out_of_order_or_too_far_apart_are_refused(low, high):
     find_lr.find(tiny.get_config("shapes"), low=low, high=high, num_steps=20)
 
 
-def test_the_command_draws_and_prints(tmp_path):
-  """With overrides of the config; with a wrong flag it ends in one line."""
-  program = [sys.executable, "-m", "flax_cifar.tools.find_lr", "--config=quickstart"]
+@pytest.fixture
+def command(tiny_model, data, tmp_path, monkeypatch):
+  """Calls the program with a config of the tiny network."""
+  path = tmp_path / "own.py"
+  path.write_text(f"from tests import tiny\nget_config = lambda: tiny.get_config({data!r})\n")
+
+  def call(*flags):
+    monkeypatch.setattr(sys, "argv", ["find_lr", f"--config={path}", *flags])
+    find_lr.main()
+
+  return call
+
+
+# ml_collections loads a config file so.
+by_flags = pytest.mark.filterwarnings(r"ignore:the load_module\(\):DeprecationWarning")
+
+
+@by_flags
+def test_the_command_draws_and_prints(command, tmp_path, capsys):
   out = tmp_path / "lr.png"
-  flags = [*tiny.write_quick_run(tmp_path), "--steps=20", f"--out={out}", "--json"]
-  done = subprocess.run([*program, *flags], capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout)
-  assert len(found["rates"]) == len(found["losses"]) <= 20
+  command("--config.optimizer.name=adamw", "--high=1000", "--steps=40", f"--out={out}", "--json")
+  found = json.loads(capsys.readouterr().out)
+  assert len(found["rates"]) == len(found["losses"]) <= 40
   assert out.read_bytes().startswith(b"\x89PNG")
-  done = subprocess.run([*program, "--stepz=20"], capture_output=True, text=True)
-  assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-  assert "stepz" in done.stderr
+
+
+@by_flags
+def test_a_wrong_flag_is_one_line(command, capsys):
+  with pytest.raises(SystemExit) as end:
+    command("--stepz=20")
+  assert end.value.code == 2
+  message = capsys.readouterr().err
+  assert message.count("\n") == 1
+  assert "stepz" in message

@@ -20,7 +20,7 @@ def draw(path, *shape):
 
 
 def run(*arguments):
-  return predict.predict(predict.parse(["--model=tiny50k", *map(str, arguments)]))
+  return predict.predict(predict.parse(["--model=skip-long", *map(str, arguments)]))
 
 
 def test_the_classes_are_those_of_the_pixels(tmp_path):
@@ -31,7 +31,7 @@ def test_the_classes_are_those_of_the_pixels(tmp_path):
     tmp_path / "gray.png", tmp_path / "more", "--top=10", f"--picture={tmp_path / 'p.png'}"
   )
   assert [one.file.rpartition("/")[2] for one in found] == ["gray.png", "a.png", "wide.jpg"]
-  network = flax_cifar.load_pretrained("tiny50k")
+  network = flax_cifar.load_pretrained("skip-long")
   expected = network.predict(np.stack([np.repeat(gray[..., None], 3, -1), pixels]))
   for one, row in zip(found, expected, strict=False):
     assert one.classes == [network.class_names[i] for i in (-row).argsort()]
@@ -42,7 +42,7 @@ def test_the_classes_are_those_of_the_pixels(tmp_path):
 
 def test_lines_and_json(tmp_path, monkeypatch, capsys):
   draw(tmp_path / "a.png", 40, 20, 3)
-  arguments = ["predict", str(tmp_path / "a.png"), "--model=tiny50k", "--top=2"]
+  arguments = ["predict", str(tmp_path / "a.png"), "--model=skip-long", "--top=2"]
   monkeypatch.setattr(sys, "argv", arguments)
   predict.main()
   words = capsys.readouterr().out.split()
