@@ -50,7 +50,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   config = workdir_lib.settle(config, workdir)
   if finished := result_lib.check_workdir(config, workdir):
     return finished
-  #### Data
+  # ---- Data
   with agreement.share_errors():  # one machine alone may lack them
     splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
     fingerprint = splits.fingerprint | teacher.get_fingerprint(config)
@@ -61,7 +61,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   mesh_lib.check_batch_sizes(mesh, config.batch_size, config.eval_batch_size)
   mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
 
-  #### Network, optimizer, state, compiled steps
+  # ---- Network, optimizer, state, compiled steps
   setup = setup_lib.create_setup(
     config,
     train_step,
@@ -78,7 +78,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     layers = layer_table.get_layer_table(setup.model, splits.image_shape)
 
   with contextlib.ExitStack() as stack:
-    #### Start or resume
+    # ---- Start or resume
     guard = stack.enter_context(signals.InterruptGuard())
     stop = agreement.agreed(guard.is_caught)
     stack.enter_context(workdir_lib.explain_failed_writes(workdir))
@@ -98,7 +98,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     stack.enter_context(checkpoints.save_when_stopped(progress, guard))
     stack.enter_context(nonfinite.dump_and_explain(feed, num_seeds, mesh, workdir))
 
-    #### Epochs
+    # ---- Epochs
     for epoch in range(len(progress.records), config.total_epochs):
       train_epoch(
         progress,
@@ -137,7 +137,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       if config.log.pictures and log.writes and not guard.is_caught():  # the first step is made
         plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
 
-    #### Test, once; a trial scores its validation images instead
+    # ---- Test, once; a trial scores its validation images instead
     variables = progress.state.eval_variables
     logits = evaluate.predict(
       eval_step, variables, splits.final_split, config.eval_batch_size, stop=stop

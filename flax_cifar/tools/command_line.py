@@ -2,15 +2,14 @@
 
 import argparse
 import contextlib
-import functools
 import os
 import pathlib
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flax_cifar import configs, errors, signals, zoo
@@ -18,6 +17,10 @@ from flax_cifar import configs, errors, signals, zoo
 CONFIGS = pathlib.Path(configs.__file__).parent
 CONFIG_HELP = "A file of configs/; variants and key=value may follow it after a colon."
 NO_CONFIGS = ("__init__", "common", "recipes", "variants")  # shared by the configs
+TOOLS = (
+  *("compare", "completion", "evaluate", "export", "find_lr", "predict", "profile", "publish"),
+  *("report", "summary", "sweep"),
+)
 
 
 def leave(message: str, status: int) -> NoReturn:
@@ -66,11 +69,19 @@ def find_config(text: str, flag: str = "--config") -> str:
   name, colon, variant = text.partition(":")
   path = errors.get_path(flag, name)
   if not path.is_file():
-    configs = {file.stem: file for file in sorted(CONFIGS.glob("*.py"))}
-    ours = {key: value for key, value in configs.items() if key not in NO_CONFIGS}
     is_ours = path.parent in (pathlib.Path(), pathlib.Path("configs"))
+    ours = {key: CONFIGS / f"{key}.py" for key in list_configs()}
     path = errors.choose(flag, path.stem if is_ours else name, ours)
   return f"{path}{colon}{variant}"
+
+
+def list_configs() -> list[str]:
+  """The names of our configs.
+
+  >>> list_configs()[:3]
+  ['five_convs', 'ghost', 'keras_base']
+  """
+  return sorted({file.stem for file in CONFIGS.glob("*.py")} - set(NO_CONFIGS))
 
 
 def load_config(text: str, flag: str) -> ConfigDict:
@@ -122,62 +133,33 @@ def parse_with_config(
 ) -> tuple[argparse.Namespace, ConfigDict]:
   """The options of `parser`, and the config that --config and --config.KEY=VALUE describe.
 
-  A wrong config ends the process with one line.
+  Raises:
+    UserError: something is missing or unknown, or the file of the config fails.
   """
   parser.epilog = f"--config=NAME|FILE[:VARIANT]  {CONFIG_HELP}\n--config.KEY=VALUE  Sets a key."
   options, rest = parser.parse_known_args(arguments)
-  values, argv = flags.FlagValues(), [parser.prog, *rest]
-  config = define_config(flag_values=values, sys_argv=argv)
-  parse_flags(config, argv, values)
-  return options, config.value
-
-
-def define_config(**options: Any) -> flags.FlagHolder:
-  """The flag --config; reads the whole command line, of which --flagfile may be wrong."""
   try:
-    return config_flags.DEFINE_config_file("config", None, CONFIG_HELP, **options)
-  except Exception as error:
-    leave(f"error: {explain(error)}", 2)
-
-
-def run(main: Callable[[ConfigDict], None]) -> None:
-  """Parses the command line, calls `main` with the config, and leaves with an exit status.
-
-  0: done; for the others see `one_line_errors`.
-  """
-  config = define_config()
-
-  def guarded(argv: list[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.FATAL)  # Orbax logs the traceback of what it raises as well
-    with one_line_errors():
-      main(config.value)
-
-  sys.unraisablehook = report_unraisable
-  app.run(guarded, flags_parser=functools.partial(parse_flags, config))
-
-
-def report_unraisable(problem: Any) -> None:
-  """A `sys.unraisablehook`: after a failed save TensorStore calls an event loop that has ended."""
-  if str(problem.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(problem)
-
-
-def parse_flags(
-  config: flags.FlagHolder, argv: list[str], values: flags.FlagValues = flags.FLAGS
-) -> list[str]:
-  """Parses the command line, of which `config` is a flag; an error in it becomes one line."""
-  try:
-    rest = values(_find_configs(argv))
-    if len(rest) > 1:
-      raise ValueError(f"{rest[1]!r} is not a flag; write --config=FILE and --config.KEY=VALUE.")
-    if config.value is None:
-      raise ValueError("--config is missing; try --config=configs/quickstart.py")
-    config.value.lock()  # ml_collections reports a file that fails to load when it is read
-    check_overrides(config_flags.get_override_values(values[config.name]))
+    return options, _parse_config([parser.prog, *_find_configs(rest)])
   except Exception as error:  # a config file or an override may raise anything
-    leave(f"error: {explain(error)}", 2)
-  return rest
+    raise errors.UserError(explain(error)) from error
+
+
+def _parse_config(argv: list[str]) -> ConfigDict:
+  """The config of a command line; raises whatever its file raises."""
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file(
+    "config", None, CONFIG_HELP, flag_values=values, sys_argv=argv
+  )
+  rest = values(argv)
+  if len(rest) > 1:
+    raise errors.UserError(
+      f"{rest[1]!r} is not a flag; write --config=FILE and --config.KEY=VALUE."
+    )
+  if config.value is None:
+    raise errors.UserError("--config is missing; try --config=configs/quickstart.py")
+  config.value.lock()  # ml_collections reports a file that fails to load when it is read
+  check_overrides(config_flags.get_override_values(values[config.name]))
+  return config.value
 
 
 def _find_configs(argv: Sequence[str]) -> list[str]:
@@ -197,4 +179,4 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
   """Refuses an override of a whole section, which would delete its other keys."""
   for key, value in overrides.items():
     if isinstance(value, ConfigDict):
-      raise ValueError(f"config.{key} is a section; set its keys, --config.{key}.KEY=VALUE.")
+      raise errors.UserError(f"config.{key} is a section; set its keys, --config.{key}.KEY=VALUE.")

@@ -99,18 +99,23 @@ def main() -> None:
     print(format_difference(difference))
 
 
+def create_parser() -> command_line.Parser:
+  """The flags."""
+  parser = command_line.create_parser("compare", __doc__)
+  for name in "ab":
+    parser.add_argument(name, metavar=name.upper(), help="folder of a run, or of several")
+  parser.add_argument("--score", choices=["validation", "test", "train"], default="validation")
+  parser.add_argument("--json", action="store_true", help="print JSON")
+  return parser
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """The options of a command line.
 
   Raises:
     UserError: something is missing or unknown.
   """
-  parser = command_line.create_parser("compare", __doc__)
-  for name in "ab":
-    parser.add_argument(name, metavar=name.upper(), help="folder of a run, or of several")
-  parser.add_argument("--score", choices=["validation", "test", "train"], default="validation")
-  parser.add_argument("--json", action="store_true", help="print JSON")
-  options = parser.parse_args(arguments)
+  options = create_parser().parse_args(arguments)
   options.a, options.b = (errors.get_path(name.upper(), vars(options)[name]) for name in "ab")
   return options
 

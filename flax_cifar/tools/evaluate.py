@@ -86,12 +86,8 @@ def main() -> None:
   print(json.dumps(dataclasses.asdict(score), indent=2) if options.json else format_score(score))
 
 
-def parse(arguments: Sequence[str]) -> Options:
-  """The options of a command line.
-
-  Raises:
-    UserError: something is missing or unknown.
-  """
+def create_parser() -> command_line.Parser:
+  """The flags."""
   parser = command_line.create_parser("evaluate", __doc__)
   command_line.add_network(parser)
   parser.add_argument("--data", help="as the key data.name; default: the run's")
@@ -111,7 +107,16 @@ def parse(arguments: Sequence[str]) -> Options:
     "--corruptions", action="store_true", help="score corrupted images too, 30 times as many"
   )
   parser.add_argument("--json", action="store_true", help="print JSON")
-  options = parser.parse_args(arguments)
+  return parser
+
+
+def parse(arguments: Sequence[str]) -> Options:
+  """The options of a command line.
+
+  Raises:
+    UserError: something is missing or unknown.
+  """
+  options = create_parser().parse_args(arguments)
   options.weights = command_line.find_network(options)
   if options.model and not options.dtype:
     options.dtype = zoo.DTYPE

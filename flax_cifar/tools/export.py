@@ -54,12 +54,8 @@ def main() -> None:
     print(f"program   {options.out}\nexample   {example}")
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-  """The options of a command line.
-
-  Raises:
-    UserError: something is missing or unknown.
-  """
+def create_parser() -> command_line.Parser:
+  """The flags."""
   parser = command_line.create_parser("export", __doc__)
   command_line.add_network(parser)
   parser.add_argument("--out", required=True, help="the file to write")
@@ -67,7 +63,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     "--platforms", nargs="+", default=list(PLATFORMS), choices=PLATFORMS, help="default: all"
   )
   parser.add_argument("--json", action="store_true", help="print JSON")
-  options = parser.parse_args(arguments)
+  return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+  """The options of a command line.
+
+  Raises:
+    UserError: something is missing or unknown.
+  """
+  options = create_parser().parse_args(arguments)
   options.weights = command_line.find_network(options)
   options.out = errors.get_path("--out", options.out)
   return options

@@ -60,19 +60,24 @@ def main() -> None:
     report(found, config, options)
 
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-  """The options of a command line, and its config.
-
-  Raises:
-    UserError: something is missing, unknown or out of range.
-  """
+def create_parser() -> command_line.Parser:
+  """The flags."""
   parser = command_line.create_parser("find_lr", __doc__)
   parser.add_argument("--low", type=float, default=1e-5, help="the first rate; default: 1e-5")
   parser.add_argument("--high", type=float, default=10.0, help="the last rate; default: 10")
   parser.add_argument("--steps", type=int, default=200, help="steps to train; default: 200")
   parser.add_argument("--out", default="lr.png", help="the picture; '' draws none")
   parser.add_argument("--json", action="store_true", help="print JSON")
-  options, config = command_line.parse_with_config(parser, arguments)
+  return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+  """The options of a command line, and its config.
+
+  Raises:
+    UserError: something is missing, unknown or out of range.
+  """
+  options, config = command_line.parse_with_config(create_parser(), arguments)
   errors.require(options.steps >= LEAST, "--steps", options.steps, f"{LEAST} or more")
   errors.require(options.low > 0, "--low", options.low, "positive")
   options.out = errors.get_path("--out", options.out) if options.out else None

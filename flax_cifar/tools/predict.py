@@ -46,19 +46,24 @@ def main() -> None:
     print(format_predictions(predictions))
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-  """The options of a command line.
-
-  Raises:
-    UserError: something is missing or unknown.
-  """
+def create_parser() -> command_line.Parser:
+  """The flags."""
   parser = command_line.create_parser("predict", __doc__)
   parser.add_argument("pictures", nargs="+", metavar="PICTURE_OR_FOLDER")
   command_line.add_network(parser)
   parser.add_argument("--top", type=int, default=3, help="classes to name for each, default: 3")
   parser.add_argument("--picture", help="a PNG to write: each picture as the network sees it")
   parser.add_argument("--json", action="store_true", help="print JSON")
-  options = parser.parse_args(arguments)
+  return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+  """The options of a command line.
+
+  Raises:
+    UserError: something is missing or unknown.
+  """
+  options = create_parser().parse_args(arguments)
   errors.require(options.top > 0, "--top", options.top, "1 or more")
   options.pictures = [errors.get_path("PICTURE", name) for name in options.pictures]
   options.picture = errors.get_path("--picture", options.picture) if options.picture else None

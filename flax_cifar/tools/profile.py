@@ -46,18 +46,23 @@ def main() -> None:
       print(format_summary(summary, folder, options.top))
 
 
+def create_parser() -> command_line.Parser:
+  """The flags."""
+  parser = command_line.create_parser("profile", __doc__)
+  parser.add_argument("--steps", type=int, default=12, help="steps to show; default: 12")
+  parser.add_argument("--top", type=int, default=15, help="operations to print; default: 15")
+  parser.add_argument("--out", default="", help="the folder to keep the trace in")
+  parser.add_argument("--json", action="store_true", help="print JSON")
+  return parser
+
+
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
   """The options of a command line, and its config.
 
   Raises:
     UserError: something is missing, unknown or out of range.
   """
-  parser = command_line.create_parser("profile", __doc__)
-  parser.add_argument("--steps", type=int, default=12, help="steps to show; default: 12")
-  parser.add_argument("--top", type=int, default=15, help="operations to print; default: 15")
-  parser.add_argument("--out", default="", help="the folder to keep the trace in")
-  parser.add_argument("--json", action="store_true", help="print JSON")
-  options, config = command_line.parse_with_config(parser, arguments)
+  options, config = command_line.parse_with_config(create_parser(), arguments)
   for flag in ("steps", "top"):
     value = getattr(options, flag)
     errors.require(value > 0, f"--{flag}", value, "1 or more")

@@ -54,19 +54,24 @@ def main() -> None:
     print(publish(options))
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-  """The options of a command line.
-
-  Raises:
-    UserError: something is missing or unknown.
-  """
+def create_parser() -> command_line.Parser:
+  """The flags."""
   parser = command_line.create_parser("publish", __doc__)
   parser.add_argument("run", help="the folder of a finished run")
   target = parser.add_mutually_exclusive_group(required=True)
   target.add_argument("--to", default="", metavar="USER/NAME", help="the repository")
   target.add_argument("--out", default="", help="a new folder for the files, in place of it")
   parser.add_argument("--private", action="store_true", help="create a private repository")
-  return parser.parse_args(arguments)
+  return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+  """The options of a command line.
+
+  Raises:
+    UserError: something is missing or unknown.
+  """
+  return create_parser().parse_args(arguments)
 
 
 def publish(options: argparse.Namespace) -> str:

@@ -58,17 +58,22 @@ def main() -> None:
   print(f"report    {options.out}")
 
 
+def create_parser() -> command_line.Parser:
+  """The flags."""
+  parser = command_line.create_parser("report", __doc__)
+  parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, or of several")
+  parser.add_argument("--out", help="default: report.html in the folder, or comparison.html")
+  parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
+  return parser
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """The options of a command line.
 
   Raises:
     UserError: something is missing or unknown.
   """
-  parser = command_line.create_parser("report", __doc__)
-  parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, or of several")
-  parser.add_argument("--out", help="default: report.html in the folder, or comparison.html")
-  parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
-  options = parser.parse_args(arguments)
+  options = create_parser().parse_args(arguments)
   options.folders = [errors.get_path("FOLDER", name) for name in options.folders]
   single = len(options.folders) == 1
   default = options.folders[0] / TEMPLATE if single else pathlib.Path("comparison.html")

@@ -23,17 +23,22 @@ def main() -> None:
     summarize(sys.argv[1:])
 
 
+def create_parser() -> command_line.Parser:
+  """The flags."""
+  parser = command_line.create_parser("summary", __doc__)
+  parser.add_argument("--beside", action="append", default=[], help="another config; repeatable")
+  parser.add_argument("--classes", type=int, default=10, help="number of classes")
+  parser.add_argument("--json", action="store_true", help="print JSON")
+  return parser
+
+
 def summarize(arguments: Sequence[str]) -> None:
   """Prints what a command line asks for.
 
   Raises:
     UserError: something is missing or unknown.
   """
-  parser = command_line.create_parser("summary", __doc__)
-  parser.add_argument("--beside", action="append", default=[], help="another config; repeatable")
-  parser.add_argument("--classes", type=int, default=10, help="number of classes")
-  parser.add_argument("--json", action="store_true", help="print JSON")
-  options, config = command_line.parse_with_config(parser, arguments)
+  options, config = command_line.parse_with_config(create_parser(), arguments)
   errors.require(options.classes > 0, "--classes", options.classes, "1 or more")
   environment.check_devices()
   configs = [config, *(command_line.load_config(text, "--beside") for text in options.beside)]

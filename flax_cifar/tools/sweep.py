@@ -14,7 +14,6 @@ array, SLURM tasks or an indexed job tell it by themselves. --engine=slurm submi
 Then --collect compares the runs that have finished.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -129,18 +128,12 @@ def write_table(sweep: Sweep, rows: Sequence[Mapping[str, Any]], table: str) -> 
   return text
 
 
-#### Arguments
+# ---- Arguments
 
 
-def parse(arguments: Sequence[str]) -> Sweep:
-  """The sweep that a command line asks for.
-
-  Raises:
-    UserError: something is missing, unknown or contradicts itself.
-  """
-  parser = command_line.Parser(
-    "sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-  )
+def create_parser() -> command_line.Parser:
+  """The flags beside those of the config."""
+  parser = command_line.create_parser("sweep", __doc__)
   parser.add_argument("--config", help="a config; variants may follow it after a colon")
   parser.add_argument("--over", action="append", default=[], metavar="KEY=VALUE,VALUE")
   parser.add_argument("--workdir", help="default: runs/NAME-sweep-KEYS-HASH")
@@ -149,7 +142,16 @@ def parse(arguments: Sequence[str]) -> Sweep:
   parser.add_argument("--collect", action="store_true", help="compares what has finished")
   parser.add_argument("--engine", default="here", choices=list(shards_lib.ENGINES))
   parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE")
-  options, overrides = parser.parse_known_args(arguments)
+  return parser
+
+
+def parse(arguments: Sequence[str]) -> Sweep:
+  """The sweep that a command line asks for.
+
+  Raises:
+    UserError: something is missing, unknown or contradicts itself.
+  """
+  options, overrides = create_parser().parse_known_args(arguments)
   if not options.config:
     raise errors.UserError("--config is missing; try --config=configs/pyramid.py")
   command_line.find_config(options.config)  # its errors
@@ -246,7 +248,7 @@ def default_workdir(config: str, keys: Sequence[str], overrides: Sequence[str]) 
   return pathlib.Path("runs", "-".join([name, "sweep", *keys, digest]))
 
 
-#### Runs
+# ---- Runs
 
 
 def get_combinations(over: Mapping[str, Sequence[str]]) -> list[variants.Settings]:

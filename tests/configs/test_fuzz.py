@@ -8,12 +8,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
 from hypothesis import example, given
 from hypothesis import strategies as st
-from ml_collections import config_flags
 
-from flax_cifar import errors, models, signals, train
+from flax_cifar import __main__, errors, models, signals, train
 from flax_cifar.configs import common
 from flax_cifar.data import feeds
 from flax_cifar.data.augment import arguments as arguments_lib
@@ -215,19 +213,15 @@ def test_images_too_small_for_a_network_are_refused(name, size):
 
 def parse(monkeypatch, *arguments):
   """The config, or None if a one-line error was printed."""
-  argv, values = ["main.py", *arguments], flags.FlagValues()
-  holder = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
   screen = io.TextIOWrapper(io.BytesIO(), errors="backslashreplace")  # as Python opens stderr
   with monkeypatch.context() as patch:
     patch.chdir(ROOT)
-    patch.setattr(flags, "FLAGS", values)
     patch.setattr(sys, "stderr", screen)
     try:
-      command_line.parse_flags(holder, argv)
+      with command_line.one_line_errors():
+        return __main__.parse(arguments)[1]
     except SystemExit as stop:
       status = stop.code
-    else:
-      return holder.value
   screen.flush()
   text = screen.buffer.getvalue().decode()
   assert status == 2

@@ -28,8 +28,8 @@ def main() -> None:
 
   models.MODELS["tiny"] = tiny.TinyNet
 
-  def make_runs(config) -> None:
-    del config
+  def make_runs(config, workdir) -> None:
+    del config, workdir
     for run in plan:
       workdir = pathlib.Path(run["workdir"])
       changes = {key: tuple(v) if isinstance(v, list) else v for key, v in run["changes"].items()}
@@ -38,8 +38,7 @@ def main() -> None:
         train.train_and_evaluate(config, workdir)
 
   with mock.patch.object(__main__, "train_here", make_runs):
-    sys.argv += ["--config=quickstart:smoke"]
-    __main__.command_line.run(__main__.train)
+    __main__.run([*sys.argv[1:], "--config=quickstart:smoke"])
 
 
 @contextlib.contextmanager
