@@ -48,9 +48,9 @@ def get_config() -> ConfigDict:
         # norm none)
         "init": "torch",
         # Of the residual units of tiny50k, tiny100k, tiny200k and tiny700k. activation: relu | gelu
-        # | silu. squeeze_excite: hidden channels as a fraction of all; 0 for none. drop_path:
-        # probability that training skips the last unit for an image, in [0, 1); that of the others
-        # grows from 0 (stochastic depth).
+        # | silu | glu (gated). squeeze_excite: hidden channels as a fraction of all; 0 for none.
+        # drop_path: probability that training skips the last unit for an image, in [0, 1); that of
+        # the others grows from 0 (stochastic depth).
         "residual": {"activation": "relu", "squeeze_excite": 0.0, "drop_path": 0.0},
       },
       # Arguments of each norm; model.norm selects one.

@@ -339,10 +339,14 @@ class DepthwiseSeparableUnit(Unit):
     )(x)
 
 
+# One half of the channels times the sigmoid of the other: gated linear units, Dauphin et al. 2016
+# (arXiv:1612.08083).
+GATE = "glu"
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "relu": norm_relu.relu,
   "gelu": nn.gelu,  # its approximation by tanh
   "silu": nn.silu,
+  GATE: nn.glu,
 }
 
 
@@ -378,7 +382,8 @@ class ResidualSeparableUnit(Unit):
 
   Attributes:
     stride: of the depthwise convolution, in pixels.
-    activation: a key of ACTIVATIONS, in place of the ReLU.
+    activation: a key of ACTIVATIONS, in place of the ReLU. For "glu" the pointwise convolution has
+      twice the features.
     squeeze_excite: hidden channels of SqueezeExcite, whose factors multiply the result of the first
       norm, as a fraction of its channels; 0 leaves it out.
     drop_path: probability that training leaves an image with the unit's input alone, where that is
@@ -392,7 +397,7 @@ class ResidualSeparableUnit(Unit):
 
   def fits_native(self, x: Float[Array, "n h w c"]) -> bool:
     """Whether the norm comes before ReLU and the channels fit."""
-    return self._norm_first and separable.can_compute(x.shape[-1], self.features)
+    return self._norm_first and separable.can_compute(x.shape[-1], self._get_pointwise_features())
 
   def compute_natively(self, x: Float[Array, "n h w c"], train: bool) -> Array:
     """Computes the unit by kernels in C++."""
@@ -419,15 +424,17 @@ class ResidualSeparableUnit(Unit):
     if self.squeeze_excite:
       factors = self._create_squeeze_excite(channels)(GlobalAveragePool()(y))
       y = y * factors.astype(y.dtype)
-    y = self.create_conv(self.features, (1, 1), fan_in=channels, use_bias=False, name="pointwise")(
-      y
-    )
+    features = self._get_pointwise_features()
+    y = self.create_conv(features, (1, 1), fan_in=channels, use_bias=False, name="pointwise")(y)
     y = self.norm(relu=self._has_relu, name="norm")(y, train)
     return self._activate_and_add(y, x, train)
 
   def _create_squeeze_excite(self, channels: int) -> SqueezeExcite:
     hidden = max(1, round(self.squeeze_excite * channels))
     return SqueezeExcite(hidden, self.kernel_init, name="squeeze_excite")
+
+  def _get_pointwise_features(self) -> int:
+    return self.features * (2 if self.activation == GATE else 1)
 
   @property
   def _has_relu(self) -> bool:

@@ -559,6 +559,7 @@ CPP_UNITS = {
   "residual evaluation": (residual, "batch", 0.1, False),
   "residual dropout": (residual, "batch", 0.1, True),
   "gelu": (partial(residual, activation="gelu"), "batch", 0.1, True),
+  "glu": (partial(residual, activation="glu", squeeze_excite=0.25), "batch", 0.1, True),
   **{
     f"squeeze excite {norm}": (partial(residual, squeeze_excite=0.25), norm, 0.0, True)
     for norm in ("batch", "ghost", "layer")
@@ -624,6 +625,7 @@ ACTIVATIONS = {  # in float64
   "relu": lambda x: np.maximum(x, 0),
   "silu": lambda x: x / (1 + np.exp(-x)),
   "gelu": lambda x: x * special.ndtr(x),
+  "glu": lambda x: x[..., :32] * special.expit(x[..., 32:]),
 }
 
 

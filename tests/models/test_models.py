@@ -489,6 +489,15 @@ def test_squeeze_and_excitation_adds_two_layers_to_each_unit():
   assert rows[-1].receptive_field is None
 
 
+def test_a_gate_doubles_the_pointwise_layers_and_their_norms():
+  plain, model = (
+    reference.create_model("tiny50k", residual={"activation": name}) for name in ("relu", "glu")
+  )
+  layers = [*4 * [(32, 32)], (32, 48), *4 * [(48, 48)], (48, 64), *5 * [(64, 64)]]
+  added = sum(ins * outs + 2 * outs for ins, outs in layers[1:])
+  assert reference.count_parameters(model) == reference.count_parameters(plain) + added
+
+
 def test_drop_path_grows_from_unit_to_unit():
   model = reference.create_model("tiny50k", residual={"activation": "silu", "drop_path": 0.2})
   rates = []
