@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
       # Of convolutions: float32 | bfloat16 | auto (bfloat16 where the device is fast at it);
       # parameters stay float32.
       "compute_dtype": "float32",
-      "num_devices": 0,  # local devices to use; 0 means all of them
+      "num_devices": 0,  # devices to use, of all processes; 0 means all of them
       # Steps per call of compiled code. 0 means 1 on a CPU or with albumentations, else an epoch.
       "steps_per_call": 0,
       # "honest": validation images are held out of training; test is read once, at the end.

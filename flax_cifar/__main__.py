@@ -2,7 +2,9 @@
 
   python main.py --config=configs/s9.py [--workdir=DIR] [--config.KEY=VALUE ...]
 
-It trains. Where the first argument names a tool, it runs that: flax_cifar predict --help.
+It trains. Where the first argument names a tool, it runs that: flax_cifar predict --help. There are
+compare, completion, evaluate, export, find_lr, predict, profile, publish, report, summary and
+sweep; each is also a module, python -m flax_cifar.tools.predict.
 
 Several processes train one run together where each is started with --coordinator, --num_processes
 and --process_id, or by a cluster that tells them; see docs/clusters.md.
@@ -14,7 +16,7 @@ import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -29,10 +31,17 @@ SECONDS = ("initialization_timeout", "heartbeat_timeout", "shutdown_timeout", "s
 def main() -> None:
   """Trains, or runs the tool that the first argument names, and leaves with an exit status."""
   environment.apply_settings()
-  if sys.argv[1:] and sys.argv[1] in command_line.TOOLS:
-    importlib.import_module(f"flax_cifar.tools.{sys.argv.pop(1)}").main()
+  if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+    find_tool(sys.argv.pop(1))()
   else:
     run(sys.argv[1:])
+
+
+def find_tool(name: str) -> Callable[[], None]:
+  """The program of the tool `name`; leaves with one line where there is none."""
+  with command_line.one_line_errors():
+    errors.choose("tool", name, dict.fromkeys(command_line.TOOLS))
+  return importlib.import_module(f"flax_cifar.tools.{name}").main
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -73,7 +73,7 @@ class Run:
     out = pathlib.Path(path) if path else self.workdir / report.TEMPLATE
     options = report.parse([str(self.workdir), f"--out={out}"])
     report.write(options.out, report.create_page(options))
-    return out
+    return pathlib.Path(options.out)
 
   def _repr_html_(self) -> str:
     """What a notebook shows."""
@@ -113,6 +113,9 @@ def create_config(config: str = "quickstart", **changes: Any) -> "ConfigDict":
 
   found = command_line.load_config(config, "config")
   keys = {key.replace(SEPARATOR, "."): value for key, value in changes.items()}
+  for key, value in keys.items():
+    expected = f"set by its keys, {key.replace('.', SEPARATOR)}{SEPARATOR}KEY=VALUE"
+    errors.require(not isinstance(value, Mapping), key, value, expected)
   try:
     found.update_from_flattened_dict(keys)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -141,17 +144,18 @@ def train_network(
   from flax_cifar.run import workdir as workdir_lib
 
   default = workdir_lib.find_workdir(config_lib.settle(settings).to_dict())
-  folder = pathlib.Path(workdir) if workdir else default
+  folder = errors.get_path("workdir", workdir) if workdir else default
   train_lib.train_and_evaluate(settings, folder)
   return load_run(folder)
 
 
 def load_run(workdir: str | os.PathLike[str]) -> Run:
   """Loads a finished run; a UserError if there is none in `workdir`."""
-  from flax_cifar.tools import compare
+  from flax_cifar.run import finished
 
-  found = compare.read_run(pathlib.Path(workdir), {})
-  return Run(pathlib.Path(workdir), found.result, found.records)
+  folder = errors.get_path("workdir", workdir)
+  found = finished.read_run(folder)
+  return Run(folder, found.result, found.records)
 
 
 def load_data(

@@ -47,7 +47,8 @@ def find_cache(kind: str) -> str:
   except RuntimeError:
     return ""
   cache = root / PACKAGE / kind
-  existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+  # os.path, because Path.is_dir raises an error below a folder that may not be read.
+  existing = next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))
   return str(cache) if os.access(existing, os.W_OK) else ""
 
 

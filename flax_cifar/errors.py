@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,7 @@ def shorten(error: object) -> str:
   return text[:300] or type(error).__name__
 
 
-def get_path(what: str, text: str) -> Path:
+def get_path(what: str, text: str | os.PathLike[str]) -> Path:
   """`text` as a path with `~` resolved, whether there is anything or not.
 
   Raises:
@@ -89,7 +90,7 @@ def get_path(what: str, text: str) -> Path:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
       path.stat()
   except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a null byte
-    raise UserError(f"{what}={text!r} is no usable path ({error}); choose another.") from error
+    raise UserError(f"{what}={str(text)!r} is no usable path ({error}); choose another.") from error
   return path
 
 

@@ -16,7 +16,7 @@ def replace(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
   If the block raises, `path` stays as it was.
   """
-  part = path.with_suffix(".part")
+  part = path.with_name(f".{path.name}.part")
   try:
     yield part
     os.replace(part, path)

@@ -3,6 +3,7 @@
 Metrics are summed first and divided once, so every example counts once.
 """
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -181,8 +182,12 @@ def describe_seeds(name: str, values: Any) -> dict[str, Any]:
 
 
 def get_per_seed(record: Mapping[str, Any], name: str) -> list[float]:
-  """The values of a record for each seed that was trained at once; mostly one."""
-  return record.get(f"{name}_per_seed", [record[name]])
+  """The values of a record for each seed that was trained at once; mostly one.
+
+  A loss that was not finite, null in JSON, is NaN.
+  """
+  values = record.get(f"{name}_per_seed", [record[name]])
+  return [math.nan if value is None else value for value in values]
 
 
 def describe_sample(values: Sequence[float]) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def test_a_notebook_shows_a_summary_in_which_names_are_escaped(run):
 def test_a_finished_run_is_loaded(run):
   again = flax_cifar.load_run(run.workdir)
   assert (again.result, list(again.records)) == (run.result, list(run.records))
-  with pytest.raises(errors.UserError, match=r"holds no result\.json"):
+  with pytest.raises(errors.UserError, match=r"holds no finished run: it has no result\.json"):
     flax_cifar.load_run(run.workdir.parent)
 
 
@@ -70,12 +70,32 @@ def test_a_finished_run_is_loaded(run):
     ("s9:odd", {}, "config variant 'odd' is unknown"),
     ("s9", {"optimizer__rate": 1.0}, "optimizer.rate"),
     ("s9", {"total_epochs": "many"}, "total_epochs"),
+    ("s9", {"optimizer": {"name": "adamw"}}, "optimizer=.* set by its keys, optimizer__KEY=VALUE"),
   ],
 )
 def test_a_wrong_config_is_one_line(config, changes, message):
   with pytest.raises(errors.UserError, match=message) as caught:
     flax_cifar.create_config(config, **changes)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["config.optimizer.learnig_rate = 1", "1 / 0", "return return"])
+def test_a_config_file_that_fails_is_one_line(tmp_path, line):
+  path = tmp_path / "own.py"
+  path.write_text(
+    "from flax_cifar.configs import common\n"
+    f"def get_config(arg):\n  config = common.get_config()\n  {line}\n  return config\n"
+  )
+  with pytest.raises(errors.UserError, match=r"config='.*own\.py'") as caught:
+    flax_cifar.create_config(str(path))
+  assert "\n" not in str(caught.value)
+
+
+def test_a_tilde_is_the_home_directory(run, monkeypatch):
+  monkeypatch.setenv("HOME", str(run.workdir.parent))
+  folder = f"~/{run.workdir.name}"
+  assert flax_cifar.load_run(folder).workdir == run.workdir
+  assert run.write_report(f"{folder}/own.html") == run.workdir / "own.html"
 
 
 def test_the_import_brings_no_jax():

@@ -171,6 +171,21 @@ def test_without_a_home_to_write_to_there_is_no_cache(monkeypatch, tmp_path, hom
   assert cache == (str(tmp_path / "missing/.cache/flax_cifar/xla") if home == "missing" else "")
 
 
+def test_a_home_that_may_not_be_read_has_no_cache(monkeypatch):
+  """A container may run as another user than the one whose HOME it has."""
+  stat = os.stat
+
+  def refuse(path, *args, **kwargs):
+    if str(path).startswith("/hidden/"):
+      raise PermissionError(13, "Permission denied", str(path))
+    return stat(path, *args, **kwargs)
+
+  monkeypatch.setenv("XDG_CACHE_HOME", "/hidden/cache")
+  monkeypatch.setattr(os, "stat", refuse)
+  monkeypatch.setattr(os, "access", lambda path, mode: False)
+  assert environment_lib.find_cache("xla") == ""
+
+
 def test_the_cache_follows_xdg_cache_home(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   assert environment_lib.find_cache("data") == str(tmp_path / "flax_cifar" / "data")

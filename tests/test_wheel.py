@@ -97,7 +97,7 @@ def test_every_tool_has_a_help_text_anywhere(installed, tmp_path):
   for number, tool in enumerate(command_line.TOOLS):
     program = ("-m", f"flax_cifar.tools.{tool}") if number % 2 else (script, tool)
     done = call(installed, tmp_path, *program, "--help")
-    assert done.stdout.startswith(f"usage: {tool}"), done.stderr
+    assert done.stdout.startswith(f"usage: flax_cifar {tool}"), done.stderr
 
 
 def test_the_console_script_is_the_program(installed, tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.accuracy import published
 from flax_cifar import errors
 from flax_cifar import metrics as metrics_lib
-from flax_cifar.run import config, tables, workdir
+from flax_cifar.run import config, finished, tables
 from flax_cifar.tools import command_line
 from flax_cifar.tools import compare as compare_lib
 
@@ -135,20 +135,9 @@ def read_run(folder: pathlib.Path) -> Run:
   Raises:
     UserError: it holds none; or one that goes on, beyond its result.
   """
-  result = workdir.read_result(folder)
-  if result is None:
-    raise errors.UserError(f"{str(folder)!r} holds no finished run: it has no result.json.")
-  try:
-    records = compare_lib.read_records(folder)
-  except (OSError, ValueError) as error:
-    raise errors.UserError(f"metrics.jsonl of {str(folder)!r} is damaged: {error}") from error
-  epochs = [record["epoch"] for record in records]
-  if epochs != list(range(1, result["epochs"] + 1)):
-    raise errors.UserError(
-      f"{str(folder)!r} holds no finished run: its result and its epochs differ."
-    )
-  command = _drop_workdir(result.get("command", ""))
-  return create_run(result | {"command": command, "metrics": records})
+  run = finished.read_run(folder)
+  command = _drop_workdir(run.result.get("command", ""))
+  return create_run({**run.result, "command": command, "metrics": run.records})
 
 
 def _drop_workdir(command: str) -> str:

@@ -109,6 +109,15 @@ def get_receptive_field(rows: Sequence[Row]) -> tuple[int, int]:
   return [row.receptive_field.size for row in rows if row.receptive_field][-1]
 
 
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+  """The sums `parameters` and `multiply_adds` of a layer table, and its `receptive_field`."""
+  return {
+    "parameters": sum(row.parameters for row in rows),
+    "multiply_adds": sum(row.multiply_adds for row in rows),
+    "receptive_field": get_receptive_field(rows),
+  }
+
+
 def _follow_receptive_fields(
   jaxpr: Any, modules: Sequence[nn.Module]
 ) -> list[ReceptiveField | None]:

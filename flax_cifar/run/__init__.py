@@ -1,0 +1,1 @@
+"""A run around its steps: its config, parts, folder, checkpoints, log, plots and result."""

@@ -68,9 +68,17 @@ class Classifier:
     return np.asarray(jax.nn.softmax(logits))
 
   def score(self, split: dataset.Split) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits float32 (N, classes), and mean `loss` in nats and `accuracy` in [0, 1]."""
+    """Logits float32 (N, classes), and mean `loss` in nats and `accuracy` in [0, 1].
+
+    Raises:
+      UserError: a logit is not finite: the weights are those of a run that failed.
+    """
     batch_size = self.weights.config["eval_batch_size"]
-    return evaluate.predict_and_score(self.eval_step, self.variables, split, batch_size)
+    logits, scores = evaluate.predict_and_score(self.eval_step, self.variables, split, batch_size)
+    if not np.isfinite(logits).all():
+      name = self.weights.config["name"]
+      raise errors.UserError(f"the outputs of {name!r} are not all finite; train it anew.")
+    return logits, scores
 
 
 def create_classifier(weights: weights_lib.Weights, *, dtype: str) -> Classifier:

@@ -66,6 +66,9 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
   >>> complete({"schedule": {"name": "cosine"}})["schedule"]
   {'name': 'cosine', 'exponential': {'final': 0.01}}
+
+  Raises:
+    UserError: a section is none, so this is the config of another program.
   """
   completed = copy.deepcopy(dict(config))
   for path, value in LATER_KEYS.items():
@@ -73,6 +76,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     section = completed
     for name in sections:
       section = section.setdefault(name, {})
+      errors.require(isinstance(section, dict), f"config.{name}", section, "a section with keys")
     section.setdefault(key, value)
   return completed
 

@@ -32,22 +32,25 @@ EAST_ASIAN_FONTS = (
   *("Droid Sans Fallback", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Arial Unicode MS"),
 )
 
-SaveFunction = Callable[..., None]  # (path of the plot, what to draw)
 
-
-def warn_on_failure(save: SaveFunction) -> SaveFunction:
+def warn_on_failure(save: Callable[..., None]) -> Callable[..., bool]:
   """Makes `save(path, ...)` warn instead of raising, and draw in matplotlib's own style.
+
+  Returns:
+    A function that returns whether the plot is drawn.
 
   A plot is no reason to lose a run, and the user's style or backend must not change it.
   """
 
   @functools.wraps(save)
-  def wrapped(path: pathlib.Path, *args: Any, **kwargs: Any) -> None:
+  def wrapped(path: pathlib.Path, *args: Any, **kwargs: Any) -> bool:
     try:
       with default_style():
         save(path, *args, **kwargs)
     except Exception as error:  # of matplotlib, Pillow or the disk
       errors.warn(f"{str(path)!r} is not drawn ({errors.shorten(error)})")
+      return False
+    return True
 
   return wrapped
 

@@ -178,7 +178,7 @@ def report_result(log: log_lib.RunLog, result: dict[str, Any], workdir: pathlib.
   log.print(f"{get_final_split_name(result)} accuracy {accuracy}, loss {loss}")
   if result["best_validation"]:
     best = result["best_validation"]
-    peeked = " (on the test split)" if result["protocol"] == "published" else ""
+    peeked = tables.PEEKED if result["protocol"] == "published" else ""
     log.print(f"best validation accuracy {best['accuracy']:.2%}{peeked}, epoch {best['epoch']}")
   log.print(f"result    {workdir / 'result.json'}")
   log.print(f"weights   {workdir / 'weights.safetensors'}")

@@ -5,6 +5,8 @@ from typing import Any
 
 from flax_cifar.models import layer_table
 
+PEEKED = " (on the test split)"  # after a validation accuracy of the protocol `published`
+
 
 def format_text(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
   """Aligned lines, a row each.
@@ -58,10 +60,9 @@ def format_percent(sample: Mapping[str, Any] | None) -> str:
 def format_layer_table(rows: Sequence[layer_table.Row]) -> str:
   """The layers of a network as aligned text, with a line of totals."""
   header = ("layer", "operation", "output", "parameters", "multiply-adds", "field", "jump")
-  parameters = f"{sum(row.parameters for row in rows):,}"
-  work = f"{sum(row.multiply_adds for row in rows):,}"
-  size = _format_pair(layer_table.get_receptive_field(rows))
-  total = ("total", "", "", parameters, work, size, "")
+  sums = layer_table.summarize(rows)
+  numbers = f"{sums['parameters']:,}", f"{sums['multiply_adds']:,}"
+  total = ("total", "", "", *numbers, _format_pair(sums["receptive_field"]), "")
   cells = [header, *map(_format_layer, rows), total]
   lines = format_text(cells, [False] * 3 + [True] * 4)
   rule = "-" * max(map(len, lines))

@@ -15,11 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_cifar import errors, metrics, zoo
+from flax_cifar.data import splits
 from flax_cifar.run import weights as weights_lib
 
 KEY = "loss.distillation.teacher"
-DIGEST_DIGITS = 16
-
 
 # (losses (N,), logits (N, classes), images as the student gets them) -> losses (N,)
 Distillation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -40,7 +39,7 @@ def get_fingerprint(config: ConfigDict) -> dict[str, str]:
     raise errors.UserError(
       f"{KEY}={str(path)!r} cannot be read ({error.strerror}); name the weights of a run."
     ) from error
-  return {"teacher_sha256": digest[:DIGEST_DIGITS]}
+  return {"teacher_sha256": digest[: splits.DIGEST_DIGITS]}
 
 
 def find_teacher(name: str) -> pathlib.Path:
@@ -96,6 +95,8 @@ def _check_fits(weights: weights_lib.Weights, num_classes: int, image_size: int)
 
 def _warn_of_leak(teacher: Mapping[str, Any], student: ConfigDict) -> None:
   """Warns if the teacher was trained on images on which its student is validated."""
+  if student.protocol == "published":  # it validates on the test split
+    return
   theirs, own = teacher["data"], student.data
   held_out = 0 if teacher["protocol"] == "published" else theirs["validation_size"]
   if theirs["name"] == own.name and held_out < own.validation_size != 0:

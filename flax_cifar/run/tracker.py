@@ -20,7 +20,7 @@ class Tracker:
   """
 
   def __init__(self, name: str, config: Mapping[str, Any]):
-    self._library: Any = importlib.import_module(name)
+    self._name = name
     self._open = True
     self._call("init", project=PROJECT, name=config["name"], config=dict(config))
 
@@ -37,12 +37,11 @@ class Tracker:
     if not self._open:
       return
     try:
-      getattr(self._library, function)(*args, **kwargs)
-    except Exception as error:  # of the library, the network or the disk
+      getattr(importlib.import_module(self._name), function)(*args, **kwargs)
+    except Exception as error:  # of the library, its import included, the network or the disk
       self._open = False
       errors.warn(
-        f"{self._library.__name__} gets nothing from now on: its {function} failed "
-        f"({errors.shorten(error)})"
+        f"{self._name} gets nothing from now on: its {function} failed ({errors.shorten(error)})"
       )
 
 

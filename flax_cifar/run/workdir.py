@@ -20,7 +20,8 @@ from flax_cifar.run import config as config_lib
 from flax_cifar.run import tables
 
 CONFIG, DATA, LOCK = "config.json", "data.json", "lock"
-FIRST_FILES = (LOCK, "config.part")  # the only files of a run that was killed right after its start
+# The only files of a run that was killed right after its start; version 0.1.0 had config.part.
+FIRST_FILES = (LOCK, f".{CONFIG}.part", "config.part")
 MIN_FREE_BYTES = 100 * 2**20  # over ten times the checkpoints of the largest network
 
 
@@ -47,8 +48,9 @@ def find_workdir(config: Mapping[str, Any]) -> pathlib.Path:
   for path in own.parent.glob(f"*/{CONFIG}"):
     with contextlib.suppress(errors.UserError):  # damaged, but of no concern here
       saved = _read_json(path) or {}
-      epochs = saved.get("total_epochs", 0)
-      if epochs <= config["total_epochs"] and not _compare_configs(saved, config):
+      epochs = saved.get("total_epochs")
+      is_shorter = isinstance(epochs, int) and epochs <= config["total_epochs"]
+      if is_shorter and not _compare_configs(saved, config):
         shorter.append((epochs, path.parent))
   return max(shorter, default=(0, own))[1]
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flax_cifar import configs, errors, signals, zoo
+from flax_cifar import configs, environment, errors, signals, zoo
 
 CONFIGS = pathlib.Path(configs.__file__).parent
 CONFIG_HELP = "A file of configs/; variants and key=value may follow it after a colon."
@@ -88,13 +88,13 @@ def load_config(text: str, flag: str) -> ConfigDict:
   """The config that the user names by `flag`, see `find_config`.
 
   Raises:
-    UserError: there is none, or it has no such variant.
+    UserError: there is none, its file fails, or it has no such variant.
   """
   path, _, variant = find_config(text, flag).partition(":")
   try:
     return runpy.run_path(path)["get_config"](variant)
-  except (KeyError, ValueError) as error:
-    raise errors.UserError(f"{flag}={text!r}: {errors.shorten(error)}") from error
+  except Exception as error:  # a config file may raise anything
+    raise errors.UserError(f"{flag}={text!r}: {explain(error)}") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,9 +105,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def create_parser(program: str, description: str | None) -> Parser:
-  """A parser of the tool `program`; its help has the lines of `description` as they are."""
+  """A parser of the tool `program`, or of the program itself.
+
+  Its help has the lines of `description` as they are.
+  """
   return Parser(
-    program,
+    program if program == environment.PACKAGE else f"{environment.PACKAGE} {program}",
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,

@@ -15,7 +15,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,15 +23,13 @@ import numpy as np
 from flax_cifar import errors, metrics
 from flax_cifar.configs import variants
 from flax_cifar.run import config as config_lib
-from flax_cifar.run import plots, tables
-from flax_cifar.run import workdir as workdir_lib
+from flax_cifar.run import finished, plots, tables
 from flax_cifar.tools import command_line
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-Record = Mapping[str, Any]
 Summary = dict[str, Any]  # a row of the table
 
 SEED = "seed"
@@ -42,15 +40,6 @@ SCORES = {  # name in table.json -> header in table.md
   "test_accuracy": "test",
   "train_accuracy": "train",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A finished run: what result.json and metrics.jsonl hold."""
-
-  settings: variants.Settings
-  result: Record
-  records: list[Record]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,18 +139,18 @@ def compare(a: pathlib.Path, b: pathlib.Path, score: str) -> Difference:
   )
 
 
-def _has_peeked(runs: Sequence[Run]) -> bool:
+def _has_peeked(runs: Sequence[finished.Run]) -> bool:
   return any(run.result["config"]["protocol"] == "published" for run in runs)
 
 
-def find_runs(folder: pathlib.Path) -> list[Run]:
+def find_runs(folder: pathlib.Path) -> list[finished.Run]:
   """The finished runs of one recipe in `folder`, which is that of a run or holds some.
 
   Raises:
     UserError: there is none, or they differ in more than their seeds.
   """
   folders = [folder] if (folder / "result.json").exists() else sorted(folder.glob("*/"))
-  runs = [read_run(path, {}) for path in folders if (path / "result.json").exists()]
+  runs = [finished.read_run(path) for path in folders if (path / "result.json").exists()]
   if not runs:
     raise errors.UserError(f"{str(folder)!r} holds no finished run; one has result.json.")
   for run in runs[1:]:
@@ -174,14 +163,14 @@ def find_runs(folder: pathlib.Path) -> list[Run]:
   return runs
 
 
-def get_recipe(result: Record) -> dict[str, Any]:
+def get_recipe(result: finished.Record) -> dict[str, Any]:
   """The flat config of a run without what repetitions may differ in."""
   return config_lib.without(
     config_lib.flatten(config_lib.complete(result["config"])), REPETITION_KEYS
   )
 
 
-def collect_scores(runs: Sequence[Run], score: str) -> dict[int, float]:
+def collect_scores(runs: Sequence[finished.Run], score: str) -> dict[int, float]:
   """{seed: accuracy}; a UserError where a run has no such accuracy, or two have the same seed."""
   found: dict[int, float] = {}
   for run in runs:
@@ -199,7 +188,7 @@ def collect_scores(runs: Sequence[Run], score: str) -> dict[int, float]:
 def format_difference(difference: Difference) -> str:
   """Lines for the screen."""
   sample, lines = difference.sample, []
-  peeked = " (on the test split)" if difference.peeked else ""
+  peeked = tables.PEEKED if difference.peeked else ""
   for name, values in (("A", difference.a), ("B", difference.b)):
     text = tables.format_percent(metrics.describe_sample(values))
     lines.append(f"{name}         {difference.score} accuracy {text}{peeked}")
@@ -213,56 +202,23 @@ def format_difference(difference: Difference) -> str:
   return "\n".join([*lines, *(f"differs   {change}" for change in difference.changes)])
 
 
-# ---- Reading
-
-
-def read_run(workdir: pathlib.Path, settings: variants.Settings) -> Run:
-  """Reads the files of a finished run.
-
-  Args:
-    workdir: of the run.
-    settings: the swept keys and their values in it.
-
-  Raises:
-    UserError: its folder holds no result or no records.
-  """
-  result = workdir_lib.read_result(workdir)
-  if result is None:
-    raise errors.UserError(
-      f"{str(workdir)!r} holds no result.json, which a run writes at its end; name the folder of a "
-      "finished run, or finish this one by the command that began it."
-    )
-  return Run(settings, result, read_records(workdir))
-
-
-def read_records(workdir: pathlib.Path) -> list[Record]:
-  """The epochs of a finished run.
-
-  Raises:
-    UserError: metrics.jsonl is missing or damaged.
-  """
-  path = workdir / "metrics.jsonl"
-  try:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-  except (OSError, ValueError) as error:
-    raise errors.UserError(
-      f"{str(path)!r} cannot be read ({errors.shorten(error)}); delete result.json beside it, "
-      "and the same command writes both again from the last checkpoint."
-    ) from error
-
-
 # ---- The table of a sweep
 
 
-def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def group_runs(
+  runs: Iterable[tuple[variants.Settings, finished.Run]],
+) -> dict[str, list[finished.Run]]:
   """The runs that differ in their seed alone, under the settings they share.
+
+  Args:
+    runs: each after the keys that are swept and their values in it.
 
   Raises:
     UserError: runs of a group have trained for different numbers of epochs.
   """
-  groups: dict[str, list[Run]] = {}
-  for one in runs:
-    shared = {key: value for key, value in one.settings.items() if key != SEED}
+  groups: dict[str, list[finished.Run]] = {}
+  for settings, one in runs:
+    shared = {key: value for key, value in settings.items() if key != SEED}
     groups.setdefault(variants.format_settings(shared) or "all seeds", []).append(one)
   for name, group in groups.items():
     epochs = sorted({len(one.records) for one in group})
@@ -273,7 +229,9 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
   return groups
 
 
-def get_scores(result: Record, records: Sequence[Record]) -> dict[str, list[float]]:
+def get_scores(
+  result: finished.Record, records: Sequence[finished.Record]
+) -> dict[str, list[float]]:
   """Accuracies in [0, 1] of a finished run, a list over its seeds for each name of SCORES.
 
   Those of validation are missing where the run had no validation images, that of test in a trial.
@@ -289,7 +247,7 @@ def get_scores(result: Record, records: Sequence[Record]) -> dict[str, list[floa
   return scores
 
 
-def summarize(name: str, runs: Sequence[Run]) -> Summary:
+def summarize(name: str, runs: Sequence[finished.Run]) -> Summary:
   """The row of a combination: accuracies as `metrics.describe_sample` gives them, mean seconds."""
   scores = [get_scores(one.result, one.records) for one in runs]
   return {
@@ -323,12 +281,12 @@ def format_table(rows: Sequence[Summary]) -> str:
 
 
 @plots.warn_on_failure
-def save_curves(path: pathlib.Path, groups: Mapping[str, Sequence[Run]]) -> None:
+def save_curves(path: pathlib.Path, groups: Mapping[str, Sequence[finished.Run]]) -> None:
   """Writes loss and accuracy by epoch."""
   plots.save_figure(draw_curves(groups), path)
 
 
-def draw_curves(groups: Mapping[str, Sequence[Run]]) -> "Figure":
+def draw_curves(groups: Mapping[str, Sequence[finished.Run]]) -> "Figure":
   """Draws loss and accuracy by epoch: a color per combination, a band of ± sd over its seeds."""
   figure = plots.create_figure(11, 4.5)
   loss, accuracy = figure.subplots(1, 2)
@@ -353,7 +311,7 @@ def _get_colors(count: int) -> list[Any]:
 
 
 def _draw_metric(
-  axis: "Axes", runs: Sequence[Run], name: str, scale: float, *, color: Any, linestyle: str
+  axis: "Axes", runs: Sequence[finished.Run], name: str, scale: float, *, color: Any, linestyle: str
 ) -> None:
   """Draws the mean over the seeds of `runs`, times `scale`; nothing where it was not measured."""
   records = [record for record in runs[0].records if name in record]
@@ -363,7 +321,7 @@ def _draw_metric(
   curves = np.concatenate(
     [np.transpose([metrics.get_per_seed(r, name) for r in o.records]) for o in runs]
   )
-  mean = scale * curves.mean(0)  # curves: (seeds, epochs)
+  mean = scale * curves.mean(0)  # curves: (seeds, epochs), NaN for a loss that was not finite
   axis.plot(epochs, mean, color=color, linestyle=linestyle)
   if len(curves) > 1:
     sd = scale * curves.std(0, ddof=1)

@@ -26,7 +26,7 @@ FOLDERS = ("a", "b", "run", "folders", "workdir", "data_dir")
 def main() -> None:
   with command_line.one_line_errors():
     options = create_parser().parse_args(sys.argv[1:])
-    print(write(options.shell))
+    print(create_script(options.shell))
 
 
 def create_parser() -> command_line.Parser:
@@ -36,7 +36,7 @@ def create_parser() -> command_line.Parser:
   return parser
 
 
-def write(shell: str) -> str:
+def create_script(shell: str) -> str:
   """The script for `shell`.
 
   Raises:

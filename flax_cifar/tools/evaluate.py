@@ -127,7 +127,7 @@ def format_score(score: Score) -> str:
   """Lines for the screen."""
   from flax_cifar.run import tables
 
-  peeked = " (on the test split)" if score.peeked else ""
+  peeked = tables.PEEKED if score.peeked else ""
   lines = [
     f"data      {score.data}: {score.count:,} {score.split} images",
     f"{score.split} accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}, "
@@ -156,8 +156,10 @@ def evaluate_weights(options: Options) -> Score:
   from flax_cifar.run import weights as weights_lib
 
   weights = weights_lib.load_weights(options.weights)
-  load = _load_other_split if options.data else load_own_split
-  name, split = load(weights, options)
+  if options.data:
+    name, split = _load_other_split(weights, options)
+  else:
+    name, split = load_own_split(weights, split=options.split, data_dir=options.data_dir)
   dtype = options.dtype or weights.config["compute_dtype"]
   classifier = classifier_lib.create_classifier(weights, dtype=dtype)
   logits, scores = classifier.score(split)
@@ -197,19 +199,28 @@ def _score_corruptions(
 
 
 def load_own_split(
-  weights: "weights_lib.Weights", options: Options
+  weights: "weights_lib.Weights", *, split: str | None, data_dir: str | None
 ) -> tuple[str, dataset_lib.Split]:
-  """The split of the run's data that is asked for, and its name."""
+  """A split of the data of the weights' run, and its name.
+
+  Args:
+    weights: of the run.
+    split: its name; None is validation where the run held images out, and test otherwise.
+    data_dir: where CIFAR-10 is; None is where the run found it.
+
+  Raises:
+    UserError: it is empty, the data are missing or damaged, or they are not those of the run.
+  """
   from flax_cifar.data import splits as splits_lib
 
   data = dict(weights.config["data"])
-  data["dir"] = options.data_dir or data["dir"]
+  data["dir"] = data_dir or data["dir"]
   splits = splits_lib.load_splits(protocol=weights.config["protocol"], **data)
-  name = options.split or ("validation" if len(splits.validation) else "test")
+  name = split or ("validation" if len(splits.validation) else "test")
   if name == "all":
     raise errors.UserError("--split='all' needs --data: the run has trained on images of its own.")
-  split = {"validation": splits.validation, "test": splits.test}[name]
-  if not len(split):
+  found = {"validation": splits.validation, "test": splits.test}[name]
+  if not len(found):
     raise errors.UserError(
       "--split='validation' is empty: the run held no images out; try --split=test."
     )
@@ -224,7 +235,7 @@ def load_own_split(
       f"the {name} images of {data['name']} are not those of the run: {'; '.join(changes)}. "
       f"Restore them, or evaluate other data with --data={data['name']}."
     )
-  return name, split
+  return name, found
 
 
 def _load_other_split(

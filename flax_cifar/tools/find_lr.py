@@ -86,11 +86,18 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 def report(found: RangeTest, config: ConfigDict, options: argparse.Namespace) -> None:
   """Draws and prints the result."""
-  if options.out:
-    from flax_cifar.run import plots
+  drawn = bool(options.out) and draw(found, options.out)
+  if options.json:
+    print(json.dumps(describe(found)))
+  else:
+    print(format_result(found, config, options.out if drawn else None))
 
-    plots.save_range_test(options.out, found.rates, found.losses, found.smoothed, found.halfway)
-  print(json.dumps(describe(found)) if options.json else format_result(found, config, options.out))
+
+def draw(found: RangeTest, out: pathlib.Path) -> bool:
+  """Draws the curve; returns whether that was possible."""
+  from flax_cifar.run import plots
+
+  return plots.save_range_test(out, found.rates, found.losses, found.smoothed, found.halfway)
 
 
 def find(config: ConfigDict, *, low: float, high: float, num_steps: int) -> RangeTest:

@@ -94,19 +94,20 @@ def publish(options: argparse.Namespace) -> str:
 
 def write_files(run: pathlib.Path, folder: pathlib.Path, *, repo: str) -> None:
   """Writes the files of `run` for the repository `repo`, with their card, to the new `folder`."""
+  from flax_cifar.run import finished
   from flax_cifar.run import weights as weights_lib
-  from flax_cifar.run import workdir
 
-  result = workdir.read_result(run)
-  if result is None:
-    raise errors.UserError(f"{str(run)!r} holds no finished run; train it to its end.")
+  found = finished.read_run(run)
   weights_lib.load_weights(run / hub.WEIGHTS)  # whole and of this program
+  if missing := [name for name in FILES if not (run / name).is_file()]:
+    raise errors.UserError(f"{str(run)!r} lacks {', '.join(missing)}; restore them first.")
   try:
     folder.mkdir(parents=True)
     for name in FILES:
       shutil.copyfile(run / name, folder / name)
-    files.write_text(folder / "README.md", format_card(result, repo))
+    files.write_text(folder / "README.md", format_card(found.result, repo))
   except OSError as error:
+    shutil.rmtree(folder, ignore_errors=True)  # half of it is of no use
     raise errors.UserError(
       f"{str(folder)!r} cannot be written: {error}; choose another."
     ) from error

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
   from flax_cifar.data import dataset as dataset_lib
   from flax_cifar.run import classifier as classifier_lib
-  from flax_cifar.tools import compare
+  from flax_cifar.run import finished
 
 TEMPLATE = "report.html"
 MISTAKES = 20  # shown, the most confident first
@@ -111,18 +111,16 @@ def report_run(options: argparse.Namespace) -> str:
   """
   from flax_cifar import metrics
   from flax_cifar.run import classifier as classifier_lib
-  from flax_cifar.run import plots, result
+  from flax_cifar.run import finished, plots, result
   from flax_cifar.run import weights as weights_lib
-  from flax_cifar.tools import compare, evaluate
+  from flax_cifar.tools import evaluate
 
   (folder,) = options.folders
-  run = compare.read_run(folder, {})
-  path = folder / "weights.safetensors"
-  weights = weights_lib.load_weights(path)
+  run = finished.read_run(folder)
+  weights = weights_lib.load_weights(folder / "weights.safetensors")
   network = classifier_lib.create_classifier(weights, dtype=weights.config["compute_dtype"])
   scored = result.get_final_split_name(run.result)
-  choice = evaluate.Options(weights=path, split=scored, data_dir=options.data_dir)
-  _, split = evaluate.load_own_split(weights, choice)
+  _, split = evaluate.load_own_split(weights, split=scored, data_dir=options.data_dir)
   logits, _ = network.score(split)
   bins = metrics.compute_calibration(logits, split.labels)
   return render(
@@ -161,12 +159,7 @@ def describe_network(network: "classifier_lib.Classifier") -> dict[str, Any]:
   from flax_cifar.models import layer_table
 
   rows = layer_table.get_layer_table(network.model, network.weights.image_shape)
-  return {
-    "layers": rows,
-    "parameters": sum(row.parameters for row in rows),
-    "multiply_adds": sum(row.multiply_adds for row in rows),
-    "receptive_field": layer_table.get_receptive_field(rows),
-  }
+  return {"layers": rows, **layer_table.summarize(rows)}
 
 
 def describe_errors(
@@ -266,9 +259,10 @@ def compare_runs(options: argparse.Namespace) -> str:
   Raises:
     UserError: a folder has no finished run, or runs of several recipes.
   """
+  from flax_cifar.run import finished
   from flax_cifar.tools import compare
 
-  groups: dict[str, list[compare.Run]] = {}
+  groups: dict[str, list[finished.Run]] = {}
   for folder in options.folders:
     name = folder.resolve().name
     groups[name if name not in groups else str(folder)] = compare.find_runs(folder)
@@ -289,7 +283,7 @@ def compare_runs(options: argparse.Namespace) -> str:
   )
 
 
-def describe_group(name: str, runs: "Sequence[compare.Run]") -> dict[str, Any]:
+def describe_group(name: str, runs: "Sequence[finished.Run]") -> dict[str, Any]:
   """A row of the comparison."""
   from flax_cifar.run import tables
   from flax_cifar.tools import compare

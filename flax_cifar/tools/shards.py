@@ -4,7 +4,9 @@ Submission is by submitit, which is optional: pip install 'flax_cifar[slurm]'.
 """
 
 import ast
+import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 import subprocess
@@ -49,9 +51,7 @@ def find_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
     return shard
   number = {name: _to_int(value) for name, value in environment.items() if name.isupper()}
   if "SLURM_ARRAY_TASK_ID" in environment:
-    first, step = number["SLURM_ARRAY_TASK_MIN"], number.get("SLURM_ARRAY_TASK_STEP", 1)
-    index = (number["SLURM_ARRAY_TASK_ID"] - first) // step
-    return Shard(index, number["SLURM_ARRAY_TASK_COUNT"])
+    return _find_in_array(number)
   if number.get("SLURM_NTASKS", 1) > 1 and "SLURM_STEP_ID" in environment:
     return Shard(number["SLURM_PROCID"], number["SLURM_NTASKS"])
   if "JOB_COMPLETION_INDEX" in environment:
@@ -62,6 +62,22 @@ def find_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
       )
     return Shard(number["JOB_COMPLETION_INDEX"], number["JOB_COMPLETIONS"])
   return WHOLE
+
+
+def _find_in_array(number: Mapping[str, int]) -> Shard:
+  """The shard of a task of a SLURM array; the array has to be whole, 0, 1, 2 and so on.
+
+  Of a part of one, such as --array=3 to repeat a task, SLURM does not tell the size of the whole.
+  """
+  index, last, count = (
+    number.get(f"SLURM_ARRAY_TASK_{name}", -1) for name in ("ID", "MAX", "COUNT")
+  )
+  if not 0 <= index <= last == count - 1:
+    raise errors.UserError(
+      f"this is task {index} of a SLURM array of {count} tasks up to {last}, which is not "
+      "--array=0-N; pass --shard=I/N of the whole sweep."
+    )
+  return Shard(index, count)
 
 
 def _to_int(text: str) -> int:
@@ -86,6 +102,7 @@ class Task:
       JobFailed: its status is not 0.
     """
     self._process = subprocess.Popen(self._job.command, process_group=0)
+    _wait_for_end(self._process)
     status = self._process.wait()
     if status:
       raise jobs_lib.JobFailed(self._job, status if status > 0 else 128 - status)
@@ -97,8 +114,14 @@ class Task:
 
     if self._process:
       self._process.send_signal(signal.SIGTERM)
-      self._process.wait()
+      _wait_for_end(self._process)
     return submitit.helpers.DelayedSubmission(Task(self._job))
+
+
+def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
+  """Waits without the lock of `process.wait`: a signal's handler may wait too."""
+  with contextlib.suppress(ChildProcessError):  # its status has been collected
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:

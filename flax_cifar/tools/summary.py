@@ -61,13 +61,13 @@ def get_rows(config: ConfigDict, num_classes: int) -> list[layer_table.Row]:
 
 def describe(name: str, rows: Sequence[layer_table.Row]) -> dict[str, Any]:
   """The sums of a layer table."""
-  height, width = layer_table.get_receptive_field(rows)
+  sums = layer_table.summarize(rows)
   return {
     "config": name,
     "layers": len(rows),
-    "parameters": sum(row.parameters for row in rows),
-    "multiply-adds": sum(row.multiply_adds for row in rows),
-    "receptive field": f"{height}x{width}",
+    "parameters": sums["parameters"],
+    "multiply-adds": sums["multiply_adds"],
+    "receptive field": "{}x{}".format(*sums["receptive_field"]),
   }
 
 

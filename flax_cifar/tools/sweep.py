@@ -74,21 +74,25 @@ def run_sweep(sweep: Sweep) -> None:
   from flax_cifar.run import workdir as workdir_lib
 
   combinations = get_combinations(sweep.over)
-  jobs = [create_job(sweep, settings) for settings in sweep.shard.select(combinations)]
-  if sweep.collects:
-    compare_finished(sweep, combinations)
-    return
+  with workdir_lib.explain_failed_writes(sweep.workdir):
+    if not sweep.collects:
+      make_runs(sweep, sweep.shard.select(combinations))
+    is_whole = sweep.engine != "slurm" and sweep.shard == shards_lib.WHOLE
+    if sweep.collects or is_whole:
+      compare_finished(sweep, combinations)
+    else:
+      print(f"once they are done: {get_command_line(sweep)} --workdir={sweep.workdir} --collect")
+
+
+def make_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
+  """Makes the runs of `combinations` here, or submits them."""
+  jobs = [create_job(sweep, settings) for settings in combinations]
   if sweep.num_jobs > 1 or sweep.engine != "here":  # for the logs
-    with workdir_lib.explain_failed_writes(sweep.workdir):
-      sweep.workdir.mkdir(parents=True, exist_ok=True)
+    sweep.workdir.mkdir(parents=True, exist_ok=True)
   if sweep.engine == "here":
     jobs_lib.run_jobs(jobs, jobs_lib.split_cores(sweep.num_jobs))
   else:
     shards_lib.submit(jobs, sweep.workdir / "jobs", sweep.engine, sweep.parameters)
-  if sweep.engine == "slurm" or sweep.shard != shards_lib.WHOLE:
-    print(f"once they are done: {get_command_line(sweep)} --workdir={sweep.workdir} --collect")
-    return
-  compare_finished(sweep, combinations)
 
 
 def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
@@ -97,6 +101,7 @@ def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) ->
   Raises:
     UserError: none has.
   """
+  from flax_cifar.run import finished as finished_lib
   from flax_cifar.tools import compare
 
   finished = [s for s in combinations if (get_workdir(sweep, s) / "result.json").exists()]
@@ -105,13 +110,12 @@ def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) ->
     raise errors.UserError(f"no run of {str(sweep.workdir)!r} has finished; start them first.")
   if missing:
     errors.warn(f"not finished and left out: {errors.list_some(missing)}")
-  runs = [compare.read_run(get_workdir(sweep, settings), settings) for settings in finished]
-  groups = compare.group_runs(runs)
+  groups = compare.group_runs((s, finished_lib.read_run(get_workdir(sweep, s))) for s in finished)
   rows = [compare.summarize(name, group) for name, group in groups.items()]
   text = write_table(sweep, rows, compare.format_table(rows))
-  compare.save_curves(sweep.workdir / "curves.png", groups)
+  drawn = compare.save_curves(sweep.workdir / "curves.png", groups)
   print(text)
-  for name in ("table.md", "table.json", "curves.png"):
+  for name in ("table.md", "table.json", *(["curves.png"] if drawn else [])):
     print(f"written   {sweep.workdir / name}")
 
 
@@ -160,6 +164,10 @@ def parse(arguments: Sequence[str]) -> Sweep:
   cores = environment.count_cores()
   expected = f"from 1 to {cores}, the cores that this process may use"
   errors.require(1 <= options.jobs <= cores, "--jobs", options.jobs, expected)
+  if options.engine == "here":
+    errors.require(not options.slurm, "--slurm", options.slurm, "given with --engine=slurm")
+  else:
+    errors.require(options.jobs == 1, "--jobs", options.jobs, "1, which is for --engine=here alone")
   workdir = (
     errors.get_path("--workdir", options.workdir)
     if options.workdir

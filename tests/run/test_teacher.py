@@ -77,12 +77,20 @@ def test_a_teacher_is_no_array_that_a_device_would_send_back(tiny_model, folder)
   assert not [value for value in jaxpr.consts if isinstance(value, jax.Array)]
 
 
-@pytest.mark.parametrize(("size", "warns"), [(16, False), (20, True), (0, False)])
+@pytest.mark.parametrize(
+  ("size", "protocol", "warns"),
+  [
+    (16, "honest", False),
+    (20, "honest", True),
+    (0, "honest", False),
+    (20, "published", False),  # it validates on the test split
+  ],
+)
 def test_a_teacher_that_knows_the_validation_images_is_a_warning(
-  tiny_model, folder, capsys, size, warns
+  tiny_model, folder, capsys, size, protocol, warns
 ):
   """The teacher held 16 images out."""
-  config = get_config(folder, **{"data.validation_size": size})
+  config = get_config(folder, **{"data.validation_size": size, "protocol": protocol})
   teacher.create_distillation(config, num_classes=3, mean=(0,) * 3, std=(1,) * 3)
   assert ("was trained on images of this run's validation" in capsys.readouterr().err) is warns
 

@@ -51,6 +51,15 @@ def test_a_run_sends_its_config_and_every_epoch(library, tmp_path, data):
   assert last == ("finish", (), {})
 
 
+def test_a_library_whose_import_fails_is_one_warning(monkeypatch, tmp_path, capsys):
+  (tmp_path / "trackio.py").write_text("raise TypeError('descriptors')")
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "trackio", raising=False)
+  tracker.check_tracker("trackio")
+  tracker.Tracker("trackio", {"name": "a"}).log({"loss": 1.0}, step=1)
+  assert capsys.readouterr().err.count("trackio gets nothing from now on: its init failed") == 1
+
+
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
 def test_a_failure_is_one_warning(broken, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "trackio", library := Library(broken))

@@ -105,6 +105,16 @@ def test_a_damaged_config_is_named(tmp_path):
     check(tmp_path, config())
 
 
+@pytest.mark.parametrize("content", [{"model": "gpt2"}, {"total_epochs": "5", "model": {}}])
+def test_a_config_of_another_program_is_no_concern_of_a_new_run(tmp_path, monkeypatch, content):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs" / "other").mkdir(parents=True)
+  (tmp_path / "runs" / "other" / workdir_lib.CONFIG).write_text(json.dumps(content))
+  assert workdir_lib.find_workdir(config()) == workdir_lib.default_workdir(config())
+  with pytest.raises(errors.UserError):
+    workdir_lib.check_config(tmp_path / "runs" / "other", config())
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -248,7 +258,9 @@ def test_a_config_written_meanwhile_is_noticed(tmp_path):
   assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
 
 
-@pytest.mark.parametrize("left", [["lock"], ["lock", "config.part"], []])
+@pytest.mark.parametrize(
+  "left", [["lock"], ["lock", ".config.json.part"], ["lock", "config.part"], []]
+)
 def test_a_run_killed_at_its_start_may_start_again(tmp_path, left):
   for name in left:
     (tmp_path / name).write_text("{")

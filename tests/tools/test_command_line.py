@@ -41,6 +41,7 @@ def call(*arguments, cwd=ROOT, **environment):
     ((QUICK, "--config.batch_size=many"), "--config.batch_size=many"),
     ((QUICK, "--cofnig=3"), "'cofnig'"),
     ((QUICK, "extra"), "'extra' is not a flag"),
+    (("sumary",), "tool='sumary' is unknown; choose one of compare, completion,"),
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message):

@@ -24,7 +24,7 @@ echo "${COMPREPLY[@]}"
 @pytest.fixture(scope="module")
 def script():
   pytest.importorskip("shtab")
-  return completion.write("bash")
+  return completion.create_script("bash")
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
@@ -52,7 +52,7 @@ def test_bash_completes(script, words, expected):
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_every_shell_has_a_script_with_every_tool(shell):
   pytest.importorskip("shtab")
-  script = completion.write(shell)
+  script = completion.create_script(shell)
   assert all(tool in script for tool in command_line.TOOLS)
 
 
@@ -67,4 +67,4 @@ def test_each_tool_that_takes_a_config_is_known():
 def test_without_shtab_it_is_one_line(monkeypatch):
   monkeypatch.setitem(sys.modules, "shtab", None)
   with pytest.raises(errors.UserError, match=r"pip install 'flax_cifar\[completion\]'"):
-    completion.write("bash")
+    completion.create_script("bash")

@@ -84,6 +84,16 @@ def test_the_command_draws_and_prints(command, tmp_path, capsys):
 
 
 @by_flags
+def test_a_picture_that_cannot_be_drawn_is_a_warning(command, tmp_path, capsys):
+  out = tmp_path / "nowhere" / "lr.png"
+  command("--high=100", "--steps=40", f"--out={out}")
+  output, errors_seen = capsys.readouterr()
+  assert "suggestion" in output
+  assert "picture" not in output
+  assert "is not drawn" in errors_seen
+
+
+@by_flags
 def test_a_wrong_flag_is_one_line(command, capsys):
   with pytest.raises(SystemExit) as end:
     command("--stepz=20")

@@ -82,6 +82,13 @@ def test_a_run_that_is_not_finished_is_named(tmp_path):
     publish.publish(publish.parse([str(tmp_path), f"--to={USER}"]))
 
 
+def test_a_run_that_lacks_a_file_leaves_nothing(run, tmp_path):
+  (run / "summary.txt").unlink()
+  with pytest.raises(errors.UserError, match=r"lacks summary\.txt"):
+    publish.publish(publish.parse([str(run), f"--out={tmp_path / 'out'}"]))
+  assert not (tmp_path / "out").exists()
+
+
 def test_a_name_that_the_hub_does_not_know_is_one_line(server):
   with pytest.raises(errors.UserError, match=r"'hf:no/one' cannot be downloaded .*404"):
     hub.download("hf:no/one")

@@ -135,7 +135,7 @@ def test_the_program_writes_the_page_or_one_line(finished, monkeypatch, capsys, 
   out.parent.mkdir()
   report.main()
   assert capsys.readouterr().out == f"report    {out}\n"
-  with pytest.raises(errors.UserError, match="holds no result"):
+  with pytest.raises(errors.UserError, match="holds no finished run"):
     report.create_page(report.parse([str(tmp_path)]))
 
 

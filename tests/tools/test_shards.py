@@ -1,13 +1,12 @@
 """Sweeps over many machines: shards from flags and schedulers, and submission by submitit."""
 
-import contextlib
 import itertools
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -17,9 +16,10 @@ from flax_cifar.tools import jobs as jobs_lib
 from flax_cifar.tools import shards
 
 ARRAY = {
-  "SLURM_ARRAY_TASK_ID": "14",
-  "SLURM_ARRAY_TASK_MIN": "10",
-  "SLURM_ARRAY_TASK_STEP": "2",
+  "SLURM_ARRAY_TASK_ID": "2",
+  "SLURM_ARRAY_TASK_MIN": "0",
+  "SLURM_ARRAY_TASK_MAX": "4",
+  "SLURM_ARRAY_TASK_STEP": "1",
   "SLURM_ARRAY_TASK_COUNT": "5",
 }
 TASKS = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_ID": "0"}
@@ -46,6 +46,21 @@ def test_the_shard_is_that_of_the_flag_or_of_the_scheduler(text, environment, sh
 def test_a_wrong_shard_is_named(text):
   with pytest.raises(errors.UserError, match=f"--shard={text!r} .* I/N"):
     shards.find_shard(text, {})
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"ID": "3", "MIN": "3", "MAX": "3", "COUNT": "1"},  # --array=3
+    {"ID": "4", "COUNT": "3"},  # --array=0,1,4
+    {"ID": "2", "STEP": "2", "COUNT": "3"},  # --array=0-4:2
+    {"MAX": ""},
+  ],
+)
+def test_a_part_of_an_array_is_refused(changes):
+  array = ARRAY | {f"SLURM_ARRAY_TASK_{key}": value for key, value in changes.items()}
+  with pytest.raises(errors.UserError, match="which is not --array=0-N; pass --shard=I/N"):
+    shards.find_shard(None, array)
 
 
 def test_an_indexed_job_must_tell_its_size():
@@ -103,26 +118,33 @@ def test_what_cannot_be_submitted_is_one_line(tmp_path, engine, parameters):
     shards.submit([create_job("a", "")], tmp_path / "jobs", engine, parameters)
 
 
+RUN = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("saved").touch() or exit(143))
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+PREEMPT = f"""
+import signal, sys
+from flax_cifar.tools import jobs, shards
+task = shards.Task(jobs.Job("a", [sys.executable, "-c", {RUN!r}]))
+signal.signal(signal.SIGUSR1, lambda *_: print(type(task.checkpoint()).__name__, flush=True))
+try:
+  task()
+except jobs.JobFailed as failure:
+  print(failure.status)
+"""
+
+
 def test_a_task_that_is_preempted_saves_and_asks_for_another_machine(tmp_path):
-  submitit = pytest.importorskip("submitit")
-  saved = tmp_path / "saved"
-  code = (
-    "import signal, time, pathlib\n"
-    f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(saved)!r}).touch() or exit(143))\n"
-    f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
-    "time.sleep(60)\n"
-  )
-  task = shards.Task(create_job("a", code))
-  thread = threading.Thread(target=run_quietly, args=[task])
-  thread.start()
+  """The signal reaches the thread that waits for the run, as submitit's does."""
+  pytest.importorskip("submitit")
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  command = [sys.executable, "-c", PREEMPT]
+  process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
   while not (tmp_path / "ready").exists():
     time.sleep(0.02)
-  again = task.checkpoint()
-  thread.join()
-  assert saved.exists()
-  assert isinstance(again, submitit.helpers.DelayedSubmission)
-
-
-def run_quietly(task):
-  with contextlib.suppress(jobs_lib.JobFailed):
-    task()
+  process.send_signal(signal.SIGUSR1)
+  output, _ = process.communicate(timeout=30)
+  assert output.split() == [b"DelayedSubmission", b"143"]
+  assert (tmp_path / "saved").exists()

@@ -17,6 +17,7 @@ from flax_cifar.configs import common, variants
 from flax_cifar.data import dataset, feeds
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import config as config_lib
+from flax_cifar.run import finished
 from flax_cifar.tools import compare as compare_lib
 from flax_cifar.tools import sweep
 from tests import tiny as tiny_lib
@@ -53,15 +54,15 @@ def create_run(name, train, validation, test, **changes):
   epochs = range(1, len(train) + 1)
   records = [create_record(*values) for values in zip(epochs, train, validation, strict=True)]
   result = {"test_accuracy": test, "parameters": 1234, "protocol": "honest", "train_seconds": 60.0}
-  return compare_lib.Run(settings, result | changes, records)
+  return settings, finished.Run({**result, "epochs": len(records), **changes}, records)
 
 
 def create_runs():
   return [create_run(name, *values) for name, values in ACCURACIES.items()]
 
 
-def write_run(workdir, run):
-  folder = workdir / variants.format_settings(run.settings)
+def write_run(workdir, settings, run):
+  folder = workdir / variants.format_settings(settings)
   folder.mkdir(parents=True)
   (folder / "result.json").write_text(json.dumps(run.result))
   lines = "".join(json.dumps(record) + "\n" for record in run.records)
@@ -158,18 +159,49 @@ def test_the_ranges_are_those_of_the_runs(key):
       start_run(**{key: outside})
 
 
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--slurm=timeout_min=60"], "--slurm=.*given with --engine=slurm"),
+    (["--engine=slurm", "--jobs=2"], "--jobs=2 .*for --engine=here alone"),
+  ],
+)
+def test_flags_that_would_have_no_effect_are_refused(flags, message):
+  with pytest.raises(errors.UserError, match=message):
+    sweep.parse([CONFIG, "--over=norm=batch", *flags])
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch, capsys):
+  for settings, run in create_runs():
+    write_run(tmp_path, settings, run)
+  (tmp_path / "table.json").mkdir()
+  over = ["--over=norm=batch,layer", "--over=seed=0,1,2"]
+  monkeypatch.setattr(sys, "argv", ["sweep", CONFIG, *over, f"--workdir={tmp_path}", "--collect"])
+  with pytest.raises(SystemExit) as end:
+    sweep.main()
+  assert end.value.code == 2
+  assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_a_loss_that_was_not_finite_is_a_gap(tmp_path):
+  runs = create_runs()
+  for record in runs[0][1].records:
+    record["train_loss"] = None
+  assert compare_lib.save_curves(tmp_path / "curves.png", compare_lib.group_runs(runs))
+
+
 def test_keys_that_are_not_swept_can_be_overridden():
   parsed = sweep.parse([CONFIG, "--over=norm=batch", "--config.seed=3", "--config.num_seeds=2"])
   assert parsed.overrides == ["--config.seed=3", "--config.num_seeds=2"]
 
 
 def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
-  for run in create_runs():
-    write_run(tmp_path, run)
+  for settings, run in create_runs():
+    write_run(tmp_path, settings, run)
   over = {"norm": ["batch", "layer"], "seed": ["0", "1", "2"]}
   spec = sweep.Sweep("configs/quickstart.py", over, ["--config.total_epochs=2"], tmp_path)
   runs = [
-    compare_lib.read_run(sweep.get_workdir(spec, settings), settings)
+    (settings, finished.read_run(sweep.get_workdir(spec, settings)))
     for settings in sweep.get_combinations(over)
   ]
   assert runs == create_runs()
@@ -205,20 +237,20 @@ def test_the_table_has_means_and_sample_deviations_over_the_seeds(tmp_path):
 
 @pytest.mark.parametrize("content", [None, b'{"epoch": 1', b"\xff\xfe"])
 def test_missing_or_damaged_records_are_named_with_a_remedy(tmp_path, content):
-  run = create_runs()[0]
-  write_run(tmp_path, run)
-  path = tmp_path / variants.format_settings(run.settings) / "metrics.jsonl"
+  settings, run = create_runs()[0]
+  write_run(tmp_path, settings, run)
+  folder = tmp_path / variants.format_settings(settings)
+  path = folder / "metrics.jsonl"
   path.unlink() if content is None else path.write_bytes(content)
-  spec = sweep.Sweep("configs/quickstart.py", {}, [], tmp_path)
   with pytest.raises(errors.UserError, match=r"metrics.jsonl' cannot be read .*delete result.json"):
-    compare_lib.read_run(sweep.get_workdir(spec, run.settings), run.settings)
+    finished.read_run(folder)
 
 
 def test_one_run_has_no_deviation_and_no_validation_is_a_dash():
-  run = create_run("seed=4", [0.5], [0.6], 0.55, protocol="published")
+  settings, run = create_run("seed=4", [0.5], [0.6], 0.55, protocol="published")
   for name in ("validation_accuracy", "validation_loss"):
     run.records[0].pop(name)
-  ((name, group),) = compare_lib.group_runs([run]).items()
+  ((name, group),) = compare_lib.group_runs([(settings, run)]).items()
   row = compare_lib.summarize(name, group)
   text = compare_lib.format_table([row])
   assert "| all seeds | 1,234 | – | – | 55.00 (n = 1) | 50.00 (n = 1) | 60 |" in text
@@ -226,7 +258,7 @@ def test_one_run_has_no_deviation_and_no_validation_is_a_dash():
 
 
 def test_a_trial_has_no_test_accuracy():
-  run = create_run("lr=0.1", [0.5], [0.6], None, protocol="trial")
+  _, run = create_run("lr=0.1", [0.5], [0.6], None, protocol="trial")
   del run.result["test_accuracy"]
   text = compare_lib.format_table([compare_lib.summarize("lr=0.1", [run])])
   assert "| lr=0.1 | 1,234 | 60.00 (n = 1) | 60.00 (n = 1) | – | 50.00 (n = 1) | 60 |" in text
@@ -234,7 +266,7 @@ def test_a_trial_has_no_test_accuracy():
 
 
 def test_seeds_trained_at_once_count_as_seeds():
-  run = create_run("norm=batch", [0.4, 0.5], [0.5, 0.5], 0.6)
+  _, run = create_run("norm=batch", [0.4, 0.5], [0.5, 0.5], 0.6)
   run.result["test_accuracy_per_seed"] = [0.5, 0.7]
   for record, values in zip(run.records, ([0.3, 0.7], [0.6, 0.4]), strict=True):
     record["validation_accuracy_per_seed"] = values
@@ -342,7 +374,7 @@ def test_shards_make_their_runs_and_collect_compares_what_has_finished(tmp_path,
   def run_jobs(jobs, shares):
     made.extend(job.name for job in jobs)
     for job in jobs:
-      write_run(tmp_path, create_run(job.name, [0.5], [0.5], 0.5, num_seeds=1))
+      write_run(tmp_path, *create_run(job.name, [0.5], [0.5], 0.5, num_seeds=1))
 
   with mock.patch.object(sweep.jobs_lib, "run_jobs", run_jobs):
     with pytest.raises(errors.UserError, match="has finished; start them first"):

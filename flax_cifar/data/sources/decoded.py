@@ -5,7 +5,9 @@ The prepared files are often where a user may not write, so the arrays are not k
 
 import hashlib
 import json
+import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -64,9 +66,10 @@ def _keep(place: pathlib.Path, source: list[Any], splits: Splits) -> Splits:
   arrays = [array for split in splits for array in (split.images, split.labels)]
   try:
     place.mkdir(parents=True, exist_ok=True)
-    for name, array in zip(ARRAYS, arrays, strict=True):
-      with files.replace(place / name) as part, part.open("wb") as file:
-        np.save(file, array)
+    with tempfile.TemporaryDirectory(dir=place) as own:  # another process may keep them too
+      for name, array in zip(ARRAYS, arrays, strict=True):
+        np.save(pathlib.Path(own, name), array)
+        os.replace(pathlib.Path(own, name), place / name)
     content = {"source": source, "sha256": [_digest(array) for array in arrays]}
     files.write_json(place / DESCRIPTION, content)
   except OSError as error:

@@ -29,7 +29,7 @@ from typing import Any
 from flax_cifar import environment
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-DIGESTS = "digests"  # digests.json, and digests.part before it
+DIGESTS = ("digests.json", ".digests.json.part")
 CALLS = (  # the functions that pathlib, shutil and Orbax call
   *((os, name) for name in ("mkdir", "rename", "replace", "unlink", "remove", "fsync")),
   *((shutil, "rmtree"), (pathlib.Path, "write_text")),
@@ -148,7 +148,7 @@ def name_phases(name: str, path: pathlib.PurePath) -> Phases | None:
   top = path.parent.name == "checkpoints"  # the folder of a checkpoint, not one in it
   if name == "mkdir" and top and TEMPORARY in path.name:
     return WRITING, WRITING, None
-  if path.stem == DIGESTS:
+  if path.name in DIGESTS:
     after = BEFORE_RENAME if name in ("rename", "replace") else WRITING_DIGESTS
     return WRITING_DIGESTS, after, None
   if name in ("rename", "replace") and top and TEMPORARY in path.name:
