@@ -11,10 +11,11 @@ import pytest
 
 from flax_cifar import environment
 
-# Four devices on any machine, to test sharding.
-os.environ["XLA_FLAGS"] = (
-  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-)
+# Four devices on any machine, to test sharding; the processes of pytest-xdist inherit them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+  )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # docs/gpu.md has tests for others
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 # NumPy's products spin while they wait for a core that another test uses.
