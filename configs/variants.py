@@ -46,7 +46,7 @@ def apply_arg(config: ConfigDict, arg: str, recipes: Mapping[str, Recipe]) -> Co
   """Applies the variant `arg` of `--config=FILE:arg` to `config`, and returns it.
 
   The norm is set first, because the recipe may depend on it; then the recipe; then the other parts,
-  in order.
+  in order, those with a value after those without.
 
   Args:
     config: names the network; changed in place, and the parts are added to its name.
@@ -66,12 +66,12 @@ def apply_arg(config: ConfigDict, arg: str, recipes: Mapping[str, Recipe]) -> Co
       _set(config, part, recipes)
   recipe = named[0] if named else next(iter(recipes))
   recipes[recipe](config)
-  for part in parts:
+  for part in sorted(parts, key=lambda part: "=" in part):
     if part in CHANGES:
       CHANGES[part](config)
     elif part not in recipes:
       _set(config, part, recipes)
-    config.name += f"-{part.replace('=', '-')}"
+  config.name = "-".join([config.name, *(part.replace("=", "-") for part in parts)])
   return config
 
 

@@ -153,9 +153,9 @@ show(grid, titles * len(originals), columns=6)
 # %% [markdown]
 # ## Batch, layer and group norm
 #
-# Network A takes 16 times as many multiply-adds as `pyramid`, on which session 8 of the same course
-# compared norms. So this comparison takes `pyramid`: three short runs, one seed each, which differ
-# in the norm alone. Each one reads its test images once, at its end.
+# Network A takes 16 times as many multiply-adds as `pyramid`, the network on which another course
+# project compared norms. So this comparison takes `pyramid`: three short runs, one seed each, which
+# differ in the norm alone. Each one reads its test images once, at its end.
 
 # %%
 folder = pathlib.Path(tempfile.mkdtemp())

@@ -11,6 +11,8 @@ from flax_cifar.api import (
 )
 from flax_cifar.zoo import list_models
 
+__version__ = "0.2.0"  # of the package; pyproject.toml reads it here
+
 __all__ = [
   "Run",
   "create_config",

@@ -22,6 +22,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+import flax_cifar
 from flax_cifar import environment, errors
 from flax_cifar.tools import command_line
 
@@ -40,7 +41,11 @@ def main() -> None:
 def find_tool(name: str) -> Callable[[], None]:
   """The program of the tool `name`; leaves with one line where there is none."""
   with command_line.one_line_errors():
-    errors.choose("tool", name, dict.fromkeys(command_line.TOOLS))
+    if name not in command_line.TOOLS:
+      hint = f"; to train, write --config={name}" if command_line.is_config(name) else ""
+      raise errors.UserError(
+        f"{name!r} is no tool; there are {', '.join(command_line.TOOLS)}{hint}."
+      )
   return importlib.import_module(f"flax_cifar.tools.{name}").main
 
 
@@ -69,7 +74,9 @@ def report_unraisable(problem: Any) -> None:
 
 def create_parser() -> command_line.Parser:
   """The flags beside those of the config."""
-  parser = command_line.create_parser("flax_cifar", __doc__)
+  parser = command_line.create_parser(environment.PACKAGE, __doc__)
+  version = f"{environment.PACKAGE} {flax_cifar.__version__}"
+  parser.add_argument("--version", action="version", version=version)
   parser.add_argument(
     "--workdir", help="folder of the run; the same command resumes; default: runs/NAME-HASH"
   )

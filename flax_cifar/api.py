@@ -104,18 +104,22 @@ def create_config(config: str = "quickstart", **changes: Any) -> "ConfigDict":
 
   Args:
     config: NAME or FILE, with variants after a colon, as for --config.
-    **changes: config keys; two underscores stand for a dot: `optimizer__learning_rate=0.1`.
+    **changes: config keys; two underscores stand for a dot: `optimizer__learning_rate=0.1`. Or a
+      short key, as in a variant: `norm`, `seed`, `epochs`, `lr`.
 
   Raises:
     UserError: no such config, variant or key, or a value of another type.
   """
+  from flax_cifar.configs import variants
   from flax_cifar.tools import command_line
 
   found = command_line.load_config(config, "config")
-  keys = {key.replace(SEPARATOR, "."): value for key, value in changes.items()}
-  for key, value in keys.items():
-    expected = f"set by its keys, {key.replace('.', SEPARATOR)}{SEPARATOR}KEY=VALUE"
-    errors.require(not isinstance(value, Mapping), key, value, expected)
+  keys = {}
+  for keyword, value in changes.items():
+    is_short = keyword in variants.SHORT_KEYS and not isinstance(value, Mapping)
+    key = variants.SHORT_KEYS[keyword] if is_short else keyword.replace(SEPARATOR, ".")
+    command_line.get_value(found, key)  # its errors
+    keys[key] = value
   try:
     found.update_from_flattened_dict(keys)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -197,6 +201,7 @@ def create_model(config: str = "s9", *, num_classes: int = 10, **changes: Any) -
     num_classes: the number of logits.
     **changes: see `create_config`.
   """
+  errors.require(num_classes > 0, "num_classes", num_classes, "1 or more")
   settings = create_config(config, **changes)
   from flax_cifar.run import config as config_lib
 

@@ -117,9 +117,14 @@ def check_devices() -> None:
 
 
 def describe_settings(environment: Mapping[str, str]) -> str:
-  """One line for the banner: the settings that hold."""
-  names = [*VARIABLES, "XLA_FLAGS", "OMP_NUM_THREADS"]
-  return ", ".join(f"{name}={environment[name]}" for name in names if environment.get(name))
+  """One line for the banner: the settings that are the user's own; "" where all are ours."""
+  flags = environment.get("XLA_FLAGS", "").split()
+  ours = [f"{flag}={value}" for flag, value in XLA_FLAGS.items()]
+  own = {"XLA_FLAGS": " ".join(flag for flag in flags if flag not in ours)}
+  for name in (*VARIABLES, "OMP_NUM_THREADS"):
+    value = environment.get(name, "")
+    own[name] = "" if value == VARIABLES.get(name) else value
+  return ", ".join(f"{name}={value}" for name, value in own.items() if value)
 
 
 # ---- Versions, hardware, commit

@@ -222,8 +222,10 @@ def test_a_screen_that_is_not_utf_8_shows_question_marks():
   assert (done.stdout, done.stderr) == ("1 ? 2\n", "")
 
 
-def test_the_banner_has_the_variables_that_are_set():
-  text = environment_lib.describe_settings(
-    {"GLIBC_TUNABLES": "x=1", "XLA_FLAGS": "", "HOME": "/root"}
-  )
-  assert text == "GLIBC_TUNABLES=x=1"
+def test_the_banner_has_the_settings_of_the_user():
+  flags = [f"{flag}={value}" for flag, value in environment_lib.XLA_FLAGS.items()]
+  ours = {**environment_lib.VARIABLES, "XLA_FLAGS": " ".join(flags), "HOME": "/root"}
+  assert environment_lib.describe_settings(ours) == ""
+  theirs = {"GLIBC_TUNABLES": "x=1", "XLA_FLAGS": " ".join(["--xla_own=2", *flags])}
+  text = environment_lib.describe_settings(ours | theirs)
+  assert text == "XLA_FLAGS=--xla_own=2, GLIBC_TUNABLES=x=1"

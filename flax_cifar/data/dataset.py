@@ -18,6 +18,9 @@ class Split:
   images: np.ndarray  # uint8 (N, H, W, 3), RGB
   labels: np.ndarray  # int32 (N,)
 
+  def __repr__(self) -> str:
+    return f"Split({len(self.labels):,} images {self.images.shape[1:]})"
+
   def __len__(self) -> int:
     return len(self.images)
 

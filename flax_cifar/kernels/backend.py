@@ -19,7 +19,7 @@ from flax_cifar.kernels.onednn import convolution, library
 VARIABLE = "FLAX_CIFAR_KERNELS"
 BACKENDS = {
   "auto": "the fastest: native or onednn on one CPU, if they work; xla on several; gpu on GPUs",
-  "native": "C++, compiled here, where it has a kernel; for the rest oneDNN, or xla without it",
+  "native": "C++ where there is a kernel, else oneDNN where it is installed, else XLA",
   "onednn": "kernels of oneDNN",
   "xla": "operations of XLA, put together for CPUs",
   "gpu": "operations of XLA, put together for GPUs",

@@ -53,7 +53,7 @@ class Classifier:
     Raises:
       UserError: the images have another type or shape.
     """
-    shape = self.weights.image_shape
+    shape, images = self.weights.image_shape, np.asarray(images)
     if images.dtype != np.uint8 or images.shape[1:] != shape:
       raise errors.UserError(
         f"images are {images.dtype} {images.shape}; this network takes uint8 (N, "

@@ -57,7 +57,7 @@ def describe_run(
   last = config.seed + config.num_seeds - 1
   seeds = f"seed {last}" if config.num_seeds == 1 else f"seeds {config.seed} to {last}"
   ops = ", ".join(config.augment.ops) or "none"
-  return {
+  banner = {
     "config": f"{config.name}, {seeds}",
     "protocol": f"{config.protocol}: {splits_lib.PROTOCOLS[config.protocol]}",
     "network": f"{config.model.name}, {config.model.norm} norm, {facts['parameters']:,} parameters"
@@ -71,6 +71,7 @@ def describe_run(
     "settings": environment.describe_settings(os.environ),
     "workdir": str(workdir),
   }
+  return {name: text for name, text in banner.items() if text}
 
 
 @agreement.by_first

@@ -10,10 +10,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flax_cifar import evaluate, optim
+from flax_cifar import errors, evaluate, optim
 from flax_cifar import state as state_lib
 from flax_cifar.data import dataset, feeds
-from flax_cifar.data.augment import mixing, normalize
+from flax_cifar.data.augment import arguments, mixing, normalize
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
 from flax_cifar.run import config as config_lib
@@ -43,6 +43,28 @@ class Setup:
   steps_fn: jax.stages.Wrapped
   eval_step: evaluate.EvalStep
   observe: Callable[[Any, Any], Any]
+
+
+STEPS = 1000  # an epoch, for a check that has no data
+
+
+def check_choices(config: ConfigDict) -> None:
+  """Checks what needs no images, so that a mistake shows before any are downloaded.
+
+  Raises:
+    UserError: a key has a value that is unknown or out of range.
+  """
+  config_lib.check_numbers(config, has_validation=True)
+  config_lib.create_model(config, num_classes=2)
+  schedule = optim.create_schedule(
+    steps_per_epoch=STEPS, total_epochs=config.total_epochs, **config.schedule
+  )
+  optim.create_optimizer(schedule, **config.optimizer)
+  mixing.create_mixing(**config.mixing.to_dict())
+  errors.choose("augment.backend", config.augment.backend, feeds.BACKENDS)
+  for name in config.augment.ops:
+    errors.choose("augment.ops", name, arguments.RULES)
+    arguments.resolve_arguments(name, config.augment[name], config.augment.mean or (0.0,) * 3)
 
 
 def create_setup(

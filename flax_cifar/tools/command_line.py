@@ -2,17 +2,20 @@
 
 import argparse
 import contextlib
+import difflib
 import os
 import pathlib
+import re
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flax_cifar import configs, environment, errors, signals, zoo
+from flax_cifar.configs import variants
 
 CONFIGS = pathlib.Path(configs.__file__).parent
 CONFIG_HELP = "A file of configs/; variants and key=value may follow it after a colon."
@@ -84,15 +87,26 @@ def list_configs() -> list[str]:
   return sorted({file.stem for file in CONFIGS.glob("*.py")} - set(NO_CONFIGS))
 
 
+def is_config(text: str) -> bool:
+  """Whether `text` names a config, see `find_config`."""
+  try:
+    return bool(find_config(text))
+  except errors.UserError:
+    return False
+
+
 def load_config(text: str, flag: str) -> ConfigDict:
   """The config that the user names by `flag`, see `find_config`.
 
   Raises:
     UserError: there is none, its file fails, or it has no such variant.
   """
-  path, _, variant = find_config(text, flag).partition(":")
+  path, colon, variant = find_config(text, flag).partition(":")
   try:
-    return runpy.run_path(path)["get_config"](variant)
+    content = runpy.run_path(path)
+    if "get_config" not in content:
+      raise errors.UserError("the file has no function get_config, which returns the config")
+    return content["get_config"](*([variant] if colon else []))
   except Exception as error:  # a config file may raise anything
     raise errors.UserError(f"{flag}={text!r}: {explain(error)}") from error
 
@@ -120,14 +134,17 @@ def create_parser(program: str, description: str | None) -> Parser:
 def add_network(parser: argparse.ArgumentParser) -> None:
   """Adds the flags --weights and --model, one of which names a trained network."""
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--weights", help="weights.safetensors")
+  source.add_argument("--weights", help="weights.safetensors, or the folder of a run")
   source.add_argument("--model", help=f"{', '.join(zoo.list_models())}, or hf:USER/NAME")
 
 
 def find_network(options: argparse.Namespace) -> pathlib.Path:
   """The weights file that the flags of `add_network` name; a UserError for an unknown name."""
   if options.weights:
-    return errors.get_path("--weights", options.weights)
+    path = errors.get_path("--weights", options.weights)
+    return path / zoo.WEIGHTS if path.is_dir() else path
+  if pathlib.Path(options.model).exists():
+    raise errors.UserError(f"--model={options.model!r} is a path; write --weights={options.model}")
   return zoo.find_weights(options.model)
 
 
@@ -149,6 +166,7 @@ def parse_with_config(
 
 def _parse_config(argv: list[str]) -> ConfigDict:
   """The config of a command line; raises whatever its file raises."""
+  argv = _check_overrides(argv)
   values = flags.FlagValues()
   config = config_flags.DEFINE_config_file(
     "config", None, CONFIG_HELP, flag_values=values, sys_argv=argv
@@ -161,7 +179,6 @@ def _parse_config(argv: list[str]) -> ConfigDict:
   if config.value is None:
     raise errors.UserError("--config is missing; try --config=configs/quickstart.py")
   config.value.lock()  # ml_collections reports a file that fails to load when it is read
-  check_overrides(config_flags.get_override_values(values[config.name]))
   return config.value
 
 
@@ -178,8 +195,57 @@ def _find_configs(argv: Sequence[str]) -> list[str]:
   return found
 
 
-def check_overrides(overrides: Mapping[str, Any]) -> None:
-  """Refuses an override of a whole section, which would delete its other keys."""
-  for key, value in overrides.items():
+def _check_overrides(argv: Sequence[str]) -> list[str]:
+  """The command line with `--config.KEY=a,b` as a tuple of words, where KEY has one.
+
+  Raises:
+    UserError: the config cannot be loaded, or a KEY is not one of its keys.
+  """
+  texts = [argument.removeprefix("--config=") for argument in argv if argument[:9] == "--config="]
+  if not texts:
+    return list(argv)
+  config = load_config(texts[-1], "--config")
+  return [_check_override(config, argument) for argument in argv]
+
+
+def _check_override(config: ConfigDict, argument: str) -> str:
+  key, equals, value = argument.removeprefix("--config.").partition("=")
+  if key == argument.partition("=")[0] or "[" in key:  # another flag, or a place in a list
+    return argument
+  default = get_value(config, key)
+  if equals and isinstance(default, tuple) and re.fullmatch(r"[a-z_]+(,[a-z_]+)*,?", value):
+    return f"--config.{key}={tuple(filter(None, value.split(',')))!r}"
+  return argument
+
+
+def get_value(config: ConfigDict, key: str) -> Any:
+  """The value of `key`, such as "optimizer.name".
+
+  Raises:
+    UserError: there is no such key, or it is that of a section.
+  """
+  value: Any = config
+  for name in key.split("."):
+    if not isinstance(value, ConfigDict) or name not in value:
+      raise errors.UserError(f"config key {key!r} is unknown{_suggest(config, key)}")
+    value = value[name]
+  if isinstance(value, ConfigDict):
+    raise errors.UserError(f"config key {key!r} is a section; set its keys, {key}.KEY.")
+  return value
+
+
+def _suggest(config: ConfigDict, key: str) -> str:
+  """The key that was meant: one like it, or one whose last part is like that of `key`."""
+  keys = list(_list_keys(config, ""))
+  ends = {one.rpartition(".")[2]: one for one in keys} | variants.SHORT_KEYS
+  close = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+  close += [ends[end] for end in difflib.get_close_matches(key.rpartition(".")[2], ends, n=1)]
+  return f"; did you mean {close[0]!r}?" if close else "; configs/common.py has all keys."
+
+
+def _list_keys(config: ConfigDict, prefix: str) -> Iterator[str]:
+  for key, value in config.items():
     if isinstance(value, ConfigDict):
-      raise errors.UserError(f"config.{key} is a section; set its keys, --config.{key}.KEY=VALUE.")
+      yield from _list_keys(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key

@@ -65,8 +65,10 @@ def create_parser() -> command_line.Parser:
   parser = command_line.create_parser("find_lr", __doc__)
   parser.add_argument("--low", type=float, default=1e-5, help="the first rate; default: 1e-5")
   parser.add_argument("--high", type=float, default=10.0, help="the last rate; default: 10")
-  parser.add_argument("--steps", type=int, default=200, help="steps to train; default: 200")
-  parser.add_argument("--out", default="lr.png", help="the picture; '' draws none")
+  parser.add_argument(
+    "--steps", type=int, default=200, help="steps to train, made whole epochs; default: 200"
+  )
+  parser.add_argument("--out", default="lr.png", help="the picture; '' draws none; default: lr.png")
   parser.add_argument("--json", action="store_true", help="print JSON")
   return parser
 

@@ -84,6 +84,10 @@ def predict(options: argparse.Namespace) -> list[Prediction]:
 
   weights = weights_lib.load_weights(options.weights)
   paths = [path for name in options.pictures for path in folder.list_images(name)]
+  if options.picture and options.picture.resolve() in {path.resolve() for path in paths}:
+    raise errors.UserError(
+      f"--picture={str(options.picture)!r} is one of the pictures to look at; choose another file."
+    )
   images = folder.read_images(paths, weights.image_shape[0])
   network = classifier.create_classifier(weights, dtype=zoo.DTYPE)
   probabilities = network.predict(images)

@@ -225,6 +225,12 @@ def test_any_recipe_may_be_a_trial():
   assert config.name == "skip-published-trial-lr-0.5"
 
 
+def test_a_value_counts_wherever_it_stands():
+  first, last = (load("quickstart", arg) for arg in ("epochs=1,smoke", "smoke,epochs=1"))
+  assert (first.total_epochs, last.total_epochs) == (1, 1)
+  assert first.name == "quickstart-epochs-1-smoke"
+
+
 def test_two_recipes_are_refused():
   with pytest.raises(ValueError, match="'published' and 'study' are both recipes"):
     load("s9", "published,study")

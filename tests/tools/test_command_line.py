@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+import flax_cifar
 from flax_cifar import errors
 from flax_cifar.tools import command_line
 from tests import tiny
@@ -36,12 +37,25 @@ def call(*arguments, cwd=ROOT, **environment):
     ((), "--config is missing"),
     (("--config=configs/nope.py",), "--config='nope' is unknown; choose one of five_convs,"),
     ((f"{QUICK}:smoky",), "'smoky' is unknown; choose from ours, smoke"),
-    ((QUICK, "--config.optimzer.name=sgd"), "'optimzer' Did you mean \"optimizer\""),
-    ((QUICK, "--config.optimizer.learning_rat=1"), 'Did you mean "learning_rate"'),
+    (
+      (QUICK, "--config.optimzer.name=sgd"),
+      "unknown; did you mean 'optimizer.name'?",
+    ),
+    (
+      (QUICK, "--config.optimizer.learning_rat=1"),
+      "did you mean 'optimizer.learning_rate'?",
+    ),
+    ((QUICK, "--config.optimizer.lr=1"), "did you mean 'optimizer.learning_rate'?"),
+    ((QUICK, "--config.optimizer=adamw"), "'optimizer' is a section; set its keys, optimizer.KEY."),
+    (
+      ("--config=configs/recipes.py",),
+      "the file has no function get_config",
+    ),
     ((QUICK, "--config.batch_size=many"), "--config.batch_size=many"),
     ((QUICK, "--cofnig=3"), "'cofnig'"),
     ((QUICK, "extra"), "'extra' is not a flag"),
-    (("sumary",), "tool='sumary' is unknown; choose one of compare, completion,"),
+    (("sumary",), "'sumary' is no tool; there are compare, completion,"),
+    (("s9:smoke",), "; to train, write --config=s9:smoke."),
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message):
@@ -50,6 +64,20 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message):
   assert message in stderr
   assert stderr.startswith("error: ")
   assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["rotate", "rotate,horizontal_flip", "('rotate',)", "()"])
+@pytest.mark.filterwarnings(r"ignore:the load_module\(\):DeprecationWarning")  # of ml_collections
+def test_words_with_commas_are_a_tuple(text):
+  arguments = [f"--config={ROOT}/{QUICK.partition('=')[2]}", f"--config.augment.ops={text}"]
+  parser = command_line.create_parser("test", None)
+  _, config = command_line.parse_with_config(parser, arguments)
+  words = [word for word in ("rotate", "horizontal_flip") if word in text]
+  assert config.augment.ops == tuple(words)
+
+
+def test_the_version_is_that_of_the_package():
+  assert call("main.py", "--version")[1] == f"flax_cifar {flax_cifar.__version__}\n"
 
 
 @pytest.mark.parametrize(

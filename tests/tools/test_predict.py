@@ -60,6 +60,7 @@ def test_lines_and_json(tmp_path, monkeypatch, capsys):
     (["text.txt"], r"1 of 1 images cannot be read; replace or remove text.txt \(it is in none"),
     (["empty"], "'empty' has no images"),
     (["a.png", "--top=0"], "--top=0 is not valid"),
+    (["a.png", "--picture=../{here}/a.png"], r"a\.png' is one of the pictures to look at"),
     (["a.png", "--picture=none/p.png"], r"--picture='none/p.png' cannot be written"),
   ],
 )
@@ -69,4 +70,4 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, arguments, message):
   (tmp_path / "text.txt").write_text("no picture")
   (tmp_path / "empty").mkdir()
   with pytest.raises(errors.UserError, match=message):
-    run(*arguments)
+    run(*(argument.format(here=tmp_path.name) for argument in arguments))

@@ -72,13 +72,16 @@ def download_file(source: published.Source, file: published.File, root: Path) ->
       reasons.append(f"{host or url}: {_brief(error)}")
     except OSError as error:
       raise errors.UserError(
-        f"{part} cannot be written ({error}); make room or choose another --config.data.dir."
+        f"{part} cannot be written ({error}); make room or choose another data.dir."
       ) from error
   raise _no_data(source, root, reasons)
 
 
 def _check_room(source: published.Source, root: Path) -> None:
-  folder, remedy = root / source.place, "choose another --config.data.dir (or TFDS_DATA_DIR)."
+  folder, remedy = (
+    root / source.place,
+    "choose another data.dir (--data_dir of a tool, or TFDS_DATA_DIR).",
+  )
   try:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -158,8 +161,8 @@ def _no_data(source: published.Source, root: Path, reasons: Sequence[str]) -> er
   )
   return errors.UserError(
     f"{source.title} is not in {root} and could not be downloaded ({'; '.join(reasons)}). Three "
-    f"ways out: (1) put {missing} in {root / source.place}; (2) point --config.data.dir or "
-    "TFDS_DATA_DIR to a directory where TensorFlow Datasets prepared "
+    f"ways out: (1) put {missing} in {root / source.place}; (2) point data.dir, --data_dir of a "
+    "tool or TFDS_DATA_DIR to a directory where TensorFlow Datasets prepared "
     f"{source.name}/{source.version}; (3) train on the embedded data with "
-    "--config.data.name=shapes."
+    "data.name=shapes."
   )

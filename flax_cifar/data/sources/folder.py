@@ -146,7 +146,7 @@ def _list_classes(path: Path) -> Files:
   if len(folders) < 2:
     raise errors.UserError(
       f"folder: {path} has the class directories {[p.name for p in folders]}; at least two, "
-      "each with images, are needed."
+      "each with images, are needed: CLASS/IMAGE, or train/CLASS/IMAGE and test/CLASS/IMAGE."
     )
   files = {folder.name: sorted(filter(_is_image, _walk(folder))) for folder in folders}
   empty = [name for name, members in files.items() if not members]

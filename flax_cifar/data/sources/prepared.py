@@ -61,7 +61,7 @@ def _prepare(name: str, root: Path) -> Path:
     except OSError as error:
       raise errors.UserError(
         f"data.name='tfds:{name}' cannot be prepared in {str(root)!r} ({error}); make room or "
-        "choose another --config.data.dir (or TFDS_DATA_DIR)."
+        "choose another data.dir (--data_dir of a tool, or TFDS_DATA_DIR)."
       ) from error
 
 

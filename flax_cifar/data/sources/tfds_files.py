@@ -48,7 +48,7 @@ def get_reader(folder: Path, info: tfds.core.DatasetInfo) -> Callable[[Path], Se
   if file_format not in READERS:
     raise errors.UserError(
       f"{folder} is in the format {file_format!r}, but only {' and '.join(READERS)} can be "
-      "read here; choose another --config.data.dir (or TFDS_DATA_DIR)."
+      "read here; choose another data.dir (--data_dir of a tool, or TFDS_DATA_DIR)."
     )
   return READERS[file_format]
 

@@ -241,7 +241,7 @@ def test_another_format_is_refused_without_advice_to_delete(prepared, file_forma
   info = prepared / "dataset_info.json"
   info.write_text(info.read_text().replace("array_record", file_format))
   with pytest.raises(
-    errors.UserError, match=f"in the format '{file_format}'.*another --config"
+    errors.UserError, match=f"in the format '{file_format}'.*another data.dir"
   ) as caught:
     cifar10_tfds.read_prepared(prepared)
   assert "delete" not in str(caught.value)

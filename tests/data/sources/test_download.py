@@ -99,7 +99,7 @@ def test_if_all_mirrors_fail_the_error_has_reasons_and_remedies(tmp_path, monkey
     f"put {cifar_archive.ARCHIVE} (md5 {catalog.CATALOG['cifar10'].files[0].checksum}) in",
     "prepared cifar10/3.0.2",
     "TFDS_DATA_DIR",
-    "--config.data.name=shapes",
+    "data.name=shapes",
     str(tmp_path),
   ):
     assert remedy in text
