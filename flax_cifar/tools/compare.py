@@ -2,11 +2,12 @@
 
   python -m flax_cifar.tools.compare A B
 
-A and B are folders: that of one run, or one that holds the runs of several seeds. Two runs of the
-same seed make a pair, and the differences of the pairs say whether one recipe is better than the
-other, with Student's 95 % interval. The score is the validation accuracy of the last epoch, by
-which recipes are to be chosen; --score=test takes that of the test split. A sweep makes its table
-with this module too.
+A and B are folders: that of one run, or one that holds the runs of several seeds. SWEEP/norm=batch
+names the runs of a sweep that have this setting: norm=batch,seed=0 and norm=batch,seed=1. Two runs
+of the same seed make a pair, and the differences of the pairs say whether one recipe is better
+than the other, with Student's 95 % interval. The score is the validation accuracy of the last
+epoch, by which recipes are to be chosen; --score=test takes that of the test split. A sweep makes
+its table with this module too.
 """
 
 import argparse
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 Summary = dict[str, Any]  # a row of the table
 
 SEED = "seed"
+FOLDER_HELP = "folder of a run, or of several, or settings in a sweep: SWEEP/norm=batch"
 REPETITION_KEYS = ("name", "seed", "num_seeds", *config_lib.FREE_KEYS)  # may differ in repetitions
 SCORES = {  # name in table.json -> header in table.md
   "validation_accuracy": "validation",
@@ -92,7 +94,7 @@ def create_parser() -> command_line.Parser:
   """The flags."""
   parser = command_line.create_parser("compare", __doc__)
   for name in "ab":
-    parser.add_argument(name, metavar=name.upper(), help="folder of a run, or of several")
+    parser.add_argument(name, metavar=name.upper(), help=FOLDER_HELP)
   parser.add_argument("--score", choices=["validation", "test", "train"], default="validation")
   parser.add_argument("--json", action="store_true", help="print JSON")
   return parser
@@ -144,23 +146,91 @@ def _has_peeked(runs: Sequence[finished.Run]) -> bool:
 
 
 def find_runs(folder: pathlib.Path) -> list[finished.Run]:
-  """The finished runs of one recipe in `folder`, which is that of a run or holds some.
+  """The finished runs of the one recipe that `folder` names, see `list_folders`.
 
   Raises:
     UserError: there is none, or they differ in more than their seeds.
   """
-  folders = [folder] if (folder / "result.json").exists() else sorted(folder.glob("*/"))
-  runs = [finished.read_run(path) for path in folders if (path / "result.json").exists()]
-  if not runs:
-    raise errors.UserError(f"{str(folder)!r} holds no finished run; one has result.json.")
-  for run in runs[1:]:
-    changes = errors.list_differences(get_recipe(runs[0].result), get_recipe(run.result))
-    if changes:
-      raise errors.UserError(
-        f"the runs in {str(folder)!r} are of several recipes: {'; '.join(changes[:3])}; put those "
-        "of each recipe into a folder of their own."
-      )
-  return runs
+  first, *others = find_groups(folder).values()
+  if others:
+    changes = errors.list_differences(get_recipe(first[0].result), get_recipe(others[0][0].result))
+    raise errors.UserError(
+      f"the runs in {str(folder)!r} are of several recipes: {'; '.join(changes[:3])}; name those "
+      "of one recipe, as SWEEP/norm=batch does in a sweep, or put them into a folder of their own."
+    )
+  return first
+
+
+def find_groups(folder: pathlib.Path) -> dict[pathlib.Path, list[finished.Run]]:
+  """The finished runs that `folder` names, in groups that differ in their seeds alone.
+
+  Returns:
+    The runs of each group under a path that names it: `folder` for a single group, otherwise that
+    of its runs without their seed, SWEEP/norm=batch.
+
+  Raises:
+    UserError: there is none, or one is damaged.
+  """
+  groups: list[tuple[dict[str, Any], dict[pathlib.Path, finished.Run]]] = []
+  for path in list_folders(folder):
+    run = finished.read_run(path)
+    recipe = get_recipe(run.result)
+    same = next((runs for known, runs in groups if known == recipe), None)
+    if same is None:
+      groups.append((recipe, same := {}))
+    same[path] = run
+  if not groups:
+    raise errors.UserError(_explain_absence(folder))
+  if len(groups) == 1:
+    return {folder: list(groups[0][1].values())}
+  return _name_groups([runs for _, runs in groups])
+
+
+def list_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The folders of the finished runs that `folder` names, sorted.
+
+  It is that of a run, or holds some. One that does not exist names the runs beside it that have all
+  of its settings: SWEEP/norm=batch names SWEEP/norm=batch,seed=0 and SWEEP/norm=batch,seed=1.
+  """
+  if (folder / "result.json").exists():
+    return [folder]
+  if folder.exists():
+    found = list(folder.glob("*/"))
+  else:
+    wanted = set(folder.name.split(","))
+    found = [path for path in folder.parent.glob("*/") if wanted <= set(path.name.split(","))]
+  return sorted(path for path in found if (path / "result.json").exists())
+
+
+def _explain_absence(folder: pathlib.Path) -> str:
+  if folder.exists() or not folder.parent.exists():
+    return f"{str(folder)!r} holds no finished run; one has result.json."
+  return (
+    f"{str(folder)!r} does not exist, and {str(folder.parent)!r} holds no finished run with the "
+    f"settings {folder.name!r}; name a folder, or settings in a sweep, as in SWEEP/norm=batch."
+  )
+
+
+def _name_groups(
+  groups: Sequence[Mapping[pathlib.Path, finished.Run]],
+) -> dict[pathlib.Path, list[finished.Run]]:
+  """The runs of each group under the names of its folders without their seed.
+
+  They keep the seed where an earlier group has that name.
+  """
+  named: dict[pathlib.Path, list[finished.Run]] = {}
+  for group in groups:
+    parent = next(iter(group)).parent
+    short = errors.list_some(list(dict.fromkeys(_drop_seed(path.name) for path in group)))
+    whole = errors.list_some([path.name for path in group])
+    named[parent / (whole if parent / short in named else short)] = list(group.values())
+  return named
+
+
+def _drop_seed(name: str) -> str:
+  """The name of a run's folder without its seed, the whole name if it has nothing else."""
+  parts = [part for part in name.split(",") if not part.startswith(f"{SEED}=")]
+  return ",".join(parts) or name
 
 
 def get_recipe(result: finished.Record) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
   python -m flax_cifar.tools.report runs/NAME
   python -m flax_cifar.tools.report runs/A runs/B runs/C --out=comparison.html
+  python -m flax_cifar.tools.report runs/SWEEP
 
 The report of one run has its accuracy, curves, network, confusion matrix, mistakes with Grad-CAM,
 calibration, receptive field, config and the command that repeats it. It scores the images on which
-the run was scored at its end, with the weights of its first seed. Several folders, each that of a
-run or of the seeds of one recipe, are put side by side.
+the run was scored at its end, with the weights of its first seed. Several folders, or one that
+holds several runs, such as that of a sweep, give a page that puts the recipes side by side, each
+with all its seeds. SWEEP/norm=batch names the runs of a sweep that have this setting.
 """
 
 import argparse
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
   from flax_cifar.run import finished
 
 TEMPLATE = "report.html"
+COMPARISON = "comparison.html"
+FOLDER_HELP = "of a run, or of several, or settings in a sweep: SWEEP/norm=batch"
+OUT_HELP = f"default: {TEMPLATE} in the folder of a run, {COMPARISON} in that of several, or here"
 MISTAKES = 20  # shown, the most confident first
 MATRIX_CLASSES = 20  # of a confusion matrix that a page has room for
 PAIRS = 10  # of classes that are most often confused
@@ -61,8 +66,8 @@ def main() -> None:
 def create_parser() -> command_line.Parser:
   """The flags."""
   parser = command_line.create_parser("report", __doc__)
-  parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, or of several")
-  parser.add_argument("--out", help="default: report.html in the folder, or comparison.html")
+  parser.add_argument("folders", nargs="+", metavar="FOLDER", help=FOLDER_HELP)
+  parser.add_argument("--out", help=OUT_HELP)
   parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
   return parser
 
@@ -75,19 +80,34 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """
   options = create_parser().parse_args(arguments)
   options.folders = [errors.get_path("FOLDER", name) for name in options.folders]
-  single = len(options.folders) == 1
-  default = options.folders[0] / TEMPLATE if single else pathlib.Path("comparison.html")
-  options.out = errors.get_path("--out", options.out) if options.out else default
+  options.out = (
+    errors.get_path("--out", options.out) if options.out else get_default_out(options.folders)
+  )
   return options
+
+
+def get_default_out(folders: Sequence[pathlib.Path]) -> pathlib.Path:
+  """In the folder of a run or of several; here for several folders or settings in a sweep."""
+  if len(folders) > 1 or not folders[0].exists():
+    return pathlib.Path(COMPARISON)
+  return folders[0] / (TEMPLATE if (folders[0] / "result.json").exists() else COMPARISON)
 
 
 def create_page(options: argparse.Namespace) -> str:
   """The HTML of one run or of several; raises what `report_run` and `compare_runs` raise."""
   from flax_cifar.run import plots  # here: it brings JAX, for which a wrong flag need not wait
 
-  create = report_run if len(options.folders) == 1 else compare_runs
+  create = compare_runs if names_several(options.folders) else report_run
   with plots.default_style():
     return create(options)
+
+
+def names_several(folders: Sequence[pathlib.Path]) -> bool:
+  """Whether `folders` are more than the folder of one run, be it finished or not."""
+  from flax_cifar.tools import compare
+
+  (first, *others) = folders
+  return bool(others) or not first.exists() or compare.list_folders(first) not in ([first], [])
 
 
 def write(path: pathlib.Path, page: str) -> None:
@@ -254,18 +274,14 @@ def list_settings(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
 
 
 def compare_runs(options: argparse.Namespace) -> str:
-  """The page of all `options.folders`, one row and one color each.
+  """The page of all recipes in `options.folders`, one row and one color each.
 
   Raises:
-    UserError: a folder has no finished run, or runs of several recipes.
+    UserError: a folder has no finished run.
   """
-  from flax_cifar.run import finished
   from flax_cifar.tools import compare
 
-  groups: dict[str, list[finished.Run]] = {}
-  for folder in options.folders:
-    name = folder.resolve().name
-    groups[name if name not in groups else str(folder)] = compare.find_runs(folder)
+  groups = find_groups(options.folders)
   recipes = {name: compare.get_recipe(runs[0].result) for name, runs in groups.items()}
   keys = {key for recipe in recipes.values() for key in recipe}
   missing = object()
@@ -281,6 +297,18 @@ def compare_runs(options: argparse.Namespace) -> str:
     varied=[(key, [str(recipe.get(key, "")) for recipe in recipes.values()]) for key in varied],
     names=list(groups),
   )
+
+
+def find_groups(folders: Sequence[pathlib.Path]) -> "dict[str, list[finished.Run]]":
+  """The runs of each recipe in each folder, under a name for it; raises as `compare_runs` does."""
+  from flax_cifar.tools import compare
+
+  groups: dict[str, list[finished.Run]] = {}
+  for folder in folders:
+    for path, runs in compare.find_groups(folder).items():
+      name = path.resolve().name
+      groups[name if name not in groups else str(path)] = runs
+  return groups
 
 
 def describe_group(name: str, runs: "Sequence[finished.Run]") -> dict[str, Any]:

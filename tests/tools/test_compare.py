@@ -68,6 +68,49 @@ def test_one_pair_has_no_interval(tmp_path, monkeypatch, capsys):
   assert (content["n"], content["interval"], content["a"]) == (1, None, [0.8])
 
 
+def write_sweep(folder, rates=("0.1", "0.12")):
+  """The runs of a sweep over the rate and the seed, which lie in one folder."""
+  for number, rate in enumerate(rates):
+    for seed in (0, 1):
+      accuracy = 0.5 + 0.1 * number + 0.01 * seed
+      changes = {"optimizer.learning_rate": float(rate), "name": f"lr-{rate}-seed-{seed}"}
+      write_run(folder / f"lr={rate},seed={seed}", seed, accuracy, **changes)
+
+
+def test_settings_name_the_runs_of_a_sweep_that_have_all_of_them(tmp_path):
+  write_sweep(tmp_path)
+  (tmp_path / "lr=0.1,seed=2").mkdir()  # not finished
+  difference = compare.compare(tmp_path / "lr=0.1", tmp_path / "lr=0.12", "test")
+  assert (difference.seeds, difference.a, difference.b) == ([0, 1], [0.5, 0.51], [0.6, 0.61])
+  assert difference.changes == ["optimizer.learning_rate is 0.1 in A and 0.12 in B"]
+  single = compare.compare(tmp_path / "seed=1,lr=0.1", tmp_path / "lr=0.12", "test")
+  assert (single.seeds, single.a) == ([1], [0.51])
+
+
+def test_settings_that_name_no_recipe_are_one_line(tmp_path):
+  write_sweep(tmp_path)
+  with pytest.raises(errors.UserError, match=r"of several recipes: .* as SWEEP/norm=batch does"):
+    compare.find_runs(tmp_path)
+  with pytest.raises(errors.UserError, match="seed=0' are of several recipes"):
+    compare.find_runs(tmp_path / "seed=0")
+  for name in ("lr=0.1,norm=batch", "lr=0.", "lr"):
+    with pytest.raises(errors.UserError, match=f"no finished run with the settings '{name}'"):
+      compare.find_runs(tmp_path / name)
+  with pytest.raises(errors.UserError, match=r"'.*lr=0\.1' holds no finished run"):
+    compare.find_runs(tmp_path / "no" / "lr=0.1")
+
+
+def test_the_groups_of_a_folder_differ_in_more_than_their_seeds(tmp_path):
+  write_sweep(tmp_path / "sweep")
+  groups = compare.find_groups(tmp_path / "sweep")
+  assert [path.name for path in groups] == ["lr=0.1", "lr=0.12"]
+  assert [[run.result["seed"] for run in runs] for runs in groups.values()] == [[0, 1], [0, 1]]
+  assert list(compare.find_groups(tmp_path / "sweep" / "lr=0.1")) == [tmp_path / "sweep" / "lr=0.1"]
+  write_run(tmp_path / "sweep" / "lr=0.1,seed=3", 3, 0.5, compute_dtype="bfloat16")  # as no sweep
+  names = [path.name for path in compare.find_groups(tmp_path / "sweep")]
+  assert names == ["lr=0.1", "lr=0.1,seed=3", "lr=0.12"]
+
+
 def test_a_replay_that_validates_on_test_says_so(tmp_path):
   write_run(tmp_path / "a", 0, 0.8, protocol="published")
   difference = compare.compare(tmp_path / "a", tmp_path / "a", "validation")

@@ -115,6 +115,49 @@ def test_several_folders_are_compared(finished, tmp_path):
   assert varied[1][2] == "0.001"
 
 
+def write_sweep(folder):
+  """The finished runs of a sweep over norm and seed, without their training."""
+  accuracies = {("batch", 0): 0.8, ("batch", 1): 0.9, ("layer", 0): 0.5, ("layer", 1): 0.7}
+  for (norm, seed), accuracy in accuracies.items():
+    config = tiny.get_config("shapes", seed=seed, **{"model.norm": norm}).to_dict()
+    facts = {"parameters": 12, "protocol": "honest", "train_seconds": 3.0, "hardware": "a CPU"}
+    result = {"test_accuracy": accuracy, "epochs": 1, "seed": seed, "config": config, **facts}
+    record = {"epoch": 1, "train_accuracy": 0.9, "validation_accuracy": accuracy}
+    path = folder / f"norm={norm},seed={seed}"
+    path.mkdir(parents=True)
+    (path / "result.json").write_text(json.dumps(result))
+    (path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def read_rows(*folders):
+  """(name, accuracy on the test split) of each row of the comparison of `folders`."""
+  rows, *_ = Page(report.create_page(report.parse([str(folder) for folder in folders]))).tables
+  place = rows[0].index("test")
+  return [(row[0], row[place]) for row in rows[1:]]
+
+
+def test_the_runs_of_a_sweep_are_compared_by_what_they_share(tmp_path):
+  write_sweep(tmp_path / "sweep")
+  batch, layer = "85.00 ± 7.07 (n = 2)", "60.00 ± 14.14 (n = 2)"
+  expected = [("norm=batch", batch), ("norm=layer", layer)]
+  assert read_rows(tmp_path / "sweep") == expected
+  assert read_rows(*(tmp_path / "sweep" / name for name, _ in expected)) == expected
+  assert read_rows(tmp_path / "sweep" / "norm=layer") == expected[1:]
+  write_sweep(tmp_path / "more")
+  again = [(str(tmp_path / "more" / name), score) for name, score in expected]
+  assert read_rows(tmp_path / "sweep", tmp_path / "more") == expected + again
+
+
+def test_the_page_lies_in_the_folder_that_it_is_about(finished, tmp_path):
+  write_sweep(tmp_path / "sweep")
+  assert report.parse([str(finished)]).out == finished / "report.html"
+  assert report.parse([str(tmp_path / "sweep")]).out == tmp_path / "sweep" / "comparison.html"
+  names = [str(tmp_path / "sweep" / f"norm={name}") for name in ("batch", "layer")]
+  assert str(report.parse(names[:1]).out) == str(report.parse(names).out) == "comparison.html"
+  with pytest.raises(errors.UserError, match="no finished run with the settings 'norm=group'"):
+    report.create_page(report.parse([str(tmp_path / "sweep" / "norm=group")]))
+
+
 def test_a_frame_is_drawn_around_the_middle():
   image = np.zeros((4, 4, 3), np.uint8)
   inside, outside = report.frame(image, (2, 2)), report.frame(image, (8, 8))
