@@ -4,7 +4,8 @@
 
 The file is StableHLO with the weights in it, for any number of images: uint8 (N, H, W, 3) ->
 float32 (N, classes). `jax.export` reads it on the platforms of --platforms, by JAX of this version
-or one of the six months after it; a text file beside it has an example and the class names.
+or one of the six months after it. A small program beside it, tiny50k.stablehlo.py, has the class
+names and shows how to call it: python tiny50k.stablehlo.py PICTURE
 """
 
 import argparse
@@ -24,21 +25,37 @@ if TYPE_CHECKING:
   from flax_cifar.run import weights as weights_lib
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-EXAMPLE = '''"""Loads and calls the program beside it, a network that JAX {version} exported.
+EXAMPLE = '''"""Classifies a picture with the network beside this file, exported by JAX {version}.
 
-It needs flatbuffers, and JAX of that version or one released in the six months after it, on:
-{platforms}.
+  python FILE.py PICTURE
+
+Without a picture it classifies a black image. It needs flatbuffers, Pillow for a picture, and JAX
+of that version or one released in the six months after it. It runs on {platforms}.
 """
+
+import pathlib
+import sys
 
 import jax.export
 import numpy as np
 
 CLASSES = {classes}
+HEIGHT, WIDTH = {height}, {width}
 
-with open({file!r}, "rb") as file:
-  network = jax.export.deserialize(file.read())
-images = np.zeros((1, {shape}), np.uint8)  # any number, RGB
-probabilities = network.call(images)  # float32 (N, {number})
+
+def read(path):
+  """The picture as uint8 (HEIGHT, WIDTH, 3): upright, white where it is transparent."""
+  from PIL import Image, ImageOps
+
+  picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+  opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+  return np.asarray(opaque.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))
+
+
+program = pathlib.Path(__file__).with_suffix("")  # this file's name without .py
+network = jax.export.deserialize(program.read_bytes())
+image = read(sys.argv[1]) if len(sys.argv) > 1 else np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+probabilities = network.call(image[None])  # uint8 (N, HEIGHT, WIDTH, 3) -> float32 (N, {number})
 print(CLASSES[int(probabilities[0].argmax())])
 '''
 
@@ -58,7 +75,7 @@ def create_parser() -> command_line.Parser:
   """The flags."""
   parser = command_line.create_parser("export", __doc__)
   command_line.add_network(parser)
-  parser.add_argument("--out", required=True, help="the file to write")
+  parser.add_argument("--out", required=True, help="the file to write; the example is OUT.py")
   parser.add_argument(
     "--platforms", nargs="+", default=list(PLATFORMS), choices=PLATFORMS, help="default: all"
   )
@@ -73,9 +90,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     UserError: something is missing or unknown.
   """
   options = create_parser().parse_args(arguments)
+  options.out = find_out(options.out)
   options.weights = command_line.find_network(options)
-  options.out = errors.get_path("--out", options.out)
   return options
+
+
+def find_out(text: str) -> pathlib.Path:
+  """The file to write; a UserError where it is a folder."""
+  path = errors.get_path("--out", text)
+  if path.is_dir():
+    file = str(path / "network.stablehlo")
+    raise errors.UserError(f"--out={text!r} is a folder; name a file, such as {file!r}.")
+  return path
 
 
 def export(options: argparse.Namespace) -> pathlib.Path:
@@ -94,11 +120,11 @@ def export(options: argparse.Namespace) -> pathlib.Path:
   program = create_program(weights_lib.create_network(weights), weights, options.platforms)
   example = options.out.with_name(f"{options.out.name}.py")
   text = EXAMPLE.format(
-    file=options.out.name,
     version=jax.__version__,
     platforms=", ".join(options.platforms),
     classes=list(weights.class_names),
-    shape=", ".join(map(str, weights.image_shape)),
+    height=weights.image_shape[0],
+    width=weights.image_shape[1],
     number=len(weights.class_names),
   )
   try:
