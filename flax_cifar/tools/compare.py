@@ -95,7 +95,12 @@ def create_parser() -> command_line.Parser:
   parser = command_line.create_parser("compare", __doc__)
   for name in "ab":
     parser.add_argument(name, metavar=name.upper(), help=FOLDER_HELP)
-  parser.add_argument("--score", choices=["validation", "test", "train"], default="validation")
+  parser.add_argument(
+    "--score",
+    choices=["validation", "test", "train"],
+    default="validation",
+    help="the split whose accuracy is compared; default: validation",
+  )
   parser.add_argument("--json", action="store_true", help="print JSON")
   return parser
 

@@ -138,14 +138,33 @@ def write_table(sweep: Sweep, rows: Sequence[Mapping[str, Any]], table: str) -> 
 def create_parser() -> command_line.Parser:
   """The flags beside those of the config."""
   parser = command_line.create_parser("sweep", __doc__)
-  parser.add_argument("--config", help="a config; variants may follow it after a colon")
-  parser.add_argument("--over", action="append", default=[], metavar="KEY=VALUE,VALUE")
+  parser.add_argument("--config", help="a config; variants may follow it after a colon; needed")
+  keys = ", ".join(variants.SHORT_KEYS)
+  parser.add_argument(
+    "--over",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE,VALUE",
+    help=f"a key ({keys}) and its values; repeatable, for all combinations; needed",
+  )
   parser.add_argument("--workdir", help="default: runs/NAME-sweep-KEYS-HASH")
-  parser.add_argument("--jobs", type=int, default=1, help="runs at once, on cores of their own")
+  parser.add_argument("--jobs", type=int, default=1, help="runs at once; default: 1")
   parser.add_argument("--shard", metavar="I/N", help="makes every N-th run from the I-th on")
   parser.add_argument("--collect", action="store_true", help="compares what has finished")
-  parser.add_argument("--engine", default="here", choices=list(shards_lib.ENGINES))
-  parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE")
+  parser.add_argument(
+    "--engine",
+    default="here",
+    choices=list(shards_lib.ENGINES),
+    help="what makes the runs: this process (here), SLURM by submitit, or submitit on this machine "
+    "(local); default: here",
+  )
+  parser.add_argument(
+    "--slurm",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="a parameter of submitit, such as timeout_min=60 or slurm_partition=gpu; repeatable",
+  )
   return parser
 
 

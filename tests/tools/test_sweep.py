@@ -69,6 +69,10 @@ def write_run(workdir, settings, run):
   (folder / "metrics.jsonl").write_text(lines)
 
 
+def test_every_flag_has_a_help_text():
+  assert not [action.dest for action in sweep.create_parser()._actions if not action.help]
+
+
 def test_the_runs_are_all_combinations_and_their_commands_are_those_of_main(tmp_path):
   flags = ["--over=norm=layer,group", "--over=seed=1,2", f"--workdir={tmp_path}"]
   parsed = sweep.parse([CONFIG, *flags, "--config.total_epochs=2"])
