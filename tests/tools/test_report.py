@@ -109,8 +109,11 @@ def test_several_folders_are_compared(finished, tmp_path):
   runs.run(tmp_path / "slow", data, **{"optimizer.learning_rate": 0.001})
   options = report.parse([str(finished), str(tmp_path / "slow")])
   assert options.out.name == "comparison.html"
-  rows, varied = Page(report.create_page(options)).tables
-  assert [row[0] for row in rows[1:]] == ["run", "slow"]
+  scores, cost, varied = Page(report.create_page(options)).tables
+  assert [row[0] for row in scores[1:]] == [row[0] for row in cost[1:]] == ["run", "slow"]
+  result = json.loads((tmp_path / "slow" / "result.json").read_text())
+  assert cost[2][1] == f"{result['parameters']:,}"
+  assert cost[2][3:] == [result["protocol"], result["hardware"]]
   assert [row[0] for row in varied[1:]] == ["optimizer.learning_rate"]
   assert varied[1][2] == "0.001"
 
