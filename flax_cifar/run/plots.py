@@ -16,9 +16,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
-from flax_cifar import errors, files, metrics
+from flax_cifar import errors, files, metrics, optim
 from flax_cifar.data import dataset, feeds
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 DPI = 120
+RATE_POINTS = 1000  # most of a curve of the learning rate
 CELL, IMAGE = (1.7, 1.9), 1.45  # inches of an image with its title, and of the image's sides
 EAST_ASIAN_FONTS = (
   *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "IPAGothic", "NanumGothic"),
@@ -191,19 +193,53 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 @warn_on_failure
-def save_learning_rate(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
-  """Writes the learning rate at the end of each epoch."""
-  save_figure(draw_learning_rate(records), path)
+def save_learning_rate(
+  path: pathlib.Path, records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> None:
+  """Writes the learning rate over the run of `config`."""
+  save_figure(draw_learning_rate(records, config), path)
 
 
-def draw_learning_rate(records: Sequence[Mapping[str, Any]]) -> "Figure":
-  """Draws the learning rate at the end of each epoch."""
+def draw_learning_rate(records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> "Figure":
+  """Draws the learning rate over the run of `config`; see `get_learning_rates`."""
   figure = create_figure(4.5, 3.5)
   axis = figure.subplots()
-  epochs = [record["epoch"] for record in records]
-  axis.plot(epochs, [record["learning_rate"] for record in records])
+  axis.plot(*get_learning_rates(records, config))
   finish_axis(axis, "learning rate")
   return figure
+
+
+def get_learning_rates(
+  records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+  """The curve of the learning rate: epochs done and rates, both float64 (points,).
+
+  It has a point for each step, or RATE_POINTS of them, where the schedule of `config` gives the
+  recorded rates. Otherwise it has these, of the last step of each epoch: the schedule knows neither
+  what a plateau lowered nor that the run was shorter before it was extended.
+  """
+  epochs, ends, recorded = (
+    np.array([record[key] for record in records], np.float64)
+    for key in ("epoch", "step", "learning_rate")
+  )
+  if config["schedule"]["name"] not in optim.SCHEDULES:  # the user's own, not entered here
+    return epochs, recorded
+  steps = np.unique(np.linspace(1, ends[-1], RATE_POINTS, dtype=int))
+  steps_per_epoch = int(ends[0] // epochs[0])
+  expected, rates = (compute_rates(config, done - 1, steps_per_epoch) for done in (ends, steps))
+  least = 1e-4 * config["optimizer"]["learning_rate"]  # that is seen
+  if not np.allclose(recorded, expected, rtol=1e-4, atol=least):
+    return epochs, recorded
+  return steps / steps_per_epoch, rates
+
+
+def compute_rates(config: Mapping[str, Any], steps: np.ndarray, steps_per_epoch: int) -> np.ndarray:
+  """The rates of `steps` (N,), counted from 0, by the schedule of `config`: float64 (N,)."""
+  schedule = optim.create_schedule(
+    steps_per_epoch=steps_per_epoch, total_epochs=config["total_epochs"], **config["schedule"]
+  )
+  factors = jax.vmap(schedule)(np.asarray(steps, np.int32))
+  return config["optimizer"]["learning_rate"] * np.asarray(factors, np.float64)
 
 
 @warn_on_failure

@@ -122,7 +122,7 @@ def finish_run(
     misclassified = workdir / "misclassified.png"
     plots.save_misclassified(misclassified, splits.final_split, first, splits.class_names)
     plots.save_curves(workdir / "curves.png", records)
-    plots.save_learning_rate(workdir / "learning_rate.png", records)
+    plots.save_learning_rate(workdir / "learning_rate.png", records, config.to_dict())
     log.write_pictures(sorted(workdir.glob("*.png")), records[-1]["step"])
   files.write_json(workdir / "result.json", result)  # last: it says that the run is finished
   report_result(log, result, workdir)

@@ -153,7 +153,7 @@ def report_run(options: argparse.Namespace) -> str:
     result=run.result,
     about=describe_config(run.result["config"]["name"]),
     curves=embed_figure(plots.draw_curves(run.records)),
-    learning_rate=embed_figure(plots.draw_learning_rate(run.records)),
+    learning_rate=embed_figure(plots.draw_learning_rate(run.records, run.result["config"])),
     augmented=embed_file(folder / "augmented.png"),
     calibration=embed_figure(plots.draw_calibration(bins)),
     calibration_error=bins.error,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flax_cifar.configs import common
 from flax_cifar.data import dataset
 from flax_cifar.run import plots
 
@@ -91,18 +92,71 @@ def test_curves_have_a_line_per_split_and_metric(tmp_path, monkeypatch):
     return original(self, x, y, *args, **kwargs)
 
   monkeypatch.setattr(matplotlib.axes.Axes, "plot", remember)
-  record = {"train_loss": 2.0, "train_accuracy": 0.25, "learning_rate": 0.1}
+  record = {"train_loss": 2.0, "train_accuracy": 0.25}
   records = [record | {"epoch": 1}, record | {"epoch": 2}]
   records[1] |= {"validation_loss": 1.0, "validation_accuracy": 0.5}
   plots.save_curves(tmp_path / "c.png", records)
-  plots.save_learning_rate(tmp_path / "l.png", records)
   assert drawn == [
     ([1, 2], [2.0, 2.0]),
     ([1, 2], [25.0, 25.0]),
     ([2], [1.0]),
     ([2], [50.0]),
-    ([1, 2], [0.1, 0.1]),
   ]
+
+
+def create_records(rates, steps_per_epoch):
+  """The records of epochs that end with these learning rates."""
+  return [
+    {"epoch": epoch, "step": steps_per_epoch * epoch, "learning_rate": rate}
+    for epoch, rate in enumerate(rates, start=1)
+  ]
+
+
+def create_config(schedule, total_epochs):
+  config = common.get_config()
+  config.schedule.name, config.total_epochs = schedule, total_epochs
+  config.optimizer.learning_rate = 0.1
+  config.schedule.one_cycle.update({"initial": 0.2, "peak_at": 0.5, "final": 0.0})
+  return config.to_dict()
+
+
+def interpolate(steps, total_steps):
+  """The rates of the schedule one_cycle of `create_config`."""
+  return np.interp(steps, [0, 0.5 * total_steps, total_steps], [0.02, 0.1, 0.0])
+
+
+def test_the_learning_rate_is_drawn_at_every_step():
+  records = create_records(interpolate(np.array([9, 19, 29]), 30), 10)
+  figure = plots.draw_learning_rate(records, create_config("one_cycle", 3))
+  ((line,),) = [axis.lines for axis in figure.axes]
+  done = np.arange(1, 31)
+  np.testing.assert_allclose(line.get_xdata(), done / 10, rtol=1e-12)
+  np.testing.assert_allclose(line.get_ydata(), interpolate(done - 1, 30), atol=1e-7)
+  assert line.get_ydata().max() > 1.2 * max(record["learning_rate"] for record in records)
+
+
+def test_the_learning_rate_of_a_long_run_has_points_over_all_of_it():
+  ends = 400 * np.arange(1, 501) - 1
+  records = create_records(interpolate(ends, 200_000), 400)
+  epochs, rates = plots.get_learning_rates(records, create_config("one_cycle", 500))
+  assert len(rates) == plots.RATE_POINTS
+  assert (epochs[0], epochs[-1]) == (1 / 400, 500)
+  assert np.diff(epochs).max() < 0.51
+  np.testing.assert_allclose(rates, interpolate(400 * epochs - 1, 200_000), atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "one_cycle", "mine"])
+def test_recorded_learning_rates_that_the_schedule_does_not_give_are_drawn(schedule):
+  """As after a plateau, in a run that was extended from 2 to 3 epochs, by a schedule of another."""
+  recorded = {
+    "plateau": [0.1, 0.1, 0.05],
+    "one_cycle": [*interpolate(np.array([9, 19]), 20), interpolate(29, 30)],
+    "mine": interpolate(np.array([9, 19, 29]), 30),
+  }[schedule]
+  records = create_records(recorded, 10)
+  epochs, rates = plots.get_learning_rates(records, create_config(schedule, 3))
+  assert epochs.tolist() == [1, 2, 3]
+  assert rates.tolist() == list(recorded)
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", ""])
@@ -110,8 +164,8 @@ def test_plots_need_no_backend(tmp_path, backend):
   code = f"""
 import pathlib, numpy as np
 from flax_cifar.run import plots
-record = {{"epoch": 1, "learning_rate": 0.1}}
-plots.save_learning_rate(pathlib.Path({str(tmp_path)!r}) / "l.png", [record])
+path, records = pathlib.Path({str(tmp_path)!r}) / "l.png", {create_records([0.1], 10)}
+plots.save_learning_rate(path, records, {create_config("constant", 1)})
 """
   done = subprocess.run(
     [sys.executable, "-c", code],
@@ -124,11 +178,11 @@ plots.save_learning_rate(pathlib.Path({str(tmp_path)!r}) / "l.png", [record])
 
 
 def test_the_style_and_backend_of_the_user_neither_matter_nor_change(tmp_path):
-  records = [{"epoch": 1, "learning_rate": 0.1}, {"epoch": 2, "learning_rate": 0.2}]
-  plots.save_learning_rate(tmp_path / "plain.png", records)
+  records, config = create_records([0.1, 0.1], 10), create_config("constant", 2)
+  plots.save_learning_rate(tmp_path / "plain.png", records, config)
   with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "savefig.dpi": 9}):
     before = dict(matplotlib.rcParams)
-    plots.save_learning_rate(tmp_path / "styled.png", records)
+    plots.save_learning_rate(tmp_path / "styled.png", records, config)
     assert dict(matplotlib.rcParams) == before
   assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "styled.png").read_bytes()
 
