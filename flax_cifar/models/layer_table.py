@@ -224,7 +224,7 @@ def _describe(module: nn.Module) -> str:
   if isinstance(module, nn.Dense):
     return "dense"
   if not isinstance(module, nn.Conv):
-    return type(module).__name__
+    return getattr(module, "kind", type(module).__name__)  # one class may be several norms
   height, width = blocks.get_pair(module.kernel_size)
   dilation = blocks.get_pair(module.kernel_dilation)
   text = f"conv {height}x{width}"

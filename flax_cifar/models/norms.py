@@ -53,6 +53,11 @@ class BatchNorm(nn.Module):
   train_scale: bool = True
   relu: bool = False
 
+  @property
+  def kind(self) -> str:
+    """The name in the layer table."""
+    return "BatchNorm" if self.num_splits == 1 else "GhostNorm"
+
   def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c"]:
     if fixed := self.get_fixed_affine(x.shape[-1], train):
       (center,), (slope,), (shift,) = fixed
@@ -129,6 +134,11 @@ class GroupNorm(nn.Module):
   epsilon: float
   affine: bool = True
   relu: bool = False
+
+  @property
+  def kind(self) -> str:
+    """The name in the layer table."""
+    return "LayerNorm" if self.num_groups == 1 else "GroupNorm"
 
   def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c"]:
     del train  # the same in training and evaluation

@@ -176,6 +176,21 @@ def test_operations_are_described_by_kernel_dilation_stride_and_groups():
   assert (kinds["pool"], kinds["mean"]) == ("MaxPool", "GlobalAveragePool")
 
 
+@pytest.mark.parametrize(
+  ("norm", "kinds"),
+  [
+    ("batch", {"BatchNorm"}),
+    ("ghost", {"GhostNorm"}),
+    ("layer", {"LayerNorm"}),
+    ("group", {"GroupNorm"}),
+    ("none", set()),
+  ],
+)
+def test_norms_have_the_names_that_the_config_chose(norm, kinds):
+  rows = layer_table.get_layer_table(create("pyramid", norm), (32, 32, 3))
+  assert {row.kind for row in rows if row.name.endswith("norm")} == kinds
+
+
 class Chain(nn.Module):
   """One convolution after another; each is (kernel size, dilation, stride)."""
 
