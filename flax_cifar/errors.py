@@ -21,6 +21,18 @@ class UserError(ValueError):
   """A problem the user can fix. `main.py` prints it as one line and exits with status 2."""
 
 
+class Misfit(ValueError):
+  """A network that does not fit its input; `run.config.explain_misfit` makes it a UserError.
+
+  Attributes:
+    names: the last words of the config keys that can be the reason, such as "image_size".
+  """
+
+  def __init__(self, message: str, *, names: tuple[str, ...]):
+    super().__init__(message)
+    self.names = names
+
+
 class Lost(Exception):
   """The run's other processes are gone; a restart may help, so the exit status is 75."""
 

@@ -550,14 +550,21 @@ def test_bfloat16_stays_near_float32(tmp_path, data):
   [
     (
       {"model.norm": "ghost", "norm.ghost.num_splits": 3},
-      r"num_splits=3 is not a divisor of the batch size 16; .*norm\.ghost\.num_splits=3",
+      r"num_splits=3 is not a divisor of the batch size 16; "
+      r"change one of batch_size=16, norm\.ghost\.num_splits=3\.$",
     ),
     (
       {"model.norm": "group", "norm.group.num_groups": 4},
-      r"num_groups=4 .* 6 channels .*model\.name='tiny', model\.norm='group'",
+      r"num_groups=4 .* 6 channels of a layer; change norm\.group\.num_groups=4\.$",
     ),
-    ({"model.name": "ghost"}, r"too small .*data\.image_size=8"),
-    ({"model.name": "keras_base", "model.dropout_rate": 0.6}, r"model\.dropout_rate=0\.6"),
+    (
+      {"model.name": "ghost"},
+      r"too small .*; change one of data\.image_size=8, model\.name='ghost'\.$",
+    ),
+    (
+      {"model.name": "keras_base", "model.dropout_rate": 0.6},
+      r"dropout_rate=0\.6 is not below 0\.5, .*; change model\.dropout_rate=0\.6\.$",
+    ),
   ],
 )
 def test_a_network_that_does_not_fit_is_one_line_with_the_keys(tmp_path, data, changes, message):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from flax_cifar import errors
 from flax_cifar.kernels import backend, norm_relu, pooling
 from flax_cifar.kernels import conv as conv_lib
 from flax_cifar.kernels import moments as moments_lib
@@ -521,7 +522,7 @@ class MaxPool(nn.Module):
   """Maximum over adjacent windows of `window` x `window` pixels.
 
   Raises:
-    ValueError: the images are smaller than a window.
+    Misfit: the images are smaller than a window.
   """
 
   window: int
@@ -531,12 +532,13 @@ class MaxPool(nn.Module):
 
 
 def _check_map(x: Array, layer: str | None, *, at_least: int = 1) -> Array:
-  """Returns (N, H, W, C) `x`; a ValueError if earlier layers have shrunk the image too far."""
+  """Returns (N, H, W, C) `x`; a Misfit if earlier layers have shrunk the image too far."""
   height, width = x.shape[1:3]
   if min(height, width) < at_least:
-    raise ValueError(
+    raise errors.Misfit(
       f"the images are too small for this network: layer {layer!r} has {height}x{width} pixels "
-      f"left and needs {at_least}"
+      f"left and needs {at_least}",
+      names=("image_size", "name"),
     )
   return x
 

@@ -8,6 +8,7 @@ from functools import partial
 import flax.linen as nn
 from jaxtyping import Array, Float, Float32
 
+from flax_cifar import errors
 from flax_cifar.models import blocks, norms
 
 
@@ -49,12 +50,13 @@ def keep_whole_windows(x: Float[Array, "n h w c"], window: int) -> Float[Array, 
   The feature maps of larger images hold more windows; the head averages over all of them.
 
   Raises:
-    ValueError: the feature map is smaller than one window.
+    Misfit: the feature map is smaller than one window.
   """
   height, width = x.shape[1:3]
   if min(height, width) < window:
-    raise ValueError(
+    raise errors.Misfit(
       f"the images are too small for this network: its last map has {height}x{width} pixels and "
-      f"needs {window}"
+      f"needs {window}",
+      names=("image_size", "name"),
     )
   return x[:, : height - height % window, : width - width % window]

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from flax_cifar import errors
 from flax_cifar.kernels import norm_relu
 from flax_cifar.models import blocks, dropout
 
@@ -18,7 +19,7 @@ class KerasBase(blocks.Network):
   is twice as high. Receptive field 36 pixels before the dense layers.
 
   Raises:
-    ValueError: twice `dropout_rate` is 1 or more.
+    Misfit: twice `dropout_rate` is 1 or more.
   """
 
   @nn.compact
@@ -27,8 +28,9 @@ class KerasBase(blocks.Network):
   ) -> Float32[Array, "n {self.num_classes}"]:
     rate = self.dropout_rate
     if rate >= 0.5:
-      raise ValueError(
-        f"dropout_rate={rate} is not below 0.5, and the dense layers use twice of it"
+      raise errors.Misfit(
+        f"dropout_rate={rate} is not below 0.5, and the dense layers use twice of it",
+        names=("dropout_rate",),
       )
     unit = self.get_unit(blocks.ConvUnit, dropout_rate=0.0, use_bias=True)
 

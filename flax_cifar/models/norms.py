@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flax_cifar import errors
 from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels import norm_relu
 from flax_cifar.parallel import mesh as mesh_lib
@@ -44,7 +45,7 @@ class BatchNorm(nn.Module):
     relu: whether ReLU comes last.
 
   Raises:
-    ValueError: in training, `num_splits` does not divide the batch size.
+    Misfit: in training, `num_splits` does not divide the batch size.
   """
 
   momentum: float
@@ -102,7 +103,10 @@ class BatchNorm(nn.Module):
     if self.num_splits == 0:
       return moments_lib.DeviceBatches(mesh_lib.count_shards())
     if self.num_splits < 0 or count % self.num_splits:
-      raise ValueError(f"num_splits={self.num_splits} is not a divisor of the batch size {count}")
+      raise errors.Misfit(
+        f"num_splits={self.num_splits} is not a divisor of the batch size {count}",
+        names=("num_splits", "batch_size"),
+      )
     return moments_lib.GhostBatches(self.num_splits)
 
   def _update(
@@ -127,7 +131,7 @@ class GroupNorm(nn.Module):
     relu: whether ReLU comes last.
 
   Raises:
-    ValueError: `num_groups` does not divide the number of channels.
+    Misfit: `num_groups` does not divide the number of channels.
   """
 
   num_groups: int
@@ -164,8 +168,9 @@ class GroupNorm(nn.Module):
   def _create_variables(self, channels: int) -> tuple[Array, Array]:
     """Returns scale and bias."""
     if self.num_groups < 1 or channels % self.num_groups:
-      raise ValueError(
-        f"num_groups={self.num_groups} is not a divisor of the {channels} channels of a layer"
+      raise errors.Misfit(
+        f"num_groups={self.num_groups} is not a divisor of the {channels} channels of a layer",
+        names=("num_groups",),
       )
     if not self.affine:
       return jnp.ones(channels), jnp.zeros(channels)

@@ -174,14 +174,20 @@ def explain_misfit(config: Mapping[str, Any]) -> Iterator[None]:
   except errors.UserError:
     raise
   except ValueError as error:
-    plain = config.to_dict() if isinstance(config, ConfigDict) else config
-    norm = plain["model"]["norm"]
-    sections = ("model", f"norm.{norm}", "data.image_size", "batch_size")
-    values = [
-      f"{key}={value!r}"
-      for key, value in flatten(plain).items()
-      if any(key == section or key.startswith(f"{section}.") for section in sections)
-    ]
-    raise errors.UserError(
-      f"{errors.shorten(error)}; change one of {', '.join(values)}."
-    ) from error
+    names = error.names if isinstance(error, errors.Misfit) else ()
+    values = _list_suspects(config, names)
+    change = "change one of" if len(values) > 1 else "change"
+    raise errors.UserError(f"{errors.shorten(error)}; {change} {', '.join(values)}.") from error
+
+
+def _list_suspects(config: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+  """`key=value` for the keys that a network depends on and that end with one of `names`.
+
+  It lists all keys that a network depends on where `names` are those of none.
+  """
+  plain = config.to_dict() if isinstance(config, ConfigDict) else config
+  sections = ("model", f"norm.{plain['model']['norm']}", "data.image_size", "batch_size")
+  flat = flatten(plain)
+  used = [key for key in flat if f"{key}.".startswith(tuple(f"{s}." for s in sections))]
+  named = [key for key in used if key.rpartition(".")[2] in names]
+  return [f"{key}={flat[key]!r}" for key in named or used]

@@ -1,5 +1,7 @@
 """The values of a config that a run settles before it starts."""
 
+import re
+
 import jax.numpy as jnp
 import pytest
 
@@ -29,3 +31,16 @@ def test_a_value_that_no_key_may_have_is_an_error():
   config.optimizer.learning_rate = float("nan")
   with pytest.raises(errors.UserError, match="learning_rate=nan"):
     config_lib.settle(config)
+
+
+def test_an_error_that_names_no_keys_is_explained_by_all_of_the_network():
+  config = common.get_config()
+  with pytest.raises(errors.UserError) as caught, config_lib.explain_misfit(config):
+    raise ValueError("shapes differ")
+  named = re.findall(r"([\w.]+)=", str(caught.value))
+  flat = config_lib.flatten(config.to_dict())
+  sections = ("model.", "norm.batch.")
+  expected = {key for key in flat if key.startswith(sections)} | {"data.image_size", "batch_size"}
+  assert len(named) == len(set(named))
+  assert set(named) == expected
+  assert str(caught.value).startswith("shapes differ; change one of ")
