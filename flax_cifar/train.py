@@ -59,7 +59,9 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   workdir_lib.check_data(workdir, fingerprint)
   config_lib.check_numbers(config, has_validation=len(splits.validation) > 0)
   mesh, num_seeds = mesh_lib.create_mesh(config.num_devices, config.num_seeds), config.num_seeds
-  mesh_lib.check_batch_sizes(mesh, config.batch_size, config.eval_batch_size)
+  mesh_lib.check_batch_sizes(
+    mesh, config.batch_size, config.eval_batch_size, num_examples=len(splits.train)
+  )
   mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
 
   # ---- Network, optimizer, state, compiled steps

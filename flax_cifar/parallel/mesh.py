@@ -118,21 +118,39 @@ def _create_gather(mesh: Mesh) -> Callable[[Any], Any]:
   return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
-def check_batch_sizes(mesh: Mesh, batch_size: int, eval_batch_size: int) -> None:
-  """Raises a UserError unless batches can be split over the devices that share one."""
-  _check_batch_size("batch_size", batch_size, mesh)
-  _check_batch_size("eval_batch_size", eval_batch_size, mesh)
+def check_batch_sizes(
+  mesh: Mesh, batch_size: int, eval_batch_size: int, *, num_examples: int
+) -> None:
+  """Raises a UserError unless batches can be split over the devices that share one.
+
+  Args:
+    mesh: the devices.
+    batch_size: of training, at most `num_examples`.
+    eval_batch_size: of evaluation, which pads its batches.
+    num_examples: the number of training images.
+  """
+  _check_batch_size("batch_size", batch_size, mesh, num_examples)
+  _check_batch_size("eval_batch_size", eval_batch_size, mesh, MAX_BATCH_SIZE)
 
 
-def _check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-  parts = mesh.shape["batch"]
-  fits = 0 < batch_size <= MAX_BATCH_SIZE and batch_size % parts == 0
-  most = MAX_BATCH_SIZE // parts
-  nearest = {min(max(n, 1), most) * parts for n in (batch_size // parts, batch_size // parts + 1)}
-  errors.require(
-    fits,
-    name,
-    batch_size,
-    f"a multiple of the {parts} devices that share a batch, from 1 to {MAX_BATCH_SIZE:,}; "
-    f"the nearest are {' and '.join(map(str, sorted(nearest)))}",
-  )
+def _check_batch_size(name: str, batch_size: int, mesh: Mesh, num_examples: int) -> None:
+  parts, most = mesh.shape["batch"], min(num_examples, MAX_BATCH_SIZE)
+  reason = ", the number of training images" if most < MAX_BATCH_SIZE else ""
+  expected = f"from 1 to {most:,}{reason}"
+  if parts > 1:
+    nearest = _list_nearest_multiples(batch_size, parts, most)
+    expected = f"a multiple of the {parts} devices that share a batch, {expected}; {nearest}"
+  fits = 0 < batch_size <= most and batch_size % parts == 0
+  errors.require(fits, name, batch_size, expected)
+
+
+def _list_nearest_multiples(number: int, factor: int, most: int) -> str:
+  """The multiples of `factor` next to `number`, from `factor` to `most`.
+
+  >>> _list_nearest_multiples(6, 4, 100), _list_nearest_multiples(6, 4, 7)
+  ('the nearest are 4 and 8', 'the nearest is 4')
+  """
+  lower = number // factor
+  nearest = {max(1, min(n, most // factor)) * factor for n in (lower, lower + 1)}
+  verb = "are" if len(nearest) > 1 else "is"
+  return f"the nearest {verb} {' and '.join(map(str, sorted(nearest)))}"

@@ -23,7 +23,9 @@ def set_up(config: ConfigDict, num_steps: int) -> setup_lib.Setup:
   config.num_seeds = 1
   splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
   mesh = mesh_lib.create_mesh(config.num_devices, config.num_seeds)
-  mesh_lib.check_batch_sizes(mesh, config.batch_size, config.eval_batch_size)
+  mesh_lib.check_batch_sizes(
+    mesh, config.batch_size, config.eval_batch_size, num_examples=len(splits.train)
+  )
   steps_per_epoch = max(1, len(splits.train) // config.batch_size)
   config.total_epochs = max(config.total_epochs, -(-num_steps // steps_per_epoch))
   return setup_lib.create_setup(

@@ -44,7 +44,36 @@ def test_batches_are_split_and_states_copied():
 @pytest.mark.parametrize("size", [0, -4, 6])
 def test_uneven_batches_are_errors(size):
   with pytest.raises(errors.UserError, match=f"batch_size={size} .* multiple of the 4 devices"):
-    mesh_lib.check_batch_sizes(mesh_lib.create_mesh(4), size, 8)
+    mesh_lib.check_batch_sizes(mesh_lib.create_mesh(4), size, 8, num_examples=100)
+
+
+@pytest.mark.parametrize(
+  ("devices", "size", "num_examples", "expected"),
+  [
+    (1, 100_000, 90, "from 1 to 90, the number of training images."),
+    (1, 91, 90, "from 1 to 90, the number of training images."),
+    (1, 100_000, 200_000, "from 1 to 65,536."),
+    (4, 100_000, 90, "from 1 to 90, the number of training images; the nearest is 88."),
+    (4, 100_000, 200_000, "from 1 to 65,536; the nearest is 65536."),
+    (4, 90, 90, "from 1 to 90, the number of training images; the nearest is 88."),
+    (4, 6, 90, "from 1 to 90, the number of training images; the nearest are 4 and 8."),
+    (4, 0, 90, "from 1 to 90, the number of training images; the nearest is 4."),
+  ],
+)
+def test_the_batch_sizes_that_an_error_proposes_are_valid(devices, size, num_examples, expected):
+  mesh = mesh_lib.create_mesh(devices)
+  with pytest.raises(errors.UserError) as caught:
+    mesh_lib.check_batch_sizes(mesh, size, 8, num_examples=num_examples)
+  assert str(caught.value).endswith(expected)
+  for proposed in re.findall(r"\d+", expected.replace(",", "").partition("nearest")[2]):
+    mesh_lib.check_batch_sizes(mesh, int(proposed), 8, num_examples=num_examples)
+
+
+def test_evaluation_batches_may_be_larger_than_the_training_split():
+  mesh = mesh_lib.create_mesh(1)
+  mesh_lib.check_batch_sizes(mesh, 8, 1000, num_examples=90)
+  with pytest.raises(errors.UserError, match=r"eval_batch_size=65537 .* from 1 to 65,536\.$"):
+    mesh_lib.check_batch_sizes(mesh, 8, 65_537, num_examples=90)
 
 
 def test_one_seed_has_no_axis():
