@@ -97,8 +97,14 @@ def settle(config: ConfigDict) -> ConfigDict:
   """
   _check_values(config)
   settled = config.copy_and_resolve_references()
-  settled.compute_dtype = backend.settle_dtype(config.compute_dtype)
+  settled.compute_dtype = _settle_dtype(config.compute_dtype)
   return settled
+
+
+def _settle_dtype(name: str) -> str:
+  """The type that a value of `compute_dtype` means here; a UserError if it is unknown."""
+  errors.choose("compute_dtype", name, {"auto": None, **models.DTYPES})
+  return backend.settle_dtype(name)
 
 
 def _check_values(config: ConfigDict) -> None:
@@ -159,7 +165,7 @@ def create_model(config: Mapping[str, Any], *, num_classes: int) -> nn.Module:
     **config["model"],
     num_classes=num_classes,
     norm_arguments=config["norm"],
-    dtype=backend.settle_dtype(config["compute_dtype"]),
+    dtype=_settle_dtype(config["compute_dtype"]),
   )
 
 

@@ -26,6 +26,16 @@ def test_a_run_keeps_the_type_that_auto_meant(monkeypatch, fast):
   assert settled.to_dict() == config.to_dict()  # nothing else changes
 
 
+def test_an_unknown_type_is_an_error_that_lists_all_of_them():
+  config = common.get_config()
+  config.compute_dtype = "fp16"
+  message = r"compute_dtype='fp16' is unknown; choose one of auto, float32, bfloat16\."
+  with pytest.raises(errors.UserError, match=message):
+    config_lib.settle(config)
+  with pytest.raises(errors.UserError, match=message):
+    config_lib.create_model(config, num_classes=10)
+
+
 def test_a_value_that_no_key_may_have_is_an_error():
   config = common.get_config()
   config.optimizer.learning_rate = float("nan")
