@@ -4,9 +4,10 @@ import os
 import pathlib
 import re
 import sys
-import tomllib
 
 from sphinx.application import Sphinx
+
+import flax_cifar
 
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
@@ -19,9 +20,8 @@ PAGES = (".md", ".ipynb")
 IMAGES = (".png", ".svg")
 LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<path>[\w./-]+)(?P<anchor>#[\w-]+)?\)")
 
-metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-project = metadata["name"]
-version = release = metadata["version"]
+project = flax_cifar.__name__
+version = release = flax_cifar.__version__
 author = "The flax_cifar maintainers"
 copyright = f"{author}, Apache 2.0"
 

@@ -306,8 +306,9 @@ def find_groups(folders: Sequence[pathlib.Path]) -> "dict[str, list[finished.Run
   groups: dict[str, list[finished.Run]] = {}
   for folder in folders:
     for path, runs in compare.find_groups(folder).items():
-      name = path.resolve().name
-      groups[name if name not in groups else str(path)] = runs
+      *_, parent, name = path.resolve().parts
+      names = (name, f"{parent}/{name}", str(path))  # the first that no other group has
+      groups[next(text for text in names if text not in groups or text == names[-1])] = runs
   return groups
 
 

@@ -147,7 +147,7 @@ def test_the_runs_of_a_sweep_are_compared_by_what_they_share(tmp_path):
   assert read_rows(*(tmp_path / "sweep" / name for name, _ in expected)) == expected
   assert read_rows(tmp_path / "sweep" / "norm=layer") == expected[1:]
   write_sweep(tmp_path / "more")
-  again = [(str(tmp_path / "more" / name), score) for name, score in expected]
+  again = [(f"more/{name}", score) for name, score in expected]
   assert read_rows(tmp_path / "sweep", tmp_path / "more") == expected + again
 
 
