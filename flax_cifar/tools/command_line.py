@@ -143,7 +143,8 @@ def find_network(options: argparse.Namespace) -> pathlib.Path:
   if options.weights:
     path = errors.get_path("--weights", options.weights)
     return path / zoo.WEIGHTS if path.is_dir() else path
-  if pathlib.Path(options.model).exists():
+  known = options.model in zoo.list_models()
+  if not known and errors.get_path("--model", options.model).exists():
     raise errors.UserError(f"--model={options.model!r} is a path; write --weights={options.model}")
   return zoo.find_weights(options.model)
 
@@ -183,14 +184,13 @@ def _parse_config(argv: list[str]) -> ConfigDict:
 
 
 def _find_configs(argv: Sequence[str]) -> list[str]:
-  """Replaces the value of --config, written as --config=VALUE or --config VALUE, by its path."""
-  found = []
-  for number, argument in enumerate(argv):
+  """Makes --config=VALUE or --config VALUE a --config=PATH."""
+  found, rest = [], iter(argv)
+  for argument in rest:
     flag, equals, value = argument.partition("=")
-    if flag in ("--config", "-config") and equals and value:
-      argument = f"--config={find_config(value)}"
-    elif number and argv[number - 1] in ("--config", "-config"):
-      argument = find_config(argument)
+    if flag in ("--config", "-config"):
+      value = value if equals else next(rest, "")
+      argument = f"--config={find_config(value)}" if value else argument
     found.append(argument)
   return found
 

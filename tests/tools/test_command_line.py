@@ -11,7 +11,7 @@ import time
 import pytest
 
 import flax_cifar
-from flax_cifar import errors
+from flax_cifar import errors, zoo
 from flax_cifar.tools import command_line
 from tests import tiny
 
@@ -45,7 +45,10 @@ def call(*arguments, cwd=ROOT, **environment):
       (QUICK, "--config.optimizer.learning_rat=1"),
       "did you mean 'optimizer.learning_rate'?",
     ),
-    ((QUICK, "--config.optimizer.lr=1"), "did you mean 'optimizer.learning_rate'?"),
+    (
+      ("--config", "quickstart", "--config.optimizer.lr=1"),
+      "did you mean 'optimizer.learning_rate'?",
+    ),
     ((QUICK, "--config.optimizer=adamw"), "'optimizer' is a section; set its keys, optimizer.KEY."),
     (
       ("--config=configs/recipes.py",),
@@ -74,6 +77,21 @@ def test_words_with_commas_are_a_tuple(text):
   _, config = command_line.parse_with_config(parser, arguments)
   words = [word for word in ("rotate", "horizontal_flip") if word in text]
   assert config.augment.ops == tuple(words)
+
+
+def find_network(*arguments):
+  parser = command_line.create_parser("test", None)
+  command_line.add_network(parser)
+  return command_line.find_network(parser.parse_args(arguments))
+
+
+def test_weights_may_be_named_by_their_run_but_not_as_a_model(tmp_path, monkeypatch):
+  assert find_network(f"--weights={tmp_path}") == tmp_path / "weights.safetensors"
+  with pytest.raises(errors.UserError, match="is a path; write --weights="):
+    find_network(f"--model={tmp_path}")
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "tiny50k").mkdir()  # of the same name as a network of the package
+  assert find_network("--model=tiny50k") == zoo.find_weights("tiny50k")
 
 
 def test_the_version_is_that_of_the_package():
