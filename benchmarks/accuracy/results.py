@@ -102,7 +102,7 @@ def parse_options() -> argparse.Namespace:
   return parser.parse_args()
 
 
-#### Add
+# ---- Add
 
 
 def add(folders: Iterable[pathlib.Path], docs: pathlib.Path, *, force: bool) -> list[pathlib.Path]:
@@ -195,7 +195,7 @@ def encode(content: Mapping[str, Any]) -> str:
   return f'{rest.removesuffix("}").rstrip()},\n  "metrics": [\n{metrics}\n  ]\n}}\n'
 
 
-#### The page
+# ---- The page
 
 
 def write_page(docs: pathlib.Path) -> pathlib.Path:

@@ -13,6 +13,7 @@ Command     python -m benchmarks.accuracy.zoo add RUN_FOLDER ... [--force]
 
 import argparse
 import json
+import math
 import pathlib
 import shutil
 import statistics
@@ -33,6 +34,10 @@ TICKS: dict[str, dict[float, str]] = {
   "parameters": {1e4: "10k", 3e4: "30k", 1e5: "100k", 3e5: "300k", 1e6: "1M", 3e6: "3M"},
   "multiply_adds": {3e6: "3M", 1e7: "10M", 3e7: "30M", 1e8: "100M", 3e8: "300M", 1e9: "1G"},
 }
+# Of the picture: where names stand to the left, and when those of neighbors stand in lines.
+OTHERS_LEFT, OURS_LEFT, NO_NAMES = (0, 4e4), (1e5, 1e8), (0, 0)
+NEAR_FACTOR, NEAR_PERCENT = 0.4, 0.7  # in the logarithm of parameters, and in accuracy
+LINE_POINTS = 9
 MAX_BYTES = 3_000_000  # of the weights of a network, as they are part of the package
 INTRODUCTION = """\
 # Trained networks
@@ -74,7 +79,7 @@ def main() -> None:
     print(f"written   {path}")
 
 
-#### Add
+# ---- Add
 
 
 def add(folder: pathlib.Path, target: pathlib.Path, *, force: bool) -> pathlib.Path:
@@ -102,7 +107,7 @@ def add(folder: pathlib.Path, target: pathlib.Path, *, force: bool) -> pathlib.P
   return path
 
 
-#### Describe
+# ---- Describe
 
 
 def score(docs: pathlib.Path, names: Sequence[str]) -> None:
@@ -270,13 +275,13 @@ def save_picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   left, right = figure.subplots(1, 2, sharey=True)
   systems = [(row.parameters, row.reported_accuracy) for row in published.ROWS]
   known = [(x, y, "") for x, y in dict.fromkeys(systems) if x and y]
-  draw_points(left, known, (0, 0), color="grey", marker="x", label="course projects")
+  draw_points(left, known, NO_NAMES, color="grey", marker="x", label="course projects")
   for axis, key in ((left, "parameters"), (right, "multiply_adds")):
     others = [(getattr(row, key), row.accuracy, row.name) for row in published.FRONTIER]
     others = [point for point in others if point[0]]
-    draw_points(axis, others, (6, -3), color="C0", label="others")
+    draw_points(axis, others, OTHERS_LEFT, color="C0", label="others")
     ours = [(row[key], 100 * row["accuracy"], row["model"]) for row in rows]
-    draw_points(axis, ours, (-12, -13), color="C3", label="ours")
+    draw_points(axis, ours, OURS_LEFT, color="C3", label="ours")
     axis.set_xlabel(key.replace("_", "-"))
     axis.grid(alpha=0.3)
   scale_axis(left, TICKS["parameters"])
@@ -289,13 +294,27 @@ def save_picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def draw_points(
   axis: Any,
   points: Sequence[tuple[float, float, str]],
-  offset: tuple[float, float],
+  names_left: tuple[float, float],
   **style: Any,
 ) -> None:
-  """Draws points (x, y, name), with the left ends of their names at `offset`, in points."""
+  """Draws points (x, y, name) with their names to the right, or lower where another one is near.
+
+  Between the two x of `names_left` they stand to the left.
+  """
   axis.scatter([x for x, _, _ in points], [y for _, y, _ in points], **style)
-  for x, y, name in points:
-    axis.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=7)
+  above, lines = (1.0, 0.0), 0
+  for x, y, name in sorted(points, key=lambda point: -point[1]):
+    is_near = abs(math.log(x / above[0])) < NEAR_FACTOR and above[1] - y < NEAR_PERCENT
+    above, lines = (x, y), lines + 1 if is_near else 0
+    side = -1 if names_left[0] <= x < names_left[1] else 1
+    axis.annotate(
+      name,
+      (x, y),
+      xytext=(6 * side, -3 - LINE_POINTS * lines),
+      textcoords="offset points",
+      ha="left" if side > 0 else "right",
+      fontsize=7,
+    )
 
 
 def scale_axis(axis: Any, ticks: Mapping[float, str]) -> None:

@@ -78,7 +78,7 @@ def draw_batch(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
   return images, rng.integers(0, 10, batch_size).astype(np.int32)
 
 
-#### Flax
+# ---- Flax
 
 
 def create_ours(
@@ -213,7 +213,7 @@ def create_matmul(network: str, batch_size: int, task: str = "train") -> Step:
   return lambda: multiply(matrix, matrix).block_until_ready()
 
 
-#### PyTorch
+# ---- PyTorch
 
 
 def create_torch(

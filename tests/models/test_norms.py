@@ -293,7 +293,7 @@ def test_every_norm_has_arguments_in_the_config():
   assert set(common.get_config().norm) == set(norms.NORMS)
 
 
-#### The fused function of all norms
+# ---- The fused function of all norms
 
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}  # of the largest value

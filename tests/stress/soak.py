@@ -95,7 +95,7 @@ def parse_options() -> argparse.Namespace:
   return options
 
 
-#### The run and its samples
+# ---- The run and its samples
 
 
 def soak(backend: str, options: argparse.Namespace) -> list[Sample]:
@@ -155,7 +155,7 @@ def measure(root: psutil.Process) -> Sample:
   return sums
 
 
-#### Slopes
+# ---- Slopes
 
 
 def describe_slope(backend: str, name: str, samples: Sequence[Sample]) -> Row:
@@ -217,7 +217,7 @@ def combine_verdicts(overall: str, later: str) -> str:
   return GROWS if overall == later == GROWS else UNCLEAR
 
 
-#### Tables
+# ---- Tables
 
 
 def format_samples(backend: str, samples: Sequence[Sample], epochs: int) -> str:
