@@ -45,7 +45,7 @@ class Setup:
   observe: Callable[[Any, Any], Any]
 
 
-STEPS = 1000  # an epoch, for a check that has no data
+STEPS = 1000  # of an epoch, where there are no data yet
 
 
 def check_choices(config: ConfigDict) -> None:

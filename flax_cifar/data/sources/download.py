@@ -78,10 +78,8 @@ def download_file(source: published.Source, file: published.File, root: Path) ->
 
 
 def _check_room(source: published.Source, root: Path) -> None:
-  folder, remedy = (
-    root / source.place,
-    "choose another data.dir (--data_dir of a tool, or TFDS_DATA_DIR).",
-  )
+  folder = root / source.place
+  remedy = "choose another data.dir (--data_dir of a tool, or TFDS_DATA_DIR)."
   try:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
