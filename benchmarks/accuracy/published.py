@@ -23,6 +23,12 @@ class Row:
   target_epochs: int | None = None  # in at most so many epochs
 
 
+def _at_length(row: Row, *, ours: str, target: float, epochs: int) -> Row:
+  """The row of the same system for a longer training of ours."""
+  what = f"{row.what}; ours for {epochs} epochs"
+  return dataclasses.replace(row, what=what, ours=ours, target=target, target_epochs=epochs)
+
+
 _A = Row(
   id="A",
   network="dilated",
@@ -63,9 +69,7 @@ _E1 = Row(
 )
 ROWS = (
   _A,
-  dataclasses.replace(
-    _A, what=f"{_A.what}; ours for 51 epochs", ours="s9-long", target=92.0, target_epochs=51
-  ),
+  _at_length(_A, ours="s9-long", target=92.0, epochs=51),
   Row(
     id="B1",
     network="dilated",
@@ -103,13 +107,7 @@ ROWS = (
     target=None,
   ),
   _B2,
-  dataclasses.replace(
-    _B2,
-    what=f"{_B2.what}; ours for 100 epochs",
-    ours="pyramid-long",
-    target=87.0,
-    target_epochs=100,
-  ),
+  _at_length(_B2, ours="pyramid-long", target=87.0, epochs=100),
   Row(
     id="B2",
     network="pyramid",
@@ -183,9 +181,7 @@ ROWS = (
     target=90.0,
   ),
   _E1,
-  dataclasses.replace(
-    _E1, what=f"{_E1.what}; ours for 100 epochs", ours="skip-long", target=88.0, target_epochs=100
-  ),
+  _at_length(_E1, ours="skip-long", target=88.0, epochs=100),
   Row(
     id="E2",
     network="skip",
