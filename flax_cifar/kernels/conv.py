@@ -154,11 +154,19 @@ def _depthwise_backward(strides: Pair, dilation: Pair, saved: Any, gradient: Arr
   taps = taps_lib.list_taps(x, kernel.shape[:2], dilation, strides)
   gradient = gradient.astype(jnp.float32)
   products = [tap.astype(jnp.float32) * gradient for tap in taps]
-  # All taps in one pass over the data; a GPU's shared memory has room for the sums of a few.
-  few = GPU_SUMS if backend.select_backend() == "gpu" else len(products)
-  parts = [products[i : i + few] for i in range(0, len(products), few)]
-  sums = [total for part in parts for total in sums_lib.sum_each(part, (0, 1, 2))]
+  sums = _sum_products(products)
   return x_gradient, jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _sum_products(products: list[Array]) -> list[Array]:
+  """Sums over images and positions, all in one pass over the data or, on a GPU, few.
+
+  The shared memory of a GPU has room for the sums of a few.
+  """
+  if backend.select_backend() != "gpu":
+    return sums_lib.sum_each(products, (0, 1, 2))
+  parts = [products[i : i + GPU_SUMS] for i in range(0, len(products), GPU_SUMS)]
+  return [total for part in parts for total in sums_lib.sum_images(*part)]
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)

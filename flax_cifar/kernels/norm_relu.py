@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32
 
 from flax_cifar.kernels import backend, sums
 from flax_cifar.kernels import moments as moments_lib
+from flax_cifar.parallel import mesh as mesh_lib
 
 # ---- Normalization with ReLU
 
@@ -58,9 +59,9 @@ def _normalize_backward(
   if relu:
     y = distance * _as_row(inverse * scale, x) + _as_row(bias, x)
     gradient = jnp.where(y > 0, gradient, 0.0)
-  to_bias, products = sums.sum_positions(gradient, gradient * distance)  # (N, C)
+  to_bias, products = _sum(sets, gradient, gradient * distance)
   to_scale = products * inverse[:, 0, 0]
-  positions = x.shape[1] * x.shape[2]
+  positions = x.size // to_bias.size
   shift, slope = (
     _broadcast(sets.reduce(g * scale), x, sets) / positions for g in (to_bias, to_scale)
   )
@@ -89,16 +90,27 @@ def _compute_moments(x: Array, sets: moments_lib.Sets) -> tuple[Array, Array]:
   It first computes them for each channel of an image, from the distance to the image's first
   pixel, because E[x^2] - E[x]^2 can turn negative in float32. Then it joins the channels and images
   of a set, which weigh the same. Source: Chan, Golub and LeVeque 1983 (The American Statistician
-  37).
+  37). Where `_sum` adds up all images, they count as one.
   """
-  first = x[:, :1, :1].astype(jnp.float32)
+  first = (x[:1] if _sums_images(sets) else x)[:, :1, :1].astype(jnp.float32)
   distance = x.astype(jnp.float32) - _as_row(first, x)
-  positions = x.shape[1] * x.shape[2]
-  shift, square = (
-    total / positions for total in sums.sum_positions(distance, jnp.square(distance))
-  )
-  means, variances = first[:, 0, 0] + shift, square - jnp.square(shift)  # (N, C)
+  totals = _sum(sets, distance, jnp.square(distance))
+  shift, square = (total * total.size / x.size for total in totals)
+  means, variances = first[:, 0, 0] + shift, square - jnp.square(shift)
   return sets.join(means, variances)
+
+
+def _sum(sets: moments_lib.Sets, *terms: Array) -> list[Float32[Array, "n_or_1 c"]]:
+  """Sums each term over its positions, and over the images too where `_sums_images` says so."""
+  if _sums_images(sets):
+    return [total[None] for total in sums.sum_images(*terms)]
+  return sums.sum_positions(*terms)
+
+
+def _sums_images(sets: moments_lib.Sets) -> bool:
+  """Whether all images are one set, and a sum for each of them is a detour: on one GPU."""
+  is_whole = sets == moments_lib.GhostBatches(1) and isinstance(sets, moments_lib.GhostBatches)
+  return is_whole and backend.select_backend() == "gpu" and mesh_lib.count_shards() == 1
 
 
 def _broadcast(reduced: Array, x: Array, sets: moments_lib.Sets) -> Array:

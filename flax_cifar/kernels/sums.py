@@ -10,6 +10,8 @@ from jaxtyping import Array, Float32
 from flax_cifar.kernels import backend
 
 ROWS = 8  # rows to add at once; XLA:CPU keeps about this many side by side
+LANES = 64  # columns for which XLA:GPU takes its largest blocks of threads
+BLOCK_ROWS = 256  # rows that a block adds
 
 
 def sum_positions(*terms: Float32[Array, "n h w c"]) -> list[Float32[Array, "n c"]]:
@@ -25,6 +27,23 @@ def sum_positions(*terms: Float32[Array, "n h w c"]) -> list[Float32[Array, "n c
   while sums[0].size > count * channels:
     sums = _sum_rows(sums, length=channels)
   return [total.reshape(count, channels) for total in sums]
+
+
+def sum_images(*terms: Float32[Array, "n h w c"]) -> list[Float32[Array, " c"]]:
+  """Sums each term over images and positions, in few passes that keep a GPU busy.
+
+  XLA:GPU would take small blocks of threads for few channels, so several pixels are one row; and
+  the rows are divided among blocks, whose sums are added by another pass.
+  """
+  channels = terms[0].shape[-1]
+  pixels = terms[0].size // channels
+  length = math.gcd(pixels, max(LANES // channels, 1))  # pixels in a row
+  if length == 1:
+    return sum_each(terms, (0, 1, 2))
+  parts = math.gcd(pixels // length, max(pixels // length // BLOCK_ROWS, 1))
+  rows = [term.reshape(parts, -1, length * channels) for term in terms]
+  sums = sum_each(sum_each(rows, (1,)), (0,))
+  return sum_each([total.reshape(length, channels) for total in sums], (0,))
 
 
 def sum_each(terms: Sequence[Float32[Array, "..."]], axes: tuple[int, ...]) -> list[Array]:

@@ -590,7 +590,9 @@ class ConvHead(nn.Module):
       # JAX 0.12 on CPUs would fuse a sum of bfloat16 units with its mean and return NaN.
       x = jax.lax.optimization_barrier(x)
     x = GlobalAveragePool(name="pool")(x.astype(jnp.float32))
-    x = nn.Conv(
+    # cuDNN would want another order of the last feature maps in memory, and of all that they meet.
+    conv = Conv if backend.select_backend() == "gpu" else nn.Conv
+    x = conv(
       self.num_classes,
       (1, 1),
       use_bias=self.use_bias,
