@@ -1,4 +1,7 @@
-"""ReLU and its gradient against Flax. The fused norms are tested in tests/models/test_norms.py."""
+"""ReLU and its gradient against Flax, and the norm for GPUs against the plain one.
+
+The plain one is tested with the norms of networks, in tests/models/test_norms.py.
+"""
 
 import flax.linen as nn
 import jax
@@ -6,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cifar.kernels import backend, norm_relu
+from flax_cifar.kernels import backend, moments, norm_relu
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -22,3 +25,30 @@ def test_relu_equals_flax_in_value_and_gradient(dtype, backend_name, monkeypatch
   ):
     assert ours.dtype == dtype
     np.testing.assert_array_equal(ours.astype(jnp.float32), theirs.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("sets", [moments.GhostBatches(1), moments.GhostBatches(2)])
+@pytest.mark.parametrize("shape", [(8, 3, 5, 4), (4, 16, 16, 32), (2, 8, 8, 64)])
+def test_the_norm_for_gpus_equals_the_plain_one_in_value_and_gradient(shape, sets, relu):
+  rng = np.random.default_rng(0)
+  x = rng.normal(100, 2, shape).astype(np.float32)  # far from 0, where sums cancel
+  weight = rng.normal(0, 1, shape).astype(np.float32)
+  scale, bias = rng.normal(1, 0.5, (2, shape[-1])).astype(np.float32)
+
+  def compute(backend_name):
+    def normalize(*operands):
+      return norm_relu.normalize(*operands, sets, 1e-5, relu)
+
+    def run(*operands):
+      found, pull = jax.vjp(normalize, *operands)
+      return found, pull((jnp.asarray(weight), *map(jnp.zeros_like, found[1:])))
+
+    with backend.use(backend_name):
+      return jax.jit(run)(x, scale, bias)
+
+  for ours, plain in zip(
+    jax.tree.leaves(compute("gpu")), jax.tree.leaves(compute("definition")), strict=True
+  ):
+    assert ours.shape == plain.shape
+    np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
