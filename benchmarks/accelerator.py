@@ -103,7 +103,7 @@ def list_items(data: str) -> list[Item]:
   epoch = [module, "benchmarks.speed.epoch"]
   accuracy = [module, "benchmarks.accuracy.time_to_accuracy"]
   changes = ["--", f"--config.data.name={data}", "--config.compute_dtype=bfloat16"]
-  tests = [module, "pytest", "-v", "-n", "4", "-p", "no:cacheprovider", *GPU_TESTS]
+  tests = [module, "pytest", "-vv", "-n", "4", "-p", "no:cacheprovider", *GPU_TESTS]
   profile = [module, "flax_cifar.tools.profile", "--config=configs/s9.py:long", changes[1]]
   return [
     Item("device", ["-c", DESCRIBE], 60, has_record=False),
