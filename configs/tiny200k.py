@@ -4,7 +4,8 @@ Parameters  188,970
 Recipe      ours, 60 epochs
 Protocol    honest: 5,000 validation images are held out of training; test is read once, at the end
 Command     python main.py --config=configs/tiny200k.py
-Variants    long  180 epochs of more augmentation, smooth activations and large batches, for GPUs
+Variants    cpu   120 epochs with cutout and smooth activations
+            long  180 epochs of more augmentation, smooth activations and large batches, for GPUs
             Every config has the others: see configs/variants.py
 """
 
