@@ -109,7 +109,7 @@ def _sum(sets: moments_lib.Sets, *terms: Array) -> list[Float32[Array, "n_or_1 c
 
 def _sums_images(sets: moments_lib.Sets) -> bool:
   """Whether all images are one set, and a sum for each of them is a detour: on one GPU."""
-  is_whole = sets == moments_lib.GhostBatches(1) and isinstance(sets, moments_lib.GhostBatches)
+  is_whole = isinstance(sets, moments_lib.GhostBatches) and sets.number == 1
   return is_whole and backend.select_backend() == "gpu" and mesh_lib.count_shards() == 1
 
 

@@ -7,9 +7,11 @@ import os
 import pathlib
 import re
 import runpy
+import select
+import signal
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -18,6 +20,7 @@ from flax_cifar import configs, environment, errors, signals, zoo
 from flax_cifar.configs import variants
 
 CONFIGS = pathlib.Path(configs.__file__).parent
+STANDARD_OUTPUT = 1  # its file descriptor
 CONFIG_HELP = "A file of configs/; variants and key=value may follow it after a colon."
 NO_CONFIGS = ("__init__", "common", "recipes", "variants")  # shared by the configs
 TOOLS = (
@@ -46,10 +49,11 @@ def one_line_errors() -> Iterator[None]:
   """Ends the process with one line and a status where its work raises what a user can cause.
 
   2: a mistake in what was asked for; 75: another process of the run is lost; 128 + N: stopped by
-  signal N.
+  signal N, as by that of a pipe whose reader, such as `head`, has seen enough.
   """
   try:
     yield
+    sys.stdout.flush()  # else Python meets the closed pipe at its end, and says so
   except errors.UserError as error:
     leave(f"error: {explain(error)}", 2)
   except errors.Lost as error:
@@ -58,6 +62,18 @@ def one_line_errors() -> Iterator[None]:
     leave(str(stop), 128 + stop.signum)
   except KeyboardInterrupt:
     leave("stopped at once; the same command goes on from what is saved", 130)
+  except BrokenPipeError:
+    if _has_reader(STANDARD_OUTPUT):
+      raise
+    sys.stdout = open(os.devnull, "w")  # takes what is still unwritten
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def _has_reader(descriptor: int) -> bool:
+  """Whether somebody reads the pipe of a file descriptor."""
+  poll = select.poll()
+  poll.register(descriptor, 0)
+  return not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def find_config(text: str, flag: str = "--config") -> str:

@@ -94,6 +94,25 @@ def test_weights_may_be_named_by_their_run_but_not_as_a_model(tmp_path, monkeypa
   assert find_network("--model=tiny50k") == zoo.find_weights("tiny50k")
 
 
+@pytest.mark.parametrize("text", ["a line", "many lines\n" * 10_000])  # within the buffer, beyond
+def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(text):
+  reader, writer = os.pipe()
+  os.close(reader)
+  code = f"with command_line.one_line_errors(): print({text!r})"
+  done = subprocess.run(
+    [sys.executable, "-c", f"from flax_cifar.tools import command_line\n{code}"],
+    stdout=writer,
+    stderr=subprocess.PIPE,
+  )
+  os.close(writer)
+  assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_broken_pipe_is_not_hidden(capsys):
+  with pytest.raises(BrokenPipeError), command_line.one_line_errors():
+    raise BrokenPipeError
+
+
 def test_the_version_is_that_of_the_package():
   assert call("main.py", "--version")[1] == f"flax_cifar {flax_cifar.__version__}\n"
 
