@@ -95,7 +95,7 @@ def _compute_moments(x: Array, sets: moments_lib.Sets) -> tuple[Array, Array]:
   first = (x[:1] if _sums_images(sets) else x)[:, :1, :1].astype(jnp.float32)
   distance = x.astype(jnp.float32) - _as_row(first, x)
   totals = _sum(sets, distance, jnp.square(distance))
-  shift, square = (total * total.size / x.size for total in totals)
+  shift, square = (total / (x.size // total.size) for total in totals)
   means, variances = first[:, 0, 0] + shift, square - jnp.square(shift)
   return sets.join(means, variances)
 

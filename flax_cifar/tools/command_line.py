@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -65,7 +65,7 @@ def one_line_errors() -> Iterator[None]:
   except BrokenPipeError:
     if _has_reader(STANDARD_OUTPUT):
       raise
-    sys.stdout = open(os.devnull, "w")  # takes what is still unwritten
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STANDARD_OUTPUT)  # takes what is still unwritten
     sys.exit(128 + signal.SIGPIPE)
 
 
