@@ -1,13 +1,17 @@
 """Epochs and seconds until runs reach given accuracies.
 
 Command     python -m benchmarks.accuracy.time_to_accuracy [--config configs/sprint.py]
-                [--targets 85 90 93 94] [--json FILE] [-- any flag of main.py]
+                [--targets 85 90 93 94] [--pytorch IMAGES_PER_SECOND] [--json FILE]
+                [-- any flag of main.py]
             python -m benchmarks.accuracy.time_to_accuracy --runs FOLDER ...
 
 Trains with main.py in a new folder, or takes finished runs, and reads metrics.jsonl. The accuracy
 is the one on validation images of the run's protocol, of the weights that would be tested. Seconds
 are those of training, without evaluation: as they were, and without compiling, which is that many
 times the median epoch. "first step" of benchmarks.speed.start_up has what comes before.
+
+--pytorch adds the seconds that PyTorch would take for the same epochs of the same network, at the
+speed that benchmarks.speed.train_step has measured for it on the same cores.
 """
 
 import argparse
@@ -27,7 +31,7 @@ Records = Sequence[dict]  # of the epochs of a run
 def main() -> None:
   options = parse_options()
   runs = [read(folder) for folder in options.runs] or [train(options.config, options.flags)]
-  rows = [describe(target, runs) for target in options.targets]
+  rows = [describe(target, runs, options.pytorch) for target in options.targets]
   common.print_table(rows)
   if options.json:
     common.write_json(options.json, rows)
@@ -38,6 +42,7 @@ def parse_options() -> argparse.Namespace:
   parser.add_argument("--config", default="configs/sprint.py")
   parser.add_argument("--runs", nargs="+", default=[], type=pathlib.Path, metavar="FOLDER")
   parser.add_argument("--targets", nargs="+", type=float, default=[85, 90, 93, 94], help="in %%")
+  parser.add_argument("--pytorch", type=float, metavar="IMAGES_PER_SECOND")
   parser.add_argument("--json", default="", help="file for the record")
   parser.add_argument("flags", nargs="*", help="for main.py, after --")
   return parser.parse_args()
@@ -58,8 +63,14 @@ def read(workdir: pathlib.Path) -> Records:
   return [json.loads(line) for line in lines]
 
 
-def describe(target: float, runs: Sequence[Records]) -> common.Row:
-  """The means of the runs that reached `target`; blanks where none did."""
+def describe(target: float, runs: Sequence[Records], pytorch: float | None = None) -> common.Row:
+  """The means of the runs that reached `target`; blanks where none did.
+
+  Args:
+    target: accuracy, in percent.
+    runs: their epochs.
+    pytorch: images per second of PyTorch.
+  """
   reached = [(run, number) for run in runs if (number := count_epochs(run, target))]
   times = [[record["seconds"] for record in run] for run, _ in reached]
   epochs = [number for _, number in reached]
@@ -68,7 +79,7 @@ def describe(target: float, runs: Sequence[Records]) -> common.Row:
     number * statistics.median(spent[1:] or spent)
     for spent, number in zip(times, epochs, strict=True)
   ]
-  return {
+  row = {
     "target %": target,
     "runs": f"{len(reached)} of {len(runs)}",
     "epochs": statistics.mean(epochs) if reached else None,
@@ -78,6 +89,15 @@ def describe(target: float, runs: Sequence[Records]) -> common.Row:
     "last %": statistics.mean(100 * run[-1]["validation_accuracy"] for run in runs),
     "of epochs": max(map(len, runs)),
   }
+  if pytorch:
+    images = [number * count_images(run) for run, number in reached]
+    row["PyTorch s"] = statistics.mean(images) / pytorch if reached else None
+  return row
+
+
+def count_images(run: Records) -> float:
+  """The images of an epoch."""
+  return run[0]["images_per_second"] * run[0]["seconds"]
 
 
 def count_epochs(run: Records, target: float) -> int | None:

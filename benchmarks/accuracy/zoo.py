@@ -35,7 +35,7 @@ TICKS: dict[str, dict[float, str]] = {
   "multiply_adds": {3e6: "3M", 1e7: "10M", 3e7: "30M", 1e8: "100M", 3e8: "300M", 1e9: "1G"},
 }
 # Of the picture: where names stand to the left, and when those of neighbors stand in lines.
-OTHERS_LEFT, OURS_LEFT, NO_NAMES = (0, 4e4), (1e5, 1e8), (0, 0)
+OTHERS_LEFT, OURS_LEFT, NO_NAMES = (0, 4e4), (6e4, 1e8), (0, 0)
 NEAR_FACTOR, NEAR_PERCENT = 0.4, 0.7  # in the logarithm of parameters, and in accuracy
 LINE_POINTS = 9
 MAX_BYTES = 3_000_000  # of the weights of a network, as they are part of the package
