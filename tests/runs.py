@@ -23,7 +23,9 @@ AVERAGE_AND_PLATEAU = {
 
 
 def run(workdir, data, **changes):
-  return train.train_and_evaluate(tiny.get_config(data, **changes), workdir)
+  """A run of one step a call, unless `changes` say otherwise, so that it can be stopped at any."""
+  config = tiny.get_config(data, **{"steps_per_call": 1, **changes})
+  return train.train_and_evaluate(config, workdir)
 
 
 def lines(workdir):
