@@ -194,6 +194,10 @@ class Unit(nn.Module):
   def _norm_first(self) -> bool:
     return self.order == "conv_norm_relu"
 
+  @property
+  def _last_activation(self) -> str:
+    return "relu" if self._norm_first else "none"
+
   def create_norm(self) -> nn.Module:
     """Creates the norm after the convolution, called `norm`, with the ReLU if that follows."""
     return self.norm(relu=self._norm_first, name="norm")
@@ -201,9 +205,9 @@ class Unit(nn.Module):
   def finish(
     self, x: Array, affine: moments_lib.Affine, train: bool, shortcut: Array | None = None
   ) -> Array:
-    """Normalizes `x` and applies dropout and the ReLU after the norm; adds `shortcut`."""
+    """Normalizes `x` and applies dropout and what follows the norm; adds `shortcut`."""
     mask = dropout.Dropout(self.dropout_rate, name="dropout").get_mask(train)
-    return finish_lib.finish(x, affine, shortcut, mask, relu=self._norm_first)
+    return finish_lib.finish(x, affine, shortcut, mask, activation=self._last_activation)
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     """Applies the unit's convolution."""
@@ -412,10 +416,11 @@ class ResidualSeparableUnit(Unit):
       affine = moments_lib.Affine(center, slope * factors, bias * factors)
     y, moments = separable.convolve_pointwise(y, affine, params["pointwise"]["kernel"], relu=False)
     affine = self.create_norm().get_affine(moments, train)
-    if self._has_relu and not self.drop_path:
+    if self._last_activation != "none" and not self.drop_path:
       return self.finish(y, affine, train, x if self._keeps_shape(x) else None)
-    y = finish_lib.finish(y, affine, None, None, relu=self._has_relu)
-    return self._activate_and_add(y, x, train)
+    y = finish_lib.finish(y, affine, None, None, activation=self._last_activation)
+    y = nn.glu(y) if self.activation == GATE else y
+    return self._drop_and_add(y, x, train)
 
   def compute_by_modules(self, x: Float[Array, "n h w c"], train: bool) -> Array:
     """Computes the unit by modules of its own."""
@@ -427,8 +432,9 @@ class ResidualSeparableUnit(Unit):
       y = y * factors.astype(y.dtype)
     features = self._get_pointwise_features()
     y = self.create_conv(features, (1, 1), fan_in=channels, use_bias=False, name="pointwise")(y)
-    y = self.norm(relu=self._has_relu, name="norm")(y, train)
-    return self._activate_and_add(y, x, train)
+    has_relu = self.activation == "relu"
+    y = self.norm(relu=has_relu, name="norm")(y, train)
+    return self._drop_and_add(y if has_relu else ACTIVATIONS[self.activation](y), x, train)
 
   def _create_squeeze_excite(self, channels: int) -> SqueezeExcite:
     hidden = max(1, round(self.squeeze_excite * channels))
@@ -438,12 +444,11 @@ class ResidualSeparableUnit(Unit):
     return self.features * (2 if self.activation == GATE else 1)
 
   @property
-  def _has_relu(self) -> bool:
-    return self.activation == "relu"
+  def _last_activation(self) -> str:
+    return "none" if self.activation == GATE else self.activation
 
-  def _activate_and_add(self, y: Array, x: Array, train: bool) -> Array:
-    """The end of the unit with input `x`, after the norm, which applies a ReLU itself."""
-    y = y if self._has_relu else ACTIVATIONS[self.activation](y)
+  def _drop_and_add(self, y: Array, x: Array, train: bool) -> Array:
+    """Ends the unit with input `x` after its activation `y`."""
     y = dropout.Dropout(self.dropout_rate, name="dropout")(y, train)
     if not self._keeps_shape(x):
       return y

@@ -1,13 +1,14 @@
-// The end of a unit: normalization, ReLU, dropout, and the sum with a shortcut.
+// The end of a unit: normalization, activation, dropout, and the sum with a shortcut.
 
 #pragma once
 
+#include "activation.h"
 #include "images.h"
 #include "pool.h"
 
 struct Ending {
   Index count, pixels, channels;
-  Index relu, has_shortcut, drops;
+  Index activation, has_shortcut, drops;
 };
 
 // Keeps elements whose hash is at least `threshold`, and divides them by `kept`, their share. The
@@ -44,8 +45,7 @@ void finish_image(const Ending& shape, Mask mask, Index start, const T* images, 
   for (Index p = 0, at = start; p < s.pixels; p++, at += s.channels)
     for (Index i = 0; i < s.channels; i += LANES) {
       const Index rest = s.channels - i;
-      Vector y = affine.apply(load(images + at + i, rest), i, rest);
-      if (s.relu) y = relu(y);
+      Vector y = activate(affine.apply(load(images + at + i, rest), i, rest), s.activation);
       if (s.drops) y = mask.apply(y, at + i);
       if (s.has_shortcut) y += load(shortcuts + at + i, rest);
       store(outputs + at + i, y, rest);
@@ -74,7 +74,7 @@ void finish_image_backward(const Ending& shape, Mask mask, Index start, const T*
       const Vector distance = load(images + at + i, rest) - load(affine.center + i, rest);
       Vector g = load(gradients + at + i, rest);
       if (s.drops) g = mask.apply(g, at + i);
-      if (s.relu) g = distance * slope + load(affine.bias + i, rest) > 0 ? g : Vector{};
+      g = pull_back(g, distance * slope + load(affine.bias + i, rest), s.activation);
       store(to_bias + i, load(to_bias + i, rest) + g, rest);
       store(to_slope + i, load(to_slope + i, rest) + g * distance, rest);
       store(to_images + at + i, g * slope, rest);

@@ -1,4 +1,4 @@
-"""The end of a unit in one pass: normalization, ReLU, dropout, and the sum with a shortcut."""
+"""The end of a unit in one pass: normalization, activation, dropout and the sum with a shortcut."""
 
 import functools
 from typing import Any
@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, UInt32
 from flax_cifar.kernels import moments as moments_lib
 from flax_cifar.kernels.native import library
 
+ACTIVATIONS = ("none", "relu", "silu", "gelu")  # the order of activation.h
+
 
 def finish(
   x: Float[Array, "n h w c"],
@@ -16,47 +18,55 @@ def finish(
   shortcut: Float[Array, "n h w c"] | None,
   mask: UInt32[Array, " 4"] | None,
   *,
-  relu: bool,
+  activation: str,
 ) -> Float[Array, "n h w c"]:
-  """Normalizes `x`, applies ReLU and dropout, and adds a shortcut; differentiable once.
+  """Normalizes `x`, applies an activation and dropout, and adds a shortcut; differentiable once.
 
   Args:
     x: (N, H, W, C).
     affine: normalizes x.
     shortcut: added at the end, or None.
     mask: what to drop, by `dropout.Dropout.get_mask`, or None.
-    relu: whether ReLU follows the normalization.
+    activation: one of ACTIVATIONS, after the normalization; "gelu" is its approximation by tanh.
   """
-  return _finish(x, library.spread(affine, x), shortcut, mask, relu)
+  return _finish(x, library.spread(affine, x), shortcut, mask, activation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _finish(
-  x: Array, affine: moments_lib.Affine, shortcut: Array | None, mask: Array | None, relu: bool
+  x: Array,
+  affine: moments_lib.Affine,
+  shortcut: Array | None,
+  mask: Array | None,
+  activation: str,
 ) -> Array:
   present = [array for array in (shortcut, mask) if array is not None]
-  shape = _get_shape(x, relu, shortcut is not None, mask is not None)
+  shape = _get_shape(x, activation, shortcut is not None, mask is not None)
   operands = x, *affine, *present
   (y,) = library.call(library.FINISH, x.dtype, shape, operands, (library.like(x, *x.shape),))
   return y
 
 
-def _get_shape(x: Array, relu: bool, has_shortcut: bool, drops: bool) -> tuple[int, ...]:
+def _get_shape(x: Array, activation: str, has_shortcut: bool, drops: bool) -> tuple[int, ...]:
   """The fields of `Ending` in finish.h."""
   n, h, w, c = x.shape
-  return n, h * w, c, int(relu), int(has_shortcut), int(drops)
+  return n, h * w, c, ACTIVATIONS.index(activation), int(has_shortcut), int(drops)
 
 
 def _finish_forward(
-  x: Array, affine: moments_lib.Affine, shortcut: Array | None, mask: Array | None, relu: bool
+  x: Array,
+  affine: moments_lib.Affine,
+  shortcut: Array | None,
+  mask: Array | None,
+  activation: str,
 ) -> Any:
-  return _finish(x, affine, shortcut, mask, relu), (x, affine, mask, shortcut is not None)
+  return _finish(x, affine, shortcut, mask, activation), (x, affine, mask, shortcut is not None)
 
 
-def _finish_backward(relu: bool, saved: Any, gradient: Array) -> Any:
+def _finish_backward(activation: str, saved: Any, gradient: Array) -> Any:
   x, affine, mask, has_shortcut = saved
   n, c = len(x), x.shape[-1]
-  shape = _get_shape(x, relu, False, mask is not None)
+  shape = _get_shape(x, activation, False, mask is not None)
   results = library.like(x, *x.shape), library.floats(n, c), library.floats(n, c)
   operands = (gradient, x, *affine, *([] if mask is None else [mask]))
   to_x, to_slope, to_bias = library.call(library.FINISH_BACK, x.dtype, shape, operands, results)
