@@ -25,15 +25,18 @@ BACKENDS = {
   "gpu": "operations of XLA, put together for GPUs",
   "definition": "the plain operations of JAX",
 }
-PLAIN = ("definition", "gpu")  # without what is done for the compiler for CPUs alone
+PLAIN = ("definition", "gpu")  # without the detours that make XLA faster on CPUs
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # instruction sets
 
 # Those that may be missing, fastest first: whether they work, and what they need.
-OPTIONAL: dict[str, tuple[Callable[[], bool], str]] = {
-  "native": (lambda: native.is_available(), "a C++ compiler is installed: c++, or CXX names it"),
+OPTIONAL: dict[str, tuple[Callable[[], bool], Callable[[], str]]] = {
+  "native": (
+    lambda: native.is_available(),
+    lambda: f"a C++ compiler is installed: c++, or CXX names it{_get_reason()}",
+  ),
   "onednn": (
     lambda: convolution.is_available(),
-    "onednn-cpu-gomp is installed and fits this JAX",
+    lambda: "onednn-cpu-gomp is installed and fits this JAX",
   ),
 }
 
@@ -53,8 +56,9 @@ def select_backend() -> str:
     if jax.device_count() > 1:  # XLA cannot split a custom call over devices
       return "xla"
     return next((name for name, (works, _) in OPTIONAL.items() if works()), "xla")
-  works, needed = OPTIONAL.get(name, (None, ""))
-  errors.require(works is None or (on_cpu and works()), VARIABLE, name, f"auto unless {needed}")
+  if name in OPTIONAL:
+    works, get_need = OPTIONAL[name]
+    errors.require(on_cpu and works(), VARIABLE, name, f"auto unless {get_need()}")
   return name
 
 
@@ -80,7 +84,7 @@ def uses_onednn(dtype: jnp.dtype) -> bool:
 
 def uses_native(dtype: jnp.dtype) -> bool:
   """Whether the kernels in C++ compute arrays of `dtype` in this process."""
-  return select_backend() == "native" and dtype in native.DTYPES
+  return select_backend() == "native" and native.can_compute(dtype)
 
 
 def settle_dtype(name: str) -> str:
@@ -92,10 +96,18 @@ def settle_dtype(name: str) -> str:
     return name
   device = jax.local_devices()[0]
   if device.platform == "cpu":
-    fast = convolution.is_available() and has_fast_bfloat16()
-  else:  # NVIDIA's GPUs have such instructions since Ampere, compute capability 8
-    fast = float(getattr(device, "compute_capability", None) or 8) >= 8
+    fast = uses_onednn(jnp.dtype(jnp.bfloat16)) and has_fast_bfloat16()
+  else:
+    fast = not _is_before_ampere(getattr(device, "compute_capability", None))
   return "bfloat16" if fast else "float32"
+
+
+def _is_before_ampere(capability: str | None) -> bool:
+  """Whether a GPU is of NVIDIA's generations without bfloat16; AMD's capability is a name."""
+  try:
+    return float(capability or 8) < 8
+  except ValueError:
+    return False
 
 
 def has_fast_bfloat16() -> bool:
@@ -109,12 +121,18 @@ def describe_backend() -> str:
   return f"{name}: {BACKENDS[name]} ({VARIABLE}){_get_hint()}"
 
 
+def _get_reason() -> str:
+  failure = native.get_failure()
+  return f" (it failed: {failure})" if failure else ""
+
+
 def _get_hint() -> str:
   if jax.default_backend() != "cpu" or jax.device_count() > 1:  # neither would be used
     return ""
   hints = []
   if not native.is_available():
-    hints.append("most networks would be faster with a C++ compiler (c++, or CXX)")
+    reason = _get_reason()
+    hints.append(f"most networks would be faster with a C++ compiler (c++, or CXX){reason}")
   if sys.platform == "linux" and platform.machine() == "x86_64" and not convolution.is_available():
     missing = library.load_library() is None
     remedy = "would be faster: pip install onednn-cpu-gomp"

@@ -97,8 +97,7 @@ def register(target: str, function: Function) -> bool:
   def handle(pointer: Any) -> int | None:
     """Returns null, or the address of an error object of XLA."""
     frame = pointer.contents
-    if frame.extension:
-      _answer_metadata(frame)
+    if frame.extension and _answer_metadata(frame):
       return None
     if frame.stage != _EXECUTE:
       return None
@@ -143,12 +142,14 @@ def _read(frame: _CallFrame) -> tuple[tuple[int, ...], list[int]]:
   return tuple(key.data[: key.size]), [buffer.contents.data for buffer in buffers]
 
 
-def _answer_metadata(frame: _CallFrame) -> None:
-  """Tells XLA, which asks once at registration, the interface version of the handler."""
+def _answer_metadata(frame: _CallFrame) -> bool:
+  """Tells XLA the interface version of the handler, if it asks, as it does at registration."""
   extension = ctypes.cast(frame.extension, POINTER(_MetadataExtension)).contents
-  if extension.type == _METADATA:
-    version = extension.metadata.contents.version
-    version.major, version.minor = API_VERSION
+  if extension.type != _METADATA:
+    return False
+  version = extension.metadata.contents.version
+  version.major, version.minor = API_VERSION
+  return True
 
 
 def _create_error(frame: _CallFrame, message: str) -> int:

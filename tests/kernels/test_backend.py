@@ -2,6 +2,8 @@
 
 import types
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flax_cifar import errors
@@ -35,6 +37,7 @@ def test_onednn_is_refused_where_it_is_missing(monkeypatch):
     ("gpu", "7.5", [], "float32"),
     ("gpu", "8.0", [], "bfloat16"),
     ("gpu", "10.0", [], "bfloat16"),
+    ("gpu", "gfx942", [], "bfloat16"),  # AMD's
     ("tpu", None, [], "bfloat16"),
   ],
 )
@@ -46,18 +49,33 @@ def test_auto_is_bfloat16_where_the_device_is_fast_at_it(
     device.compute_capability = capability
   monkeypatch.setattr(backend.jax, "local_devices", lambda: [device])
   monkeypatch.setattr(backend.environment, "list_processor_features", lambda: features)
-  monkeypatch.setattr(backend.convolution, "is_available", lambda: True)
+  monkeypatch.setattr(backend, "uses_onednn", lambda dtype: True)
   assert backend.settle_dtype("auto") == expected
   assert backend.settle_dtype("float32") == "float32"
-  monkeypatch.setattr(backend.convolution, "is_available", lambda: False)
+  monkeypatch.setattr(backend, "uses_onednn", lambda dtype: False)
   assert backend.settle_dtype("auto") == ("float32" if platform == "cpu" else expected)
+
+
+def test_auto_is_float32_where_onednn_is_not_selected(monkeypatch):
+  monkeypatch.setattr(backend.environment, "list_processor_features", lambda: ["amx_bf16"])
+  with backend.use("xla"):
+    assert backend.settle_dtype("auto") == "float32"
 
 
 def test_native_is_refused_without_a_compiler(monkeypatch):
   monkeypatch.setattr("flax_cifar.kernels.native.library.is_available", lambda: False)
+  monkeypatch.setattr("flax_cifar.kernels.native.library.get_failure", lambda: "no space left")
   monkeypatch.setenv(backend.VARIABLE, "native")
-  with pytest.raises(errors.UserError, match=r"'native'.*C\+\+ compiler"):
+  with pytest.raises(errors.UserError, match=r"'native'.*C\+\+ compiler.*no space left"):
     backend.select_backend()
+
+
+def test_native_computes_only_types_whose_library_works(monkeypatch):
+  monkeypatch.setattr(backend, "select_backend", lambda: "native")
+  monkeypatch.setattr(backend.native, "_register", lambda dtype: dtype == "float32")
+  assert backend.uses_native(np.dtype("float32"))
+  assert not backend.uses_native(jnp.dtype(jnp.bfloat16))
+  assert not backend.uses_native(np.dtype("float64"))
 
 
 def test_the_banner_says_what_would_be_faster(monkeypatch):
@@ -65,6 +83,7 @@ def test_the_banner_says_what_would_be_faster(monkeypatch):
   monkeypatch.setattr(backend.jax, "device_count", lambda: 1)
   monkeypatch.setattr(backend, "select_backend", lambda: "xla")
   monkeypatch.setattr(backend.native, "is_available", lambda: False)
+  monkeypatch.setattr(backend.native, "get_failure", lambda: "")
   monkeypatch.setattr(backend.convolution, "is_available", lambda: False)
   monkeypatch.setattr(backend.library, "load_library", lambda: None)
   monkeypatch.setattr(backend.sys, "platform", "linux")

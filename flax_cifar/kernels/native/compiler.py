@@ -4,7 +4,6 @@ A wheel could hold machine code only for processors of twenty years ago. Compile
 macOS are `c++`; the environment variable CXX names another.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,30 +13,45 @@ import shlex
 import subprocess
 import tempfile
 
-from flax_cifar import environment
+from flax_cifar import environment, errors
 
 # Calls of memcpy, which GCC puts in the place of short loops, are slower than these.
 OPTIMIZE = ("-std=c++17", "-O3", "-fno-tree-loop-distribute-patterns")
 BUILD = ("-shared", "-fPIC", "-pthread")
 
 
-@functools.cache
 def load(source: pathlib.Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL | None:
   """Loads the C++ file `source`, compiled for this processor, with `macros` defined.
 
-  Returns None where there is no compiler that can compile it. The machine code is kept in the
-  user's cache, under a name that depends on the source, the compiler and the processor.
+  Returns None where there is no compiler that can compile it; `get_failure` says why. The machine
+  code is kept in the user's cache, under a name that depends on the source, the compiler and the
+  processor.
   """
+  return _try_to_load(source, macros)[0]
+
+
+def get_failure(source: pathlib.Path, macros: tuple[str, ...] = ()) -> str:
+  """Returns one line on why `load` returns None, or "" where it does not."""
+  return _try_to_load(source, macros)[1]
+
+
+@functools.cache
+def _try_to_load(source: pathlib.Path, macros: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
   try:
     compiler = shlex.split(os.environ.get("CXX") or "c++")
-  except ValueError:  # an open quotation mark
-    return None
+  except ValueError as error:  # an open quotation mark
+    return None, f"CXX: {error}"
+  failures = []
   for optimize in (OPTIMIZE, OPTIMIZE[:-1]):  # Clang may not know the last one
     for processor in ("-march=native", "-mcpu=native"):  # of x86 and of ARM
-      with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        options = [*BUILD, *optimize, processor, *(f"-D{name}" for name in macros)]
-        return _load([*compiler, *options], source)
-  return None
+      options = [*BUILD, *optimize, processor, *(f"-D{name}" for name in macros)]
+      try:
+        return _load([*compiler, *options], source), ""
+      except subprocess.CalledProcessError as error:
+        failures.append(errors.shorten(error.stderr.decode(errors="replace") or error))
+      except OSError as error:
+        failures.append(errors.shorten(error))
+  return None, failures[0]  # the later ones may complain of an option alone
 
 
 def _load(command: list[str], source: pathlib.Path) -> ctypes.CDLL:

@@ -29,7 +29,7 @@ def finish(
     mask: what to drop, by `dropout.Dropout.get_mask`, or None.
     activation: one of ACTIVATIONS, after the normalization; "gelu" is its approximation by tanh.
   """
-  return _finish(x, library.spread(affine, x), shortcut, mask, activation)
+  return _finish(x, library.broadcast(affine, x), shortcut, mask, activation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

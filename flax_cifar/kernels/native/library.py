@@ -29,7 +29,17 @@ MAX_POOL, MAX_POOL_BACK = range(10, 12)
 
 def is_available() -> bool:
   """Whether a compiler is here and XLA accepts calls of what it compiled."""
-  return _register(jnp.dtype(jnp.float32))
+  return can_compute(jnp.dtype(jnp.float32))
+
+
+def can_compute(dtype: jnp.dtype) -> bool:
+  """Whether the functions exist for images of `dtype`, and work here."""
+  return dtype in DTYPES and _register(dtype)
+
+
+def get_failure() -> str:
+  """Returns why the compiler did not compile SOURCE, or "" where it did."""
+  return compiler.get_failure(SOURCE)
 
 
 @functools.cache
@@ -73,14 +83,14 @@ def floats(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def spread(affine: moments_lib.Affine, x: Array) -> moments_lib.Affine:
-  """Gives each image of `x` numbers of its own."""
+def broadcast(affine: moments_lib.Affine, x: Array) -> moments_lib.Affine:
+  """Broadcasts `affine` to a row for each image of `x`."""
   return moments_lib.Affine(*(jnp.broadcast_to(a, (len(x), x.shape[-1])) for a in affine))
 
 
 def get_moment_terms(
   y: Array, mean: Array, to_mean: Array, to_variance: Array
 ) -> moments_lib.Affine:
-  """What the gradients of the moments of `y` add to its own: (y - center) * slope + bias."""
+  """Returns what the gradients of the moments add to that of `y`: (y - center) * slope + bias."""
   pixels = y.shape[1] * y.shape[2]
   return moments_lib.Affine(mean, 2 * to_variance / pixels, to_mean / pixels)

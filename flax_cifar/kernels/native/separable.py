@@ -112,7 +112,7 @@ def convolve_pointwise(
   Returns:
     The output and its moments.
   """
-  y, mean, variance = _pointwise(x, library.spread(affine, x), kernel, relu)
+  y, mean, variance = _pointwise(x, library.broadcast(affine, x), kernel, relu)
   return y, moments_lib.Moments(mean, variance, y.shape[1] * y.shape[2])
 
 

@@ -17,7 +17,8 @@ if not shutil.which("c++"):
 def load(tmp_path, monkeypatch):
   """Loads a source with a cache of its own, as a new process would."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  return compiler.load.__wrapped__
+  monkeypatch.setattr(compiler, "_try_to_load", compiler._try_to_load.__wrapped__)
+  return compiler.load
 
 
 def write(folder, value):
@@ -56,13 +57,17 @@ def test_without_a_cache_it_is_compiled_each_time(load, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["no-such-compiler", "false", "true", "c++ '", "/"])
 def test_a_compiler_that_does_not_work_is_none(load, tmp_path, monkeypatch, command):
   monkeypatch.setenv("CXX", command)
-  assert load(write(tmp_path, 44)) is None
+  source = write(tmp_path, 44)
+  assert load(source) is None
+  assert compiler.get_failure(source)
 
 
 def test_a_source_that_does_not_compile_leaves_nothing(load, tmp_path):
   source = tmp_path / "wrong.cc"
   source.write_text("int wrong(")
   assert load(source) is None
+  assert "wrong.cc" in compiler.get_failure(source)
+  assert "\n" not in compiler.get_failure(source)
   assert list(tmp_path.rglob("*.so")) == []
 
 
