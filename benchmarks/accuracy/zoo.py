@@ -159,9 +159,9 @@ def describe(name: str, score: evaluate.Score) -> dict[str, Any]:
     "corrupted_accuracy": score.corrupted_accuracy,
     "corrupted": score.corrupted,
   }
-  height, width = layer_table.get_receptive_field(layers)
+  sides = layer_table.get_receptive_field(layers) or weights.image_shape[:2]
   files.write_json(folder / "scores.json", row)
-  card = format_card(row, run, f"{height} x {width} pixels")
+  card = format_card(row, run, "{} x {} pixels".format(*sides))
   (folder / "README.md").write_text(card, encoding="utf-8")
   return row
 

@@ -17,8 +17,8 @@ class TrainBatches:
   """All batches of a run by step, a random-access source for grain.
 
   An epoch is a permutation of the examples without its incomplete last batch, so each example
-  occurs at most once in it. The stream (seed, e, i) augments example `i` in epoch `e`. With
-  `rows` an item has these rows of the batch alone: those of one of several processes.
+  occurs at most once in it. The stream (seed, e, i) augments example `i` in epoch `e`. `rows`
+  limits an item to some rows of the batch: those of this process, if there are several.
   """
 
   def __init__(

@@ -2,7 +2,7 @@
 
 Source: Hendrycks and Dietterich 2019, arXiv:1903.12261, "Benchmarking Neural Network Robustness to
 Common Corruptions and Perturbations". The strengths are those of its authors' program for CIFAR-10.
-The noise is drawn anew, so accuracies are near those on the published files, not equal to them.
+The noise is our own draw, so accuracies are near those on the published files, not equal to them.
 """
 
 import io
@@ -22,6 +22,8 @@ Fractions = Float[np.ndarray, "n h w 3"]  # in [0, 1]
 
 def corrupt(images: Images, name: str, severity: int) -> Images:
   """Corrupts each image; the same call gives the same images.
+
+  All severities of noise have the same draw, which depends on the place of an image in `images`.
 
   Args:
     images: uint8 (N, H, W, 3).
@@ -78,7 +80,7 @@ def compress(images: Images, quality: float) -> Images:
 def pixelate(images: Images, factor: float) -> Images:
   """Scales down to `factor` of the sides and up again, both by the mean of boxes."""
   height, width = images.shape[1:3]
-  small = int(width * factor), int(height * factor)
+  small = max(1, int(width * factor)), max(1, int(height * factor))
 
   def scale(image: PIL.Image.Image) -> PIL.Image.Image:
     box = PIL.Image.Resampling.BOX

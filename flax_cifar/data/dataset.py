@@ -13,7 +13,11 @@ VALIDATION_NAMES = ("validation", "val", "valid")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Images and labels that belong together."""
+  """Images and labels that belong together.
+
+  After `load.load_dataset` they have the types below. A source may give gray images and labels of
+  other integer types.
+  """
 
   images: np.ndarray  # uint8 (N, H, W, 3), RGB
   labels: np.ndarray  # int32 (N,)
@@ -45,6 +49,20 @@ class Dataset:
   test_is_held_out: bool = False
 
 
+def number_classes(where: str, highest: int) -> tuple[str, ...]:
+  """Names the classes "0", "1", ... up to the label `highest` of the data set `where`.
+
+  Raises:
+    UserError: the label is negative, or MAX_CLASSES or more.
+  """
+  if not 0 <= highest < MAX_CLASSES:
+    raise errors.UserError(
+      f"{where}: the labels go up to {highest}; number the classes from 0. There may be at most "
+      f"{MAX_CLASSES:,}."
+    )
+  return tuple(map(str, range(highest + 1)))
+
+
 def gray_to_rgb(images: np.ndarray) -> np.ndarray:
   """Turns gray images (N, H, W) or (N, H, W, 1) into (N, H, W, 3); returns others as they are."""
   if images.ndim == 3:
@@ -67,7 +85,7 @@ def check_split(split: Split, *, num_classes: int, where: str) -> None:
   if images.dtype != np.uint8:
     raise errors.UserError(
       f"{where}: images have dtype {images.dtype}; save them as uint8 in 0..255 "
-      "(for floats in [0, 1]: np.rint(images * 255).astype(np.uint8))."
+      "(floats in [0, 1]: np.rint(images * 255).astype(np.uint8); in [0, 255]: without the factor)."
     )
   if images.ndim != 4 or images.shape[-1] != 3:
     raise errors.UserError(
@@ -82,6 +100,8 @@ def _get_remedy(shape: tuple[int, ...]) -> str:
     return "Turn channels-first into channels-last: images = images.transpose(0, 2, 3, 1)."
   if len(shape) == 4 and shape[-1] == 4:
     return "Leave out the alpha channel: images = images[..., :3]."
+  if len(shape) == 2:
+    return "Give each row the shape of its image: images.reshape(-1, height, width, 3)."
   return "Save one image per row of the first axis."
 
 

@@ -1,5 +1,6 @@
 """Loads a data set by name: uint8 images, labels and class names."""
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -71,9 +72,16 @@ def _check_class_names(where: str, names: tuple[str, ...]) -> None:
   odd = [name for name in names if not name.isprintable()]
   if odd:  # the plots at the end of a run could not show them
     raise errors.UserError(f"{where}: the class names {odd[:3]} are not printable; rename them.")
+  if not all(names):
+    raise errors.UserError(f"{where}: class {names.index('')} has an empty name; rename it.")
   if len(names) > dataset_lib.MAX_CLASSES:
     raise errors.UserError(
       f"{where}: there are {len(names):,} classes; at most {dataset_lib.MAX_CLASSES:,} fit."
+    )
+  if repeated := [name for name, count in collections.Counter(names).items() if count > 1]:
+    errors.warn(
+      f"{where}: several classes are called {errors.list_some(repeated)}; tables and plots will "
+      "not tell them apart"
     )
 
 

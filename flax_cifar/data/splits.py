@@ -85,7 +85,7 @@ def load_splits(
   Args:
     protocol: a key of PROTOCOLS.
     name: of the data set.
-    dir: where CIFAR-10 is.
+    dir: root of the data sets of TFDS; "" means TFDS_DATA_DIR, else ~/tensorflow_datasets.
     image_size: height and width in pixels.
     validation_size: number of training images held out, unless the protocol is "published" or the
       data set has validation images of its own, which are then used, all of them.

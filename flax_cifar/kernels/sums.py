@@ -38,7 +38,7 @@ def sum_images(*terms: Float32[Array, "n h w c"]) -> list[Float32[Array, " c"]]:
   channels = terms[0].shape[-1]
   pixels = terms[0].size // channels
   length = math.gcd(pixels, max(LANES // channels, 1))  # pixels in a row
-  if length == 1:  # XLA divides such rows itself; a reshape could make it store the terms anew
+  if length == 1:  # XLA divides such rows itself; a reshape could make it store them again
     return sum_each(terms, (0, 1, 2))
   parts = math.gcd(pixels // length, max(pixels // length // BLOCK_ROWS, 1))
   rows = [term.reshape(parts, -1, length * channels) for term in terms]

@@ -40,7 +40,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "tiny700k": partial(tiny.Tiny, widths=(96, 192, 256), units=(3, 4, 6)),
   "wide": wide.Wide,
 }
-RESIDUAL = ("tiny50k", "tiny100k", "tiny200k", "tiny700k")  # they take model.residual
+# Those that take model.residual.
+RESIDUAL = tuple(n for n, model in MODELS.items() if getattr(model, "func", model) is tiny.Tiny)
 DTYPES: dict[str, blocks.DType] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -61,8 +62,8 @@ def create_model(
   convolutions compute in `dtype`; parameters, statistics and logits are float32.
 
   Raises:
-    UserError: unknown name, norm, initializer, activation or dtype; a rate outside [0, 1); or
-      options of residual units for a network that has none.
+    UserError: unknown name, norm, initializer, activation or dtype; a rate, momentum or epsilon out
+      of range; or options of residual units for a network that has none.
   """
   errors.require(
     0 <= dropout_rate < 1, "model.dropout_rate", dropout_rate, "at least 0 and below 1"

@@ -186,7 +186,7 @@ class Unit(nn.Module):
 
   def compute_by_modules(self, x: Float[Array, "n h w c"], train: bool) -> Array:
     """Computes the unit by modules of its own."""
-    x = _check_map(self.convolve(x), self.name)
+    x = check_map(self.convolve(x), self.name)
     x = self.create_norm()(x if self._norm_first else norm_relu.relu(x), train)
     return dropout.Dropout(self.dropout_rate, name="dropout")(x, train)
 
@@ -275,10 +275,10 @@ class ConvUnit(Unit):
     if affine and not drops and (self._norm_first or norms.is_identity(self.norm)):
       (center,), (slope,), (shift,) = affine
       joined = kernel * slope, (bias - center) * slope + shift
-      return _check_map(dense.convolve(x, *joined, window, relu=True), self.name)
+      return check_map(dense.convolve(x, *joined, window, relu=True), self.name)
     y, moments = dense.convolve_and_measure(x, kernel, bias, window, relu=not self._norm_first)
     affine = affine or norm.get_affine(moments, train)
-    return self.finish(_check_map(y, self.name), affine, train)
+    return self.finish(check_map(y, self.name), affine, train)
 
   def _get_window(self) -> dense.Window:
     pad = self.padding
@@ -286,8 +286,7 @@ class ConvUnit(Unit):
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
     reflect = self.pad_mode == "reflect"
-    size = self.kernel_size
-    sides = (size, size) if isinstance(size, int) else size
+    sides = get_pair(self.kernel_size)
     return self.create_conv(
       self.features,
       sides,
@@ -311,7 +310,7 @@ class PooledConvUnit(ConvUnit):
     """Computes the unit by kernels in C++."""
     params = self.variables["params"]["conv"]
     operands = x, params["kernel"], params.get("bias"), self._get_window()
-    y = _check_map(dense.convolve(*operands, relu=not self._norm_first), self.name, at_least=2)
+    y = check_map(dense.convolve(*operands, relu=not self._norm_first), self.name, at_least=2)
     y, moments = native_pooling.max_pool_and_measure(y, 2)
     return self.finish(y, self.create_norm().get_affine(moments, train), train)
 
@@ -393,6 +392,9 @@ class ResidualSeparableUnit(Unit):
       norm, as a fraction of its channels; 0 leaves it out.
     drop_path: probability that training leaves an image with the unit's input alone, where that is
       added (stochastic depth, Huang et al. 2016, arXiv:1603.09382).
+
+  Raises:
+    ValueError: `use_bias` is set, or `order` is not the default; they would have no effect.
   """
 
   stride: int = 1
@@ -424,6 +426,8 @@ class ResidualSeparableUnit(Unit):
 
   def compute_by_modules(self, x: Float[Array, "n h w c"], train: bool) -> Array:
     """Computes the unit by modules of its own."""
+    if self.use_bias or not self._norm_first:
+      raise ValueError("a residual unit has no bias, and its norm comes before the activation")
     channels = x.shape[-1]
     y = self.create_depthwise(channels, stride=self.stride)(x)
     y = self.norm(relu=False, name="depthwise_norm")(y, train)
@@ -496,9 +500,10 @@ class GroupedUnit(Unit):
     groups, channels = len(self.kernel_sizes), x.shape[-1]
     if channels % groups or self.features % groups:
       raise ValueError(f"{groups} groups cannot share {channels} -> {self.features} channels")
+    parts = jnp.split(x, groups, axis=-1)
     outputs = []
-    for number, (size, dilation) in enumerate(
-      zip(self.kernel_sizes, self.dilations, strict=True), start=1
+    for number, (part, size, dilation) in enumerate(
+      zip(parts, self.kernel_sizes, self.dilations, strict=True), start=1
     ):
       conv = self.create_conv(
         self.features // groups,
@@ -508,7 +513,7 @@ class GroupedUnit(Unit):
         use_bias=self.use_bias,
         name=f"group{number}",
       )
-      outputs.append(conv(jnp.split(x, groups, axis=-1)[number - 1]))
+      outputs.append(conv(part))
     return jnp.stack(outputs, axis=-1).reshape(*outputs[0].shape[:-1], self.features)
 
 
@@ -533,11 +538,15 @@ class MaxPool(nn.Module):
   window: int
 
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    return pooling.max_pool(_check_map(x, self.name, at_least=self.window), self.window)
+    return pooling.max_pool(check_map(x, self.name, at_least=self.window), self.window)
 
 
-def _check_map(x: Array, layer: str | None, *, at_least: int = 1) -> Array:
-  """Returns (N, H, W, C) `x`; a Misfit if earlier layers have shrunk the image too far."""
+def check_map(x: Array, layer: str | None, *, at_least: int = 1) -> Array:
+  """Returns (N, H, W, C) `x`.
+
+  Raises:
+    Misfit: earlier layers have shrunk the image to fewer pixels than `at_least` on a side.
+  """
   height, width = x.shape[1:3]
   if min(height, width) < at_least:
     raise errors.Misfit(

@@ -8,7 +8,6 @@ from functools import partial
 import flax.linen as nn
 from jaxtyping import Array, Float, Float32
 
-from flax_cifar import errors
 from flax_cifar.models import blocks, norms
 
 
@@ -52,11 +51,5 @@ def keep_whole_windows(x: Float[Array, "n h w c"], window: int) -> Float[Array, 
   Raises:
     Misfit: the feature map is smaller than one window.
   """
-  height, width = x.shape[1:3]
-  if min(height, width) < window:
-    raise errors.Misfit(
-      f"the images are too small for this network: its last map has {height}x{width} pixels and "
-      f"needs {window}",
-      names=("image_size", "name"),
-    )
+  height, width = blocks.check_map(x, "head", at_least=window).shape[1:3]
   return x[:, : height - height % window, : width - width % window]

@@ -75,7 +75,8 @@ def get_layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> list
   know the operations between layers (ReLU, padding, sums).
 
   Raises:
-    ValueError: an operation outside the layers of LEAVES looks at several pixels at once.
+    ValueError: an operation outside the layers of LEAVES looks at several pixels at once. Some
+      that only move pixels are not noticed: shifts by padding and slicing, flips and gathers.
   """
   modules: list[nn.Module] = []
   rows: list[Row] = []
@@ -101,11 +102,14 @@ def get_layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> list
   ]
 
 
-def get_receptive_field(rows: Sequence[Row]) -> tuple[int, int]:
+def get_receptive_field(rows: Sequence[Row]) -> tuple[int, int] | None:
   """Returns the receptive field of the last layer before the global pool or the dense layers.
 
-  It is (height, width) in pixels.
+  It is (height, width) in pixels. None is the whole image, which the positions of a feature map see
+  where an earlier layer pools the whole image, as squeeze-excite does.
   """
+  if any(not row.receptive_field and math.prod(row.output_shape[:-1]) > 1 for row in rows):
+    return None
   return [row.receptive_field.size for row in rows if row.receptive_field][-1]
 
 
@@ -181,7 +185,8 @@ def _get_operation_field(equation: Any, field: ReceptiveField | None) -> Recepti
   for inner in _list_equations(equation):
     shape = inner.invars[0].aval.shape if inner.invars else ()
     strides = inner.params.get("strides") or (1, 1, 1, 1)
-    if inner.primitive.name in WINDOWED or (len(shape) == 4 and {*strides[1:3]} != {1}):
+    is_strided = len(shape) == 4 and {*strides[1:3]} != {1}
+    if inner.primitive.name in WINDOWED or is_strided or _mixes_positions(inner):
       raise ValueError(
         f"the receptive field of {inner.primitive.name!r} on an array {shape} is not known; make "
         "it a module, and add that to LEAVES and _get_layer_field of layer_table.py"
@@ -189,6 +194,18 @@ def _get_operation_field(equation: Any, field: ReceptiveField | None) -> Recepti
     if len(shape) == 4 and {*inner.params.get("axes", ())} & {1, 2}:  # a reduction
       return None
   return field
+
+
+def _mixes_positions(equation: Any) -> bool:
+  """Whether it multiplies along the height or width of a map, or folds them into other axes."""
+  name, shapes = equation.primitive.name, [v.aval.shape for v in equation.invars]
+  if name == "dot_general":
+    axes, _ = equation.params["dimension_numbers"]
+    return any(len(shape) == 4 and {1, 2} & {*own} for shape, own in zip(shapes, axes, strict=True))
+  if name != "reshape" or len(shapes[0]) != 4:
+    return False
+  after = equation.params["new_sizes"]  # two axes are the flattened map that dense layers read
+  return len(after) > 2 and after[:3] != shapes[0][:3]
 
 
 def _list_equations(equation: Any) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from flax_cifar.parallel import mesh as mesh_lib
 Norm = Callable[..., nn.Module]
 
 # The name of a parameter that keeps its initial value; `optim.trainable_mask` excludes it.
-FIXED_SCALE = "fixed_scale"  # see optim.trainable_mask
+FIXED_SCALE = "fixed_scale"
 
 
 class BatchNorm(nn.Module):
@@ -207,7 +207,7 @@ NORMS: dict[str, Norm] = {
 
 
 def has_affine(norm: Norm) -> bool:
-  """Whether `norm` has the methods that kernels which normalize by themselves need."""
+  """Whether `norm` has the methods with which fused kernels apply it."""
   methods = ("get_affine", "get_fixed_affine")
   return all(hasattr(getattr(norm, "func", norm), method) for method in methods)
 

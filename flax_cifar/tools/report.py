@@ -249,7 +249,7 @@ def draw_fields(network: "classifier_lib.Classifier", images: np.ndarray) -> np.
   )
   rows = layer_table.get_layer_table(network.model, network.weights.image_shape)
   lit = overlay(images[0], np.sqrt(np.asarray(field)))  # the root shows the weak outskirts
-  return frame(lit, layer_table.get_receptive_field(rows))
+  return frame(lit, layer_table.get_receptive_field(rows) or images.shape[1:3])
 
 
 def normalize(network: "classifier_lib.Classifier", images: np.ndarray) -> Any:

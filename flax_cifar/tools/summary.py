@@ -62,12 +62,13 @@ def get_rows(config: ConfigDict, num_classes: int) -> list[layer_table.Row]:
 def describe(name: str, rows: Sequence[layer_table.Row]) -> dict[str, Any]:
   """The sums of a layer table."""
   sums = layer_table.summarize(rows)
+  field = sums["receptive_field"]
   return {
     "config": name,
     "layers": len(rows),
     "parameters": sums["parameters"],
     "multiply-adds": sums["multiply_adds"],
-    "receptive field": "{}x{}".format(*sums["receptive_field"]),
+    "receptive field": "{}x{}".format(*field) if field else "all",
   }
 
 

@@ -70,6 +70,11 @@ def test_pixelate_joins_pixels_of_equal_boxes():
   assert len(np.unique(corrupt("pixelate", 5, SMOOTH)[0, :, 0, 0])) <= 20 + 12
 
 
+def test_images_of_one_pixel_stay_what_they_are():
+  image = np.full((1, 1, 1, 3), 7, np.uint8)
+  np.testing.assert_array_equal(corruptions.corrupt(image, "pixelate", 5), image)
+
+
 def test_unknown_ones_are_refused():
   with pytest.raises(errors.UserError, match="corruption='fog' is unknown"):
     corruptions.corrupt(IMAGES, "fog", 1)

@@ -666,6 +666,13 @@ def test_drop_path_leaves_out_whole_images_in_training_alone():
   np.testing.assert_allclose(branch[~left_out], whole[~left_out] / (1 - rate), atol=1e-5)
 
 
+@pytest.mark.parametrize("option", [{"use_bias": True}, {"order": "conv_relu_norm"}])
+def test_a_residual_unit_refuses_what_it_would_ignore(option):
+  unit = residual(NORM, blocks.INITS["he"], 0.0, F32, **option)
+  with pytest.raises(ValueError, match="a residual unit has no bias"):
+    unit.init(KEY, jnp.zeros((1, 8, 8, 32)), train=False)
+
+
 def test_a_residual_unit_with_a_norm_of_its_own_is_computed_by_modules(monkeypatch):
   """A norm without get_affine, as in docs/extending.md."""
   if library.is_available():

@@ -13,6 +13,7 @@ from flax_cifar import models
 from flax_cifar.configs import common
 from flax_cifar.models import blocks, layer_table, norms
 from flax_cifar.run import tables
+from tests import reference
 
 RECEPTIVE_FIELDS = {"dilated": 99, "pyramid": 44, "skip_dilated": 47, "keras_base": 36}
 TOTALS = {"dilated": 192_672, "pyramid": 48_656, "skip_dilated": 167_424, "keras_base": 1_172_410}
@@ -276,6 +277,16 @@ def test_rows_of_dense_layers():
   assert layer_table.get_receptive_field(rows) == (3, 3)
 
 
+def test_squeeze_excite_sees_the_whole_image():
+  residual = {"activation": "relu", "squeeze_excite": 0.25, "drop_path": 0.0}
+  rows = layer_table.get_layer_table(
+    reference.create_model("tiny50k", residual=residual), (32, 32, 3)
+  )
+  assert layer_table.get_receptive_field(rows) is None
+  total = tables.format_layer_table(rows).splitlines()[-1]
+  assert total.split()[-1] == "all"
+
+
 def test_dense_layers_are_printed_as_seeing_the_whole_image():
   text = tables.format_layer_table(layer_table.get_layer_table(DenseHead(), (6, 4, 3)))
   (line,) = [line for line in text.splitlines() if line.startswith("b ")]
@@ -347,6 +358,9 @@ class Between(nn.Module):
     lambda x: jax.lax.conv(x, jnp.ones((7, 7, 3, 3)), (1, 1), "SAME"),
     lambda x: x[:, ::2, ::2],
     lambda x: jnp.cumsum(x, 1),
+    lambda x: jnp.einsum("nhwc,hk->nkwc", x, jnp.ones((x.shape[1], 8))),
+    lambda x: x.reshape(len(x), -1, x.shape[-1]).reshape(x.shape),  # as attention has it
+    lambda x: x.reshape(len(x), 1, *x.shape[1:]).reshape(x.shape),
   ],
 )
 def test_operations_with_an_unknown_receptive_field_are_refused(operation):

@@ -441,7 +441,7 @@ def test_ghosts_average_pool_uses_only_whole_windows_of_four(side):
 
 def test_ghost_names_images_too_small_for_its_average_pool():
   images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
-  with pytest.raises(ValueError, match=r"too small .*last map has 3x3 pixels and needs 4"):
+  with pytest.raises(ValueError, match=r"too small .*3x3 pixels left and needs 4"):
     jax.eval_shape(
       partial(reference.create_model("ghost").init, train=False), jax.random.key(0), images
     )

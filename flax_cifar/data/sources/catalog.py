@@ -1,6 +1,6 @@
 """The data sets that can be downloaded and prepared, by the names that TFDS has for them.
 
-URLs and checksums are those of TFDS, save for CIFAR-10, which has faster mirrors.
+URLs and checksums are those of TFDS, except for CIFAR-10, which has faster mirrors.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """CIFAR-10, found on disk in any of its usual forms, or downloaded.
 
-The modules that prepare, read and download it are imported where they are needed, which is seldom:
-tensorflow_datasets takes most of a second to import.
+The modules that prepare, read and download it are imported only where they are needed, because few
+runs need them, and tensorflow_datasets takes most of a second to import.
 """
 
 import hashlib

@@ -41,7 +41,7 @@ def load_or_decode(folder: pathlib.Path, decode: Callable[[], Splits]) -> Splits
 
 
 def _describe(folder: pathlib.Path) -> list[Any]:
-  """What changes when a file of `folder` does."""
+  """Returns a list that changes when a file of `folder` changes."""
   paths = sorted(path for path in folder.iterdir() if path.is_file())
   stats = [(path.name, path.stat()) for path in paths]
   return [VERSION, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]

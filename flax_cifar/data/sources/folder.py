@@ -101,10 +101,19 @@ def list_images(path: Path) -> list[Path]:
 def read_images(paths: Sequence[Path], image_size: int) -> np.ndarray:
   """Reads images of any size and format as uint8 (N, image_size, image_size, 3).
 
+  A warning tells which value of gray images of more than 8 bits became white, because a network may
+  have been trained with another one.
+
   Raises:
     UserError: some cannot be read; the message has their paths and the reasons.
   """
-  return np.stack(_read_images(Path(), paths, image_size))
+  images = _read_images(Path(), paths, image_size)
+  if deep := [image for image in images if isinstance(image, DeepImage)]:
+    errors.warn(
+      f"{len(deep)} images have more than 8 bits; {_find_top(deep):g} is taken as their white. "
+      "Save them with 8 bits if it was another value in the training images."
+    )
+  return np.stack(_convert_deep(images))
 
 
 # ---- Files
@@ -231,7 +240,8 @@ def _read_splits(
 ) -> dict[str, dataset.Split]:
   """Reads uint8 images (N, image_size, image_size, 3) and labels int32 (N,) of each split."""
   paths = {part: [p for name in class_names for p in files[name]] for part, files in parts.items()}
-  images = iter(_read_images(root, [p for found in paths.values() for p in found], image_size))
+  read = _read_images(root, [p for found in paths.values() for p in found], image_size)
+  images = iter(_convert_deep(read))
   splits = {}
   for part, files in parts.items():
     labels = [label for label, name in enumerate(class_names) for _ in files[name]]
@@ -240,8 +250,10 @@ def _read_splits(
   return splits
 
 
-def _read_images(root: Path, paths: Sequence[Path], image_size: int) -> list[np.ndarray]:
-  """Reads images uint8 (image_size, image_size, 3), or names all that cannot be read."""
+def _read_images(
+  root: Path, paths: Sequence[Path], image_size: int
+) -> list[np.ndarray | DeepImage]:
+  """Reads images uint8 (image_size, image_size, 3) or deep, or names all that cannot be read."""
   with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the GIL
     results = list(pool.map(partial(_try_to_read, image_size=image_size), paths))
   failures = [
@@ -255,7 +267,7 @@ def _read_images(root: Path, paths: Sequence[Path], image_size: int) -> list[np.
       f"{where}{len(failures)} of {len(paths)} images cannot be read; replace or remove "
       f"{errors.list_some(failures, MAX_NAMED)}."
     )
-  return _convert_deep([result for result in results if not isinstance(result, str)])
+  return [result for result in results if not isinstance(result, str)]
 
 
 def _try_to_read(path: Path, *, image_size: int) -> np.ndarray | DeepImage | str:
@@ -312,16 +324,17 @@ def _to_gray_floats(image: Image.Image) -> Image.Image:
 
 
 def _convert_deep(images: list[np.ndarray | DeepImage]) -> list[np.ndarray]:
-  """Scales deep images to uint8 (H, W, 3) by the bits that those of the data set use.
-
-  A file of 16 bits often holds values of 8 or 12 bits, as cameras and scanners give them. The
-  largest value of all such images tells which; floats up to 1 have their white at 1.
-  """
-  largest = max((image.largest for image in images if isinstance(image, DeepImage)), default=0.0)
-  top = next(top for top in TOPS if largest <= top)
+  """Scales deep images to uint8 (H, W, 3) by the bits that all of them use."""
+  top = _find_top([image for image in images if isinstance(image, DeepImage)])
   return [
     _to_uint8(image.values, top) if isinstance(image, DeepImage) else image for image in images
   ]
+
+
+def _find_top(images: Sequence[DeepImage]) -> float:
+  """The white of deep images: a file of 16 bits often holds 8 or 12, and floats end at 1."""
+  largest = max((image.largest for image in images), default=0.0)
+  return next(top for top in TOPS if largest <= top)
 
 
 def _to_uint8(values: np.ndarray, top: float) -> np.ndarray:

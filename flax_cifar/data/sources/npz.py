@@ -59,24 +59,20 @@ def number_classes(path: Path, splits: Mapping[str, dataset.Split]) -> tuple[str
   # The checks of a split come later, with messages for what is passed over here.
   labels = [split.labels for split in splits.values() if split.labels.dtype.kind in "iu"]
   highest = max((int(values.max()) for values in labels if values.size), default=0)
-  if not 0 <= highest < dataset.MAX_CLASSES:
-    raise errors.UserError(
-      f"npz:{path}: the labels go up to {highest}; number the classes from 0. There may be at most "
-      f"{dataset.MAX_CLASSES:,}."
-    )
+  names = dataset.number_classes(f"npz:{path}", highest)
   if unseen := _find_unseen(splits["train"], highest):
     raise errors.UserError(
       f"npz:{path}: the labels go up to {highest}, but no training image has the label "
       f"{errors.list_some(unseen)}; number the classes from 0 without gaps, or name all of them in "
       "an array class_names."
     )
-  return tuple(str(index) for index in range(highest + 1))
+  return names
 
 
 def _find_unseen(split: dataset.Split, highest: int) -> list[int]:
   """The labels up to `highest` that no image has; none where check_split will refuse the labels."""
   labels = split.labels
-  is_valid = labels.dtype.kind in "iu" and labels.shape == (len(split),) and labels.size
+  is_valid = labels.dtype.kind in "iu" and labels.shape == split.images.shape[:1] and labels.size
   if not is_valid or labels.min() < 0:
     return []
   return sorted({*range(highest + 1)} - {*labels.tolist()})

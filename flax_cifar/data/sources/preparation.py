@@ -1,6 +1,7 @@
 """Downloads and prepares a data set, once, however many processes ask for it at a time."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,12 +24,20 @@ def lock(source: published.Source, root: Path) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     stack.callback(_remove_empty, lock_file, created)
     with contextlib.suppress(OSError):
-      root.mkdir(parents=True, exist_ok=True)
-      file = stack.enter_context(lock_file.open("a"))
-      if not files.lock(file, wait=False):
-        report(f"Waiting for another process to download or prepare {source.title} in {root}.")
-        files.lock(file, wait=True)
+      while not _take(lock_file, source, stack):
+        pass
     yield
+
+
+def _take(lock_file: Path, source: published.Source, stack: contextlib.ExitStack) -> bool:
+  """Locks the file, and says whether it is still there: its last holder may have removed it."""
+  root = lock_file.parent
+  root.mkdir(parents=True, exist_ok=True)
+  file = stack.enter_context(lock_file.open("a"))
+  if not files.lock(file, wait=False):
+    report(f"Waiting for another process to download or prepare {source.title} in {root}.")
+    files.lock(file, wait=True)
+  return lock_file.exists() and os.path.samestat(os.fstat(file.fileno()), lock_file.stat())
 
 
 def _remove_empty(lock_file: Path, created: Sequence[Path]) -> None:

@@ -121,15 +121,21 @@ def read_names(folder: Path, highest: int) -> tuple[str, ...]:
   """The class names of a prepared folder; numbers where it has none.
 
   Raises:
-    UserError: the file of the names is damaged, or lacks names of labels.
+    UserError: the file of the names is damaged, or lacks names of labels; or there is no file, and
+      the labels are more than `dataset.number_classes` takes.
   """
   file = folder / "label.labels.txt"
   if not file.exists():
-    return tuple(map(str, range(highest + 1)))
+    return dataset.number_classes(str(folder), highest)
   try:
     names = tuple(file.read_text(encoding="utf-8").splitlines())
   except (OSError, ValueError) as error:
-    raise errors.UserError(f"{file} cannot be read ({errors.shorten(error)})") from error
+    raise errors.UserError(
+      f"{file} cannot be read ({errors.shorten(error)}); delete {folder} and prepare it again."
+    ) from error
   if len(names) <= highest:
-    raise errors.UserError(f"{file} has {len(names)} names, and there are labels up to {highest}")
+    raise errors.UserError(
+      f"{file} has {len(names)} names, and there are labels up to {highest}; delete {folder} and "
+      "prepare it again."
+    )
   return names

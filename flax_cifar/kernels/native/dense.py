@@ -1,8 +1,8 @@
 """Dense convolutions of stride 1: 3x3 by Winograd's algorithm where that pays, others directly.
 
 Like the functions of `separable`, they return the moments of their output next to it. They compute
-in float32. Winograd's algorithm needs down to a quarter of the multiplications; its result is as
-exact as that of the direct one but for one bit.
+in float32. Winograd's algorithm needs down to a quarter of the multiplications, and loses one bit
+of precision against the direct one.
 """
 
 import functools
@@ -22,7 +22,7 @@ TILE, POINTS = 4, 36  # of Winograd's algorithm: outputs along each axis, multip
 LEAST_PARTS = 8  # so that most machines have one for each core
 LEAST_OUTPUTS = 512  # products of fewer are slow
 WEIGHTS_PER_OUTPUT = 72  # at most, so that the outputs take longer than the kernel
-LEAST_GAIN = 2  # of Winograd's algorithm: multiplications of a plain convolution for each one here
+LEAST_GAIN = 2  # Winograd's algorithm must need at most half of the direct multiplications
 
 
 class _Convolution(NamedTuple):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from flax_cifar import errors
+from flax_cifar.data.sources import folder
 from tests.data import test_load
 
 
@@ -249,6 +250,13 @@ def test_deep_images_are_scaled_by_the_bits_that_the_data_set_uses(tmp_path, bit
   assert (data.train.images[data.train.labels == 0] == 255).all()
   dark = data.train.images[data.train.labels == 1]
   np.testing.assert_allclose(dark.astype(int), 64, atol=1)
+
+
+def test_the_white_of_deep_images_is_told_where_no_data_set_shows_it(tmp_path, capsys):
+  Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "a.png")
+  (image,) = folder.read_images([tmp_path / "a.png"], 8)
+  assert abs(int(image[0, 0, 0]) - 3000 * 255 / 4095) <= 0.5
+  assert "1 images have more than 8 bits; 4095 is taken as their white" in capsys.readouterr().err
 
 
 def test_floats_up_to_one_have_their_white_at_one_and_others_are_refused(tmp_path):

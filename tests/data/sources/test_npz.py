@@ -91,7 +91,9 @@ def test_npz_refuses_labels_that_training_never_sees(tmp_path, train_labels, mes
   ("extra", "message"),
   [
     ({"train_images": np.zeros((9, 8, 8, 3), np.float32)}, "float32.*uint8"),
-    ({"train_images": np.zeros((9, 64), np.uint8)}, r"\(9, 64\).*one image per row"),
+    ({"train_images": np.zeros((9, 64), np.uint8)}, r"\(9, 64\).*reshape\(-1, height"),
+    ({"train_images": np.zeros((), np.uint8)}, r"shape \(\);.*one image per row"),
+    ({"class_names": ["a", "", "c"]}, "class 1 has an empty name"),
     ({"train_images": np.zeros((9, 8, 8, 4), np.uint8)}, r"\(9, 8, 8, 4\).*alpha channel"),
     ({"train_images": np.zeros((9, 3, 8, 8), np.uint8)}, "transpose"),
     ({"train_images": np.zeros((9, 8, 7, 3), np.uint8)}, "8x7 pixels"),
@@ -113,6 +115,12 @@ def test_npz_refuses(tmp_path, extra, message):
   write_npz(tmp_path / "a.npz", **extra)
   with pytest.raises(errors.UserError, match=message):
     test_load.load(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_classes_of_one_name_are_reported(tmp_path, capsys):
+  write_npz(tmp_path / "a.npz", class_names=["crane", "crane", "cat"])
+  assert len(test_load.load(f"npz:{tmp_path / 'a.npz'}").class_names) == 3
+  assert "several classes are called crane;" in capsys.readouterr().err
 
 
 def test_npz_missing_truncated_or_with_other_keys(tmp_path):

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from flax_cifar import errors
+from flax_cifar import errors, files
 from flax_cifar.data.sources import catalog, preparation, prepared
 from tests import mirror, published_files
 
@@ -63,6 +63,24 @@ def test_what_another_process_prepared_meanwhile_is_read(tmp_path, server, monke
   monkeypatch.setattr(preparation, "lock", wait)
   assert len(prepared.load_prepared("mnist", dir=str(tmp_path)).train) == 20
   assert len(server.seen) == len(source.files)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+  """The process that held it before removes it where it leaves nothing."""
+  lock, path = files.lock, tmp_path / "mnist.lock"
+  taken = []
+
+  def remove_and_lock(file, *, wait):
+    if not taken:
+      path.unlink()
+    taken.append(file)
+    return lock(file, wait=wait)
+
+  monkeypatch.setattr(preparation.files, "lock", remove_and_lock)
+  with preparation.lock(catalog.CATALOG["mnist"], tmp_path):
+    assert len(taken) == 2
+    with path.open("a") as file:
+      assert not lock(file, wait=False)
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_looks_prepared(

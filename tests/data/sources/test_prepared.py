@@ -117,5 +117,12 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_fewer_names_than_labels_are_refused(tmp_path):
   prepare(tmp_path)
   (tmp_path / "digits" / "1.2.0" / "label.labels.txt").write_text("zero\n")
-  with pytest.raises(errors.UserError, match="has 1 names, and there are labels up to 1"):
+  message = "has 1 names, and there are labels up to 1; delete .* and prepare it again"
+  with pytest.raises(errors.UserError, match=message):
     load.load_dataset(name="tfds:digits", dir=str(tmp_path), image_size=28)
+
+
+@pytest.mark.parametrize("highest", [-1, 10**12])
+def test_labels_far_from_a_class_number_are_refused_before_they_get_names(tmp_path, highest):
+  with pytest.raises(errors.UserError, match=f"labels go up to {highest}; number the classes"):
+    prepared.read_names(tmp_path, highest)
