@@ -143,14 +143,11 @@ def train_here(config: ConfigDict, workdir: str | None) -> None:
   """Trains in `workdir`, or in the default of the config."""
   from flax_cifar import train as train_lib
   from flax_cifar.parallel import agreement
-  from flax_cifar.run import config as config_lib
   from flax_cifar.run import workdir as workdir_lib
 
   @agreement.by_first
   def find_workdir() -> str:
-    if workdir:
-      return str(errors.get_path("--workdir", workdir))
-    return str(workdir_lib.find_workdir(config_lib.settle(config).to_dict()))
+    return str(workdir_lib.choose(config, workdir, "--workdir"))
 
   train_lib.train_and_evaluate(config, pathlib.Path(find_workdir()))
 

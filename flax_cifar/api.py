@@ -57,6 +57,7 @@ class Run:
     from flax_cifar.run import classifier
     from flax_cifar.run import weights as weights_lib
 
+    environment.check_settings_of_jax()
     weights = weights_lib.load_weights(self.workdir / "weights.safetensors")
     return classifier.create_classifier(weights, dtype=weights.config["compute_dtype"])
 
@@ -76,7 +77,7 @@ class Run:
     return pathlib.Path(options.out)
 
   def _repr_html_(self) -> str:
-    """What a notebook shows."""
+    """The summary that a notebook shows."""
     from flax_cifar.run import plots, result
     from flax_cifar.tools import report
 
@@ -99,7 +100,7 @@ class Run:
     )
 
 
-def create_config(config: str = "quickstart", **changes: Any) -> "ConfigDict":
+def create_config(config: str | os.PathLike[str] = "quickstart", **changes: Any) -> "ConfigDict":
   """Creates the config of `configs/NAME.py`, or of a file, with `changes`.
 
   Args:
@@ -113,7 +114,7 @@ def create_config(config: str = "quickstart", **changes: Any) -> "ConfigDict":
   from flax_cifar.configs import variants
   from flax_cifar.tools import command_line
 
-  found = command_line.load_config(config, "config")
+  found = command_line.load_config(os.fspath(config), "config")
   keys = {}
   for keyword, value in changes.items():
     is_short = keyword in variants.SHORT_KEYS and not isinstance(value, Mapping)
@@ -139,16 +140,16 @@ def train_network(
 
   Raises:
     UserError: a wrong config, missing data, or a folder that holds another run.
-    Interrupted: the run was stopped, and has saved its state; the same call goes on.
+    Interrupted: the run was stopped, and has saved its state; the same call goes on. A second
+      interruption is a KeyboardInterrupt, after which it goes on from the last checkpoint.
   """
-  environment.apply_settings(restart=False)  # a notebook's process cannot start anew
+  environment.apply_settings(restart=False)  # a notebook's process cannot start again
+  environment.check_settings_of_jax()
   settings = create_config(config, **changes)
   from flax_cifar import train as train_lib
-  from flax_cifar.run import config as config_lib
   from flax_cifar.run import workdir as workdir_lib
 
-  default = workdir_lib.find_workdir(config_lib.settle(settings).to_dict())
-  folder = errors.get_path("workdir", workdir) if workdir else default
+  folder = workdir_lib.choose(settings, workdir, "workdir")
   train_lib.train_and_evaluate(settings, folder)
   return load_run(folder)
 
@@ -217,5 +218,6 @@ def load_pretrained(name: str) -> "classifier.Classifier":
   from flax_cifar.run import classifier
   from flax_cifar.run import weights as weights_lib
 
+  environment.check_settings_of_jax()
   weights = weights_lib.load_weights(zoo.find_weights(name))
   return classifier.create_classifier(weights, dtype=zoo.DTYPE)

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flax_cifar import errors
 
@@ -68,7 +69,15 @@ FIXED_VARIABLES = {
   "JAX_NUMPY_RANK_PROMOTION": "allow",
   "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
   "JAX_THREEFRY_PARTITIONABLE": "1",
+  "JAX_RANDOM_SEED_OFFSET": "0",
+  "JAX_NO_TRACING": "0",
 }
+# Others of them, whose default is not to be set.
+UNSET_VARIABLES = (
+  "JAX_DEFAULT_MATMUL_PRECISION",
+  *("JAX_TRANSFER_GUARD", "JAX_TRANSFER_GUARD_HOST_TO_DEVICE"),
+  *("JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE", "JAX_TRANSFER_GUARD_DEVICE_TO_HOST"),
+)
 
 
 # ---- Settings
@@ -87,6 +96,8 @@ def apply_settings(*, restart: bool = True) -> None:
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="replace")
   os.environ.update(FIXED_VARIABLES)
+  for name in UNSET_VARIABLES:
+    os.environ.pop(name, None)
   missing = {name: value for name, value in VARIABLES.items() if name not in os.environ}
   if not restart or not _has_glibc():
     missing.pop("GLIBC_TUNABLES", None)
@@ -102,8 +113,28 @@ def _has_glibc() -> bool:
   return platform.libc_ver()[0] == "glibc"
 
 
+def check_settings_of_jax() -> None:
+  """Raises a UserError where this process has set JAX to what changes results, as a notebook may.
+
+  The variables of `apply_settings` come too late for a process that has imported JAX.
+  """
+  import jax
+
+  for variable, default in FIXED_VARIABLES.items():
+    name = variable.lower()
+    value = getattr(jax.config, name, default)
+    shown = str(int(value)) if isinstance(value, bool) else str(value)
+    proper: Any = bool(int(default)) if isinstance(value, bool) else default
+    errors.require(
+      shown == default,
+      name,
+      value,
+      f"{proper!r}: call jax.config.update({name!r}, {proper!r}) first",
+    )
+
+
 def check_devices() -> None:
-  """Raises a UserError where JAX cannot start, as JAX_PLATFORMS names devices that are not here."""
+  """Raises a UserError where JAX cannot start, as when JAX_PLATFORMS names absent devices."""
   import jax
 
   try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -58,6 +59,12 @@ def _finite_or_none(content: Any) -> Any:
   if isinstance(content, list | tuple):
     return [_finite_or_none(value) for value in content]
   return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def digest(path: pathlib.Path) -> str:
+  """The SHA-256 of the file at `path`, in hexadecimal digits."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock(file: IO[Any], *, wait: bool) -> bool:

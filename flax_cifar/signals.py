@@ -53,11 +53,17 @@ def restore_handlers(previous: Handlers) -> None:
     signal.signal(signum, handler)
 
 
+def is_interactive() -> bool:
+  """Whether this is a session of Python, IPython or Jupyter."""
+  return hasattr(sys, "ps1") or "ipykernel" in sys.modules
+
+
 class InterruptGuard:
   """Within it, the first of SIGNALS only sets `signum`; the next one ends the process at once.
 
   It does so in the kernel, because Python would wait for the compiled code to return, or for a
-  checkpoint to be written. Both ways the shell sees the status 128 + signum.
+  checkpoint to be written. Both ways the shell sees the status 128 + signum. In an interactive
+  session, whose variables would be lost, the next one is a KeyboardInterrupt.
   """
 
   def __init__(self) -> None:
@@ -83,8 +89,8 @@ class InterruptGuard:
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     self.signum = signum
     for other in SIGNALS:
-      signal.signal(other, signal.SIG_DFL)
+      signal.signal(other, self._previous[other] if is_interactive() else signal.SIG_DFL)
     name = signal.Signals(signum).name
     text = f"{name}: saving after this step; once more ends at once\n"
-    with contextlib.suppress(OSError):  # the same Ctrl-C may have ended who reads it
+    with contextlib.suppress(OSError):  # the reader of stderr may have got the Ctrl-C too
       os.write(sys.stderr.fileno(), text.encode())  # print could be in the middle of something

@@ -20,7 +20,7 @@ from flax_cifar.data import splits as splits_lib
 from flax_cifar.data.augment import mixing as mixing_lib
 from flax_cifar.data.augment import normalize as normalize_lib
 from flax_cifar.models import layer_table
-from flax_cifar.parallel import agreement
+from flax_cifar.parallel import agreement, watchdog
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
 from flax_cifar.run import checkpoint, nonfinite, plots, teacher
@@ -52,7 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     return finished
   setup_lib.check_choices(config)  # before a download
   # ---- Data
-  with agreement.share_errors():  # one machine alone may lack them
+  with watchdog.paused(), agreement.share_errors():  # one machine alone may lack them
     splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
     fingerprint = splits.fingerprint | teacher.get_fingerprint(config)
   agreement.check_same(result_lib.list_shared(config, fingerprint))
@@ -69,19 +69,20 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     config,
     train_step,
     splits.train,
-    num_classes=len(splits.class_names),
+    class_names=splits.class_names,
     mean=mean,
     std=std,
     mesh=mesh,
   )
   feed, eval_step = setup.feed, setup.eval_step
-  policy = checkpoint.SavePolicy(**config_lib.without(config.checkpoint.to_dict(), ("keep",)))
+  policy = checkpoint.create_policy(config.checkpoint)
   with config_lib.explain_misfit(config):  # keys that do not fit together fail here, early
     setup.steps_fn.trace(setup.state, feed.example_inputs(), feed.steps_per_call)
     layers = layer_table.get_layer_table(setup.model, splits.image_shape)
 
   with contextlib.ExitStack() as stack:
     # ---- Start or resume
+    stack.enter_context(config_lib.explain_exhausted(config))
     guard = stack.enter_context(signals.InterruptGuard())
     stop = agreement.agreed(guard.is_caught)
     stack.enter_context(workdir_lib.explain_failed_writes(workdir))
@@ -137,7 +138,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       if epoch + 1 == config.total_epochs or stop() or policy.is_due(progress.step, epoch + 1):
         checkpoints.save(progress, validation)
         policy.mark_saved()
-      if config.log.pictures and log.writes and not guard.is_caught():  # the first step is made
+      # Only now, so that drawing does not delay the first step.
+      if config.log.pictures and log.writes and not guard.is_caught():
         plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
 
     # ---- Test, once; a trial scores its validation images instead

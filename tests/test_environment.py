@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from flax_cifar import environment as environment_lib
+from flax_cifar import errors
 
 
 def test_versions_name_python_and_jax():
@@ -131,6 +132,21 @@ def test_settings_of_jax_that_change_results_are_reset():
   environ = run(JAX_ENABLE_X64="1", JAX_NUMPY_RANK_PROMOTION="raise")["environ"]
   assert environ["JAX_ENABLE_X64"] == "0"
   assert environment_lib.FIXED_VARIABLES.items() <= environ.items()
+
+
+def test_settings_whose_default_is_none_are_removed():
+  given = dict.fromkeys(environment_lib.UNSET_VARIABLES, "highest")
+  assert not given.keys() & run(**given)["environ"].keys()
+
+
+def test_what_a_notebook_has_set_is_named(monkeypatch):
+  import jax
+
+  environment_lib.check_settings_of_jax()
+  with jax.enable_x64(True):
+    message = r"jax_enable_x64=True .*must be False: call jax\.config\.update\('jax_enable_x64', Fa"
+    with pytest.raises(errors.UserError, match=message):
+      environment_lib.check_settings_of_jax()
 
 
 def test_the_fixed_settings_are_the_defaults_of_jax():

@@ -63,3 +63,14 @@ with InterruptGuard():
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
   assert done.returncode == -second  # a shell reports 128 + N
   assert done.stdout == "alive\n"
+
+
+def test_in_an_interactive_session_the_second_signal_is_a_keyboard_interrupt(monkeypatch):
+  monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+  before = signal.getsignal(signal.SIGINT)
+  with signals.InterruptGuard() as guard:
+    signal.raise_signal(signal.SIGINT)
+    assert guard.is_caught()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  assert signal.getsignal(signal.SIGINT) == before

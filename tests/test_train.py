@@ -210,6 +210,12 @@ def test_a_finished_run_is_left_alone(tmp_path, data, capsys):
   assert "is finished" in capsys.readouterr().out
 
 
+def test_fewer_epochs_than_a_finished_run_has_are_refused(tmp_path, data):
+  runs.run(tmp_path / "run", data, total_epochs=2)
+  with pytest.raises(errors.UserError, match=r"total_epochs=1 .*must be 2 or more.*has finished"):
+    runs.run(tmp_path / "run", data, total_epochs=1)
+
+
 def test_more_epochs_continue_a_finished_run(tmp_path, data):
   runs.run(tmp_path / "run", data)
   first = runs.lines(tmp_path / "run")

@@ -99,7 +99,13 @@ def create_epoch(config: ConfigDict, *, num_images: int) -> tuple[Callable[[rang
   split = dataset.Split(images, rng.integers(0, 10, num_images).astype(np.int32))
   mesh = mesh_lib.create_mesh(1, config.num_seeds)
   ready = setup.create_setup(
-    config, train.train_step, split, num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, mesh=mesh
+    config,
+    train.train_step,
+    split,
+    class_names=tuple("0123456789"),
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
+    mesh=mesh,
   )
   feed, totals = ready.feed, metrics.create_totals(config.num_seeds)
   progress = state_lib.Progress(0, ready.state, totals, [])

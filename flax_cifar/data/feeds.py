@@ -85,10 +85,7 @@ def create_feed(
     UserError: unknown backend, a value out of range or not for this backend.
   """
   create = errors.choose("augment.backend", backend, BACKENDS)
-  errors.require(0 < num_seeds <= MAX_SEEDS, "num_seeds", num_seeds, f"from 1 to {MAX_SEEDS:,}")
-  last = errors.SEEDS - num_seeds
-  expected = f"from 0 to {last}, so that every seed has its own run"
-  errors.require(0 <= seed <= last, "seed", seed, expected)
+  check_seeds(seed, num_seeds)
   if "coarse_dropout" in ops:
     _check_hole(op_arguments["coarse_dropout"], split)
   return create(
@@ -102,6 +99,14 @@ def create_feed(
     augment_arguments={"ops": ops, "mean": mean, **op_arguments},
     mesh=mesh,
   )
+
+
+def check_seeds(seed: int, num_seeds: int) -> None:
+  """Raises a UserError unless there are runs of the seeds `seed`, `seed` + 1, ..."""
+  errors.require(0 < num_seeds <= MAX_SEEDS, "num_seeds", num_seeds, f"from 1 to {MAX_SEEDS:,}")
+  last = errors.SEEDS - num_seeds
+  expected = f"from 0 to {last}, so that every seed has its own run"
+  errors.require(0 <= seed <= last, "seed", seed, expected)
 
 
 def _check_hole(hole: Mapping[str, Any], split: dataset.Split) -> None:

@@ -19,11 +19,14 @@ from typing import Any
 
 import jax
 
+from flax_cifar import environment as environment_lib
 from flax_cifar import errors
 from flax_cifar.parallel import watchdog
 
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+# Errors of XLA that another start would meet again.
+OURS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 GRACE_SECONDS = 2.0  # process 0 leaves after the others: it has the service that watches them all
 LOST = (
   "another process of the run has ended or lost contact; start all of them again, and they go on "
@@ -94,7 +97,7 @@ CHOICES = ("auto", "none", *CLUSTERS)
 
 
 def find_cluster(launch: Launch, environment: Mapping[str, str]) -> str | None:
-  """What says who the others are: "flags" or a key of CLUSTERS; None where there are none.
+  """The source of the launch: "flags" or a key of CLUSTERS; None for a single process.
 
   Raises:
     UserError: the flags are incomplete or contradict each other.
@@ -182,25 +185,34 @@ def _join(launch: Launch, found: str, environment: Mapping[str, str]) -> None:
       f"the processes did not find each other within {launch.initialization_timeout} s "
       f"({errors.shorten(error)}); start all of them again, or raise --initialization_timeout"
     ) from error
-  except (ValueError, RuntimeError) as error:
+  except (ValueError, RuntimeError, LookupError) as error:
+    reason = f"{type(error).__name__}: {errors.shorten(error)}"
     raise errors.UserError(
-      f"the cluster {found!r} cannot be joined ({errors.shorten(error)}); pass --coordinator, "
+      f"the cluster {found!r} cannot be joined ({reason}); pass --coordinator, "
       "--num_processes and --process_id, or --cluster=none to train in this process alone."
     ) from error
+  environment_lib.check_devices()
+
+
+def _require_package(name: str, remedy: str) -> None:
+  if importlib.util.find_spec(name) is None:
+    raise errors.UserError(
+      f"the other processes cannot be found without the package {name}; pip install {remedy}, pass "
+      "--coordinator, --num_processes and --process_id, or --cluster=none to train in this process "
+      "alone."
+    )
 
 
 def _get_arguments(launch: Launch, found: str, environment: Mapping[str, str]) -> dict[str, Any]:
   """The arguments of `jax.distributed.initialize` that say who the others are."""
-  if found == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
-    raise errors.UserError(
-      "the job's other pods cannot be found without the package kubernetes; pip install "
-      "'jax[k8s]', pass --coordinator, --num_processes and --process_id, or --cluster=none to "
-      "train in this pod alone."
-    )
+  if found == "kubernetes":
+    _require_package("kubernetes", "'jax[k8s]'")
   if found == "slurm":
     return {"cluster_detection_method": "slurm"}
   if found == "openmpi":  # since version 5 it does not tell where process 0 is
     legacy = "OMPI_MCA_orte_hnp_uri" in environment
+    if not legacy:
+      _require_package("mpi4py", "mpi4py")
     return {"cluster_detection_method": "ompi" if legacy else "mpi4py"}
   if found != "flags":
     return {}
@@ -224,7 +236,7 @@ def is_loss(error: BaseException | None) -> bool:
   """Whether `error`, or what led to it, says that another process is lost."""
   if error is None or jax.process_count() == 1:
     return False
-  of_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+  of_jax = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OURS)
   of_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # CPUs exchange through it
   return of_jax or of_gloo or is_loss(error.__cause__ or error.__context__)
 

@@ -1,4 +1,4 @@
-"""Finds a run whose processes all live while one of them is stuck; JAX waits for it for ever."""
+"""Finds a run whose processes all live while one of them is stuck; JAX waits for it forever."""
 
 import contextlib
 import faulthandler
@@ -32,6 +32,7 @@ class Watchdog:
     self._seconds = seconds
     self._intervals: list[float] = []
     self._waited = 0.0
+    self.is_paused = False
 
   def report_progress(self) -> None:
     """Tells that a call has finished."""
@@ -45,7 +46,7 @@ class Watchdog:
   def run(self, ended: threading.Event) -> None:
     """Watches until `ended` is set, or leaves."""
     while not ended.wait(POLL_SECONDS):
-      self._waited += POLL_SECONDS
+      self._waited += 0.0 if self.is_paused else POLL_SECONDS
       if self._waited > self.get_limit():
         self._leave()
 
@@ -63,6 +64,18 @@ def report_progress() -> None:
   """Tells the watchdog of this process, if it has one, that a call has finished."""
   for watchdog in _watchdogs:
     watchdog.report_progress()
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+  """Does not count the time within it, where this process works alone: a download may be long."""
+  for watchdog in _watchdogs:
+    watchdog.is_paused = True
+  try:
+    yield
+  finally:
+    for watchdog in _watchdogs:
+      watchdog.is_paused = False
 
 
 @contextlib.contextmanager

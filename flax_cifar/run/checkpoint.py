@@ -194,6 +194,15 @@ class Checkpoints:
     return str(self._folder / str(step))
 
 
+def create_policy(options: Mapping[str, Any]) -> "SavePolicy":
+  """The policy of the section `checkpoint` of a config; a UserError for a number out of range."""
+  return SavePolicy(
+    every=options["every"],
+    every_steps=options["every_steps"],
+    every_minutes=options["every_minutes"],
+  )
+
+
 class SavePolicy:
   """When to save: after so many epochs, steps or minutes, whichever comes first."""
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
 from flax_cifar import errors, models
 from flax_cifar import state as state_lib
+from flax_cifar.configs import common
 from flax_cifar.data.augment import arguments
 from flax_cifar.kernels import backend
 from flax_cifar.run import tracker
@@ -68,7 +70,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
   {'name': 'cosine', 'exponential': {'final': 0.01}}
 
   Raises:
-    UserError: a section is none, so this is the config of another program.
+    UserError: a section is no dictionary, so this is the config of another program.
   """
   completed = copy.deepcopy(dict(config))
   for path, value in LATER_KEYS.items():
@@ -108,6 +110,11 @@ def _settle_dtype(name: str) -> str:
 
 
 def _check_values(config: ConfigDict) -> None:
+  if missing := flatten(common.get_config().to_dict()).keys() - flatten(config.to_dict()).keys():
+    raise errors.UserError(
+      f"the config lacks {errors.list_some(sorted(missing))}; start from get_config() of "
+      "configs/common.py."
+    )
   for key, value in flatten(config.to_dict()).items():
     errors.require(value is not None, key, value, "set; configs/common.py has its default")
     errors.require(not isinstance(value, float) or math.isfinite(value), key, value, "finite")
@@ -167,6 +174,22 @@ def create_model(config: Mapping[str, Any], *, num_classes: int) -> nn.Module:
     norm_arguments=config["norm"],
     dtype=_settle_dtype(config["compute_dtype"]),
   )
+
+
+@contextlib.contextmanager
+def explain_exhausted(config: ConfigDict) -> Iterator[None]:
+  """Turns XLA's error for too little memory into a UserError that names the batch sizes."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    keys = ("batch_size", "eval_batch_size", "num_seeds")
+    sizes = ", ".join(f"{key}={config[key]}" for key in keys)
+    raise errors.UserError(
+      f"the devices have too little memory for {sizes} ({errors.shorten(error)}); lower one of "
+      "them. What is saved stays."
+    ) from error
 
 
 @contextlib.contextmanager

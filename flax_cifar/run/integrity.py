@@ -3,7 +3,6 @@
 Orbax looks at the name of a checkpoint's folder only and restores a flipped byte without a word.
 """
 
-import hashlib
 import json
 import pathlib
 import shutil
@@ -20,7 +19,9 @@ def write_digests(path: pathlib.Path) -> None:
   The folder's own files are left out: Orbax still adds to them, and restores without them.
   """
   found = (file for item in path.iterdir() if item.is_dir() for file in item.rglob("*"))
-  digests = {file.relative_to(path).as_posix(): _digest(file) for file in found if file.is_file()}
+  digests = {
+    file.relative_to(path).as_posix(): files.digest(file) for file in found if file.is_file()
+  }
   files.write_json(path / DIGESTS, digests)
 
 
@@ -34,16 +35,11 @@ def find_damage(path: pathlib.Path) -> str | None:
     return f"{DIGESTS} cannot be read: {error}"
   for name, digest in digests.items():
     try:
-      if _digest(path / name) != digest:
+      if files.digest(path / name) != digest:
         return f"{name} has changed"
     except OSError as error:
       return f"{name} cannot be read: {error.strerror}"
   return None
-
-
-def _digest(file: pathlib.Path) -> str:
-  with file.open("rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def quarantine(folder: pathlib.Path, damaged: pathlib.Path) -> list[str]:

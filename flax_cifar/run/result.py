@@ -24,6 +24,7 @@ from flax_cifar.run import log as log_lib
 from flax_cifar.run import plots, tables, teacher, weights
 from flax_cifar.run import workdir as workdir_lib
 
+PICTURES = ("augmented.png", "curves.png", "learning_rate.png", "misclassified.png")
 LOCAL_KEYS = ("data.dir", "augment.workers")  # may differ from process to process
 
 
@@ -34,7 +35,7 @@ def get_facts(params: Any, num_seeds: int, mesh: Mesh) -> dict[str, Any]:
 
 
 def list_shared(config: ConfigDict, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-  """What all processes of a run must have alike.
+  """The values that must be equal in all processes of a run.
 
   Args:
     config: of the run.
@@ -118,12 +119,13 @@ def finish_run(
   result = {**scores, **summarize(config, records), **facts, "data": splits.fingerprint}
   if config.log.pictures:
     first = seeds_lib.select(logits, config.num_seeds)
-    plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
-    misclassified = workdir / "misclassified.png"
+    augmented, curves, rate, misclassified = (workdir / name for name in PICTURES)
+    plots.save_first_batch(augmented, feed, splits.class_names)
     plots.save_misclassified(misclassified, splits.final_split, first, splits.class_names)
-    plots.save_curves(workdir / "curves.png", records)
-    plots.save_learning_rate(workdir / "learning_rate.png", records, config.to_dict())
-    log.write_pictures(sorted(workdir.glob("*.png")), records[-1]["step"])
+    plots.save_curves(curves, records)
+    plots.save_learning_rate(rate, records, config.to_dict())
+    drawn = [workdir / name for name in PICTURES if (workdir / name).exists()]
+    log.write_pictures(drawn, records[-1]["step"])
   files.write_json(workdir / "result.json", result)  # last: it says that the run is finished
   report_result(log, result, workdir)
   return result
@@ -223,6 +225,9 @@ def _report_finished(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any
   result = workdir_lib.read_result(workdir)
   if result is None or result["epochs"] < config.total_epochs:
     return None
+  expected = f"{result['epochs']} or more, as the run has finished that many; or choose another"
+  is_whole = result["epochs"] == config.total_epochs
+  errors.require(is_whole, "total_epochs", config.total_epochs, f"{expected} --workdir")
   try:
     splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
     fingerprint = splits.fingerprint | teacher.get_fingerprint(config)

@@ -1,4 +1,4 @@
-"""What a config describes, made ready to train: network, batches, state and compiled functions."""
+"""Builds the network, batches, state and compiled functions of a config."""
 
 import dataclasses
 import functools
@@ -16,8 +16,8 @@ from flax_cifar.data import dataset, feeds
 from flax_cifar.data.augment import arguments, mixing, normalize
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
+from flax_cifar.run import checkpoint, teacher
 from flax_cifar.run import config as config_lib
-from flax_cifar.run import teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,17 @@ def check_choices(config: ConfigDict) -> None:
     UserError: a key has a value that is unknown or out of range.
   """
   config_lib.check_numbers(config, has_validation=True)
+  checkpoint.create_policy(config.checkpoint)
+  feeds.check_seeds(config.seed, config.num_seeds)
+  mesh = mesh_lib.create_mesh(config.num_devices, config.num_seeds)
+  sizes = config.batch_size, config.eval_batch_size
+  mesh_lib.check_batch_sizes(mesh, *sizes, num_examples=mesh_lib.MAX_BATCH_SIZE)
+  teacher.check_options(config)
   config_lib.create_model(config, num_classes=2)
   schedule = optim.create_schedule(
     steps_per_epoch=STEPS, total_epochs=config.total_epochs, **config.schedule
   )
+  optim.create_plateau(enabled=False, **config.schedule.plateau)
   optim.create_optimizer(schedule, **config.optimizer)
   mixing.create_mixing(**config.mixing.to_dict())
   errors.choose("augment.backend", config.augment.backend, feeds.BACKENDS)
@@ -72,7 +79,7 @@ def create_setup(
   train_step: Callable[..., Any],
   split: dataset.Split,
   *,
-  num_classes: int,
+  class_names: tuple[str, ...],
   mean: tuple[float, ...],
   std: tuple[float, ...],
   mesh: Mesh,
@@ -83,7 +90,7 @@ def create_setup(
     config: of the run, settled.
     train_step: `train.train_step`, or another function of its arguments.
     split: the training images.
-    num_classes: the number of logits.
+    class_names: one for each logit.
     mean: that normalization subtracts, per channel in [0, 1].
     std: that normalization divides by.
     mesh: the devices.
@@ -92,7 +99,7 @@ def create_setup(
     UserError: a key has a value that is unknown, out of range, or does not fit others.
   """
   feed = feeds.create_feed(split, mean=mean, mesh=mesh, **config_lib.get_feed_arguments(config))
-  model = config_lib.create_model(config, num_classes=num_classes)
+  model = config_lib.create_model(config, num_classes=len(class_names))
   schedule = optim.create_schedule(
     steps_per_epoch=feed.steps_per_epoch, total_epochs=config.total_epochs, **config.schedule
   )
@@ -110,7 +117,7 @@ def create_setup(
       ema_decay=config.ema.decay,
       seeds=range(config.seed, config.seed + config.num_seeds),
     )
-  distillation = teacher.create_distillation(config, num_classes=num_classes, mean=mean, std=std)
+  distillation = teacher.create_distillation(config, class_names=class_names, mean=mean, std=std)
   step = functools.partial(
     train_step,
     model=model,

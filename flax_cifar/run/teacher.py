@@ -4,7 +4,6 @@ Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from flax_cifar import errors, metrics, zoo
+from flax_cifar import errors, files, metrics, zoo
 from flax_cifar.data import splits
 from flax_cifar.run import weights as weights_lib
 
@@ -34,7 +33,7 @@ def get_fingerprint(config: ConfigDict) -> dict[str, str]:
     return {}
   path = find_teacher(config.loss.distillation.teacher)
   try:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = files.digest(path)
   except OSError as error:
     raise errors.UserError(
       f"{KEY}={str(path)!r} cannot be read ({error.strerror}); name the weights of a run."
@@ -49,7 +48,11 @@ def find_teacher(name: str) -> pathlib.Path:
 
 
 def create_distillation(
-  config: ConfigDict, *, num_classes: int, mean: Sequence[float], std: Sequence[float]
+  config: ConfigDict,
+  *,
+  class_names: tuple[str, ...],
+  mean: Sequence[float],
+  std: Sequence[float],
 ) -> Distillation | None:
   """The teacher that `config` names, ready for the steps of its student; None without one.
 
@@ -57,23 +60,21 @@ def create_distillation(
 
   Args:
     config: of the student's run.
-    num_classes: of the student.
+    class_names: of the student; a warning tells where the teacher's have other names.
     mean: that the student's normalization subtracts, per channel in [0, 1].
     std: that it divides by.
 
   Raises:
-    UserError: the teacher is missing or damaged, or has other classes or images; or a number is
-      out of range.
+    UserError: the teacher is missing or damaged, or has another number of classes or images of
+      another size; or a number is out of range.
   """
+  check_options(config)
   options = config.loss.distillation
   weight, temperature = options.weight, options.temperature
-  errors.require(0 < weight <= 1, "loss.distillation.weight", weight, "above 0 and at most 1")
-  fits = 1e-2 <= temperature <= 1e4
-  errors.require(fits, "loss.distillation.temperature", temperature, "from 0.01 to 10,000")
   if not options.teacher:
     return None
   weights = weights_lib.load_weights(find_teacher(options.teacher))
-  _check_fits(weights, num_classes, config.data.image_size)
+  _check_fits(weights, class_names, config.data.image_size)
   _warn_of_leak(weights.config, config)
   predict = _create_predict(weights, mean=mean, std=std, dtype=config.compute_dtype)
 
@@ -83,14 +84,32 @@ def create_distillation(
   return add_teacher
 
 
-def _check_fits(weights: weights_lib.Weights, num_classes: int, image_size: int) -> None:
+def check_options(config: ConfigDict) -> None:
+  """Raises a UserError for a weight or temperature out of range, or a teacher that is not there."""
+  if config.loss.distillation.teacher:
+    find_teacher(config.loss.distillation.teacher)
+  weight, temperature = config.loss.distillation.weight, config.loss.distillation.temperature
+  errors.require(0 < weight <= 1, "loss.distillation.weight", weight, "above 0 and at most 1")
+  fits = 1e-2 <= temperature <= 1e4
+  errors.require(fits, "loss.distillation.temperature", temperature, "from 0.01 to 10,000")
+
+
+def _check_fits(
+  weights: weights_lib.Weights, class_names: tuple[str, ...], image_size: int
+) -> None:
   height, width, _ = weights.image_shape
+  theirs = weights.class_names
   errors.require(
-    (len(weights.class_names), height, width) == (num_classes, image_size, image_size),
+    (len(theirs), height, width) == (len(class_names), image_size, image_size),
     KEY,
-    f"a network of {len(weights.class_names)} classes and {height}x{width} pixels",
-    f"one of {num_classes} classes and {image_size}x{image_size} pixels",
+    f"a network of {len(theirs)} classes and {height}x{width} pixels",
+    f"one of {len(class_names)} classes and {image_size}x{image_size} pixels",
   )
+  if theirs != class_names:
+    errors.warn(
+      f"{KEY}: its classes are called {errors.list_some(theirs)}, and those of this run "
+      f"{errors.list_some(class_names)}; both must have the same order"
+    )
 
 
 def _warn_of_leak(teacher: Mapping[str, Any], student: ConfigDict) -> None:

@@ -1,6 +1,7 @@
 """The folder of a run: which run it holds, and whether this config may go on in it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,11 @@ from flax_cifar.run import tables
 CONFIG, DATA, LOCK = "config.json", "data.json", "lock"
 # The only files of a run that was killed right after its start; version 0.1.0 had config.part.
 FIRST_FILES = (LOCK, f".{CONFIG}.part", "config.part")
+# Of a disk or folder that cannot be written to.
+WRITE_ERRORS = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG),
+  *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ESTALE),
+)
 MIN_FREE_BYTES = 100 * 2**20  # over ten times the checkpoints of the largest network
 
 
@@ -37,6 +43,17 @@ def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   name = re.sub(r"[^\w.,=+-]+", "_", config["name"], flags=re.ASCII)[:100] or "run"
   return pathlib.Path("runs") / f"{name}-{digest}"
+
+
+def choose(config: ConfigDict, given: str | os.PathLike[str] | None, what: str) -> pathlib.Path:
+  """The folder that the user has `given`, as `what`; else see `find_workdir`.
+
+  Raises:
+    UserError: the path is invalid, or a value of the config is.
+  """
+  if given:
+    return errors.get_path(what, given)
+  return find_workdir(config_lib.settle(config).to_dict())
 
 
 def find_workdir(config: Mapping[str, Any]) -> pathlib.Path:
@@ -201,6 +218,11 @@ def explain_failed_writes(workdir: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
+    if error.errno and error.errno not in WRITE_ERRORS:
+      raise errors.UserError(
+        f"the system refused what the run needs ({error}); what is saved in {str(workdir)!r} "
+        "stays, and the same command goes on from the last checkpoint."
+      ) from error
     raise errors.UserError(
       f"workdir {str(workdir)!r} cannot be written to ({error}); what is saved there stays. Make "
       "room, or the folder writable, and the same command goes on from the last checkpoint."

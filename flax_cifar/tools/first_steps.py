@@ -32,7 +32,7 @@ def set_up(config: ConfigDict, num_steps: int) -> setup_lib.Setup:
     config,
     train.train_step,
     splits.train,
-    num_classes=len(splits.class_names),
+    class_names=splits.class_names,
     mean=config.augment.mean or splits.mean,
     std=config.augment.std or splits.std,
     mesh=mesh,

@@ -97,6 +97,40 @@ def run_alone(*flags):
   return subprocess.run(command, cwd=launch.ROOT, capture_output=True, text=True)
 
 
+def test_open_mpi_without_mpi4py_says_what_to_do(monkeypatch):
+  monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(errors.UserError, match="without the package mpi4py; pip install mpi4py"):
+    cluster._get_arguments(create(), "openmpi", OPEN_MPI)
+
+
+def test_a_cluster_that_is_not_here_is_one_line():
+  code = """
+import os
+from flax_cifar.parallel import cluster
+from tests.parallel import test_cluster
+with cluster.joined(test_cluster.create(cluster="slurm"), os.environ):
+  pass
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  last = done.stderr.strip().splitlines()[-1]
+  assert "UserError: the cluster 'slurm' cannot be joined (KeyError: 'SLURM_JOB_ID')" in last
+
+
+@pytest.mark.parametrize(
+  ("message", "is_loss"),
+  [
+    ("FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer", True),
+    ("UNAVAILABLE: the coordination service has gone", True),
+    ("RESOURCE_EXHAUSTED: Out of memory", False),
+    ("INVALID_ARGUMENT: Disallowed host-to-device transfer", False),
+    ("UNIMPLEMENTED: x", False),
+  ],
+)
+def test_only_what_another_start_may_cure_is_a_loss(monkeypatch, message, is_loss):
+  monkeypatch.setattr(cluster.jax, "process_count", lambda: 2)
+  assert cluster.is_loss(cluster.jax.errors.JaxRuntimeError(message)) is is_loss
+
+
 def test_others_that_do_not_come_are_status_75():
   flags = [f"--coordinator=127.0.0.1:{launch.find_port()}", "--num_processes=2", "--process_id=1"]
   ended = run_alone(*flags, "--initialization_timeout=3")

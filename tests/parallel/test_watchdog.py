@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 from flax_cifar.parallel import watchdog
 
@@ -52,3 +53,15 @@ def test_nothing_watches_after_the_work():
     watchdog.report_progress()
   watchdog.report_progress()
   assert threading.active_count() == before
+
+
+def test_time_in_which_this_process_works_alone_does_not_count(monkeypatch):
+  monkeypatch.setattr(watchdog, "POLL_SECONDS", 0.01)
+  monkeypatch.setattr(watchdog.Watchdog, "_leave", lambda self: left.append(self._waited))
+  left: list[float] = []
+  with watchdog.watch(0.05):
+    with watchdog.paused():
+      time.sleep(0.3)
+    assert left == []
+    time.sleep(0.3)
+  assert left

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -54,3 +55,20 @@ def test_an_error_that_names_no_keys_is_explained_by_all_of_the_network():
   assert len(named) == len(set(named))
   assert set(named) == expected
   assert str(caught.value).startswith("shapes differ; change one of ")
+
+
+def test_a_config_without_a_key_says_where_all_are():
+  config = common.get_config()
+  with config.unlocked():
+    del config.ema
+  with pytest.raises(errors.UserError, match=r"the config lacks ema\.decay; start from get_config"):
+    config_lib.settle(config)
+
+
+def test_too_little_memory_is_one_line():
+  error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+  config, message = common.get_config(), "too little memory for batch_size=128, .*Out of memory"
+  with pytest.raises(errors.UserError, match=message), config_lib.explain_exhausted(config):
+    raise error
+  with pytest.raises(jax.errors.JaxRuntimeError), config_lib.explain_exhausted(config):
+    raise jax.errors.JaxRuntimeError("INTERNAL: another one")

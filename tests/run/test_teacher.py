@@ -26,6 +26,9 @@ def folder(tmp_path_factory):
   return folder
 
 
+STUDENT = {"class_names": ("0", "1", "2"), "mean": (0,) * 3, "std": (1,) * 3}
+
+
 def get_config(folder, **changes):
   keys = {"loss.distillation.teacher": str(folder / "weights"), **QUICK, **changes}
   return tiny.get_config(f"npz:{folder / 'tiny.npz'}", **keys)
@@ -44,7 +47,7 @@ def test_the_teacher_gets_the_images_in_its_own_normalization(tiny_model, folder
 def test_without_a_teacher_there_is_none(folder):
   config = get_config(folder, **{"loss.distillation.teacher": ""})
   assert teacher.get_fingerprint(config) == {}
-  assert teacher.create_distillation(config, num_classes=3, mean=(0,) * 3, std=(1,) * 3) is None
+  assert teacher.create_distillation(config, **STUDENT) is None
 
 
 def test_a_run_follows_its_teacher_and_stays_with_it(tiny_model, folder, tmp_path):
@@ -71,7 +74,7 @@ def test_a_run_follows_its_teacher_and_stays_with_it(tiny_model, folder, tmp_pat
 
 def test_a_teacher_is_no_array_that_a_device_would_send_back(tiny_model, folder):
   config = get_config(folder)
-  distill = teacher.create_distillation(config, num_classes=3, mean=(0,) * 3, std=(1,) * 3)
+  distill = teacher.create_distillation(config, **STUDENT)
   images = jnp.zeros((4, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3))
   jaxpr = jax.make_jaxpr(distill)(jnp.zeros(4), jnp.zeros((4, 3)), images)
   assert not [value for value in jaxpr.consts if isinstance(value, jax.Array)]
@@ -91,8 +94,17 @@ def test_a_teacher_that_knows_the_validation_images_is_a_warning(
 ):
   """The teacher held 16 images out."""
   config = get_config(folder, **{"data.validation_size": size, "protocol": protocol})
-  teacher.create_distillation(config, num_classes=3, mean=(0,) * 3, std=(1,) * 3)
+  teacher.create_distillation(config, **STUDENT)
   assert ("was trained on images of this run's validation" in capsys.readouterr().err) is warns
+
+
+def test_a_teacher_whose_classes_have_other_names_is_a_warning(tiny_model, folder, capsys):
+  names = weights_lib.load_weights(folder / "weights").class_names
+  config = get_config(folder)
+  teacher.create_distillation(config, **STUDENT | {"class_names": names})
+  assert "its classes are called" not in capsys.readouterr().err
+  teacher.create_distillation(config, **STUDENT | {"class_names": ("x", "y", "z")})
+  assert "those of this run x, y, z; both must have the same order" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_another_config_is_refused_and_the_change_named(tmp_path, change, messag
 def test_a_run_keeps_its_type_on_another_processor(tmp_path, monkeypatch):
   automatic = tiny.get_config("shapes", compute_dtype="auto")
   monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: True)
-  monkeypatch.setattr(backend.convolution, "is_available", lambda: True)
+  monkeypatch.setattr(backend, "uses_onednn", lambda dtype: True)
   begun = workdir_lib.settle(automatic, tmp_path / "run").to_dict()
   assert begun["compute_dtype"] == "bfloat16"
   start(tmp_path / "run", begun)
@@ -282,6 +282,12 @@ def test_failed_writes_say_what_to_do(tmp_path):
   message = r"cannot be written to \(.*No space left.*the same command"
   with pytest.raises(errors.UserError, match=message), workdir_lib.explain_failed_writes(tmp_path):
     pathlib.Path("/dev/full").write_text("x")
+
+
+def test_other_errors_of_the_system_do_not_blame_the_folder(tmp_path):
+  message = "the system refused what the run needs .*Too many open files.*stays"
+  with pytest.raises(errors.UserError, match=message), workdir_lib.explain_failed_writes(tmp_path):
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 def test_flatten_names_every_leaf():
