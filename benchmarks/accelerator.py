@@ -142,9 +142,11 @@ def run_item(item: Item, out: pathlib.Path, left: float) -> dict[str, Any]:
     try:
       ended = f"status {process.wait(limit)}"
     except subprocess.TimeoutExpired:
-      os.killpg(process.pid, 9)  # and the processes that it has started
-      process.wait()
       ended = f"stopped at its limit of {limit:.0f} s"
+    finally:
+      if process.poll() is None:
+        os.killpg(process.pid, 9)  # and the processes that it has started
+        process.wait()
   return {**record, "seconds": time.monotonic() - started, "ended": ended}
 
 

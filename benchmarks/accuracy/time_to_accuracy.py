@@ -15,7 +15,6 @@ speed that benchmarks.speed.train_step has measured for it on the same cores.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import subprocess
@@ -24,13 +23,17 @@ import tempfile
 from collections.abc import Sequence
 
 from benchmarks import common
+from flax_cifar import errors
+from flax_cifar.run import finished
+from flax_cifar.tools import command_line
 
 Records = Sequence[dict]  # of the epochs of a run
 
 
 def main() -> None:
   options = parse_options()
-  runs = [read(folder) for folder in options.runs] or [train(options.config, options.flags)]
+  with command_line.one_line_errors():
+    runs = [read(folder) for folder in options.runs] or [train(options.config, options.flags)]
   rows = [describe(target, runs, options.pytorch) for target in options.targets]
   common.print_table(rows)
   if options.json:
@@ -49,7 +52,14 @@ def parse_options() -> argparse.Namespace:
 
 
 def train(config: str, flags: Sequence[str]) -> Records:
-  """Trains a run in a folder of its own; ends the program with its status if it fails."""
+  """Trains a run in a folder of its own; ends the program with its status if it fails.
+
+  Raises:
+    UserError: the config has no validation images, whose accuracy is the one that counts.
+  """
+  settings = command_line.load_config(config, "--config")
+  has_validation = settings.protocol == "published" or settings.data.validation_size > 0
+  errors.require(has_validation, "--config", config, "a config with validation images")
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder, "run")
     command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}", *flags]
@@ -59,8 +69,11 @@ def train(config: str, flags: Sequence[str]) -> Records:
 
 
 def read(workdir: pathlib.Path) -> Records:
-  lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
-  return [json.loads(line) for line in lines]
+  """The epochs of a finished run; a UserError where there is none, or it was not validated."""
+  records = finished.read_run(workdir).records
+  validated = all("validation_accuracy" in record for record in records)
+  errors.require(validated, "--runs", str(workdir), "a run with validation images")
+  return records
 
 
 def describe(target: float, runs: Sequence[Records], pytorch: float | None = None) -> common.Row:

@@ -115,13 +115,15 @@ def score(docs: pathlib.Path, names: Sequence[str]) -> None:
   path = docs / RECORD
   old = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
   rows = {row["model"]: row for row in old}
+  if missing := set(zoo.list_models()) - rows.keys() - set(names):
+    errors.warn(f"the table will lack networks without scores: {errors.list_some(sorted(missing))}")
   for name in names:
     options = evaluate.Options(
       zoo.find_weights(name), split="test", dtype=zoo.DTYPE, corruptions=True
     )
     rows[name] = describe(name, evaluate.evaluate_weights(options))
     print(f"{name}: {rows[name]['accuracy']:.2%}", flush=True)
-  common.write_json(path, [rows[name] for name in zoo.list_models()])
+  common.write_json(path, [rows[name] for name in zoo.list_models() if name in rows])
 
 
 def write_page(docs: pathlib.Path) -> list[pathlib.Path]:

@@ -61,7 +61,7 @@ def one_line_errors() -> Iterator[None]:
   except signals.Interrupted as stop:
     leave(str(stop), 128 + stop.signum)
   except KeyboardInterrupt:
-    leave("stopped at once; the same command goes on from what is saved", 130)
+    leave("stopped at once; what was saved stays", 130)
   except BrokenPipeError:
     if _has_reader(STANDARD_OUTPUT):
       raise
@@ -156,13 +156,34 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 
 def find_network(options: argparse.Namespace) -> pathlib.Path:
   """The weights file that the flags of `add_network` name; a UserError for an unknown name."""
-  if options.weights:
+  if options.weights is not None:
+    errors.require(
+      bool(options.weights), "--weights", options.weights, "a file or the folder of a run"
+    )
     path = errors.get_path("--weights", options.weights)
     return path / zoo.WEIGHTS if path.is_dir() else path
+  errors.require(bool(options.model), "--model", options.model, "the name of a network")
   known = options.model in zoo.list_models()
   if not known and errors.get_path("--model", options.model).exists():
     raise errors.UserError(f"--model={options.model!r} is a path; write --weights={options.model}")
   return zoo.find_weights(options.model)
+
+
+def get_out(flag: str, text: str, suffix: str = "") -> pathlib.Path:
+  """The file that a flag asks to write, checked before any work is done for it.
+
+  Raises:
+    UserError: it is a folder, lies in none that can be written to, or does not end with `suffix`.
+  """
+  path = errors.get_path(flag, text)
+  is_file = not path.is_dir() and not text.endswith(os.sep)
+  errors.require(is_file, flag, text, "a file, and not a folder")
+  folder = path.parent
+  fits = folder.is_dir() and os.access(folder, os.W_OK)
+  errors.require(fits, flag, text, "in a folder that exists and can be written to")
+  named = path.suffix.lower() == suffix or not suffix
+  errors.require(named, flag, text, f"a name that ends with {suffix}")
+  return path
 
 
 def parse_with_config(

@@ -65,10 +65,10 @@ def main() -> None:
     options = parse(sys.argv[1:])
     environment.check_devices()
     example = export(options)
-  if options.json:
-    print(json.dumps({"program": str(options.out), "example": str(example)}, indent=2))
-  else:
-    print(f"program   {options.out}\nexample   {example}")
+    if options.json:
+      print(json.dumps({"program": str(options.out), "example": str(example)}, indent=2))
+    else:
+      print(f"program   {options.out}\nexample   {example}")
 
 
 def create_parser() -> command_line.Parser:
@@ -90,18 +90,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     UserError: something is missing or unknown.
   """
   options = create_parser().parse_args(arguments)
-  options.out = find_out(options.out)
+  options.out = command_line.get_out("--out", options.out)
   options.weights = command_line.find_network(options)
   return options
-
-
-def find_out(text: str) -> pathlib.Path:
-  """The file to write; a UserError where it is a folder."""
-  path = errors.get_path("--out", text)
-  if path.is_dir():
-    file = str(path / "network.stablehlo")
-    raise errors.UserError(f"--out={text!r} is a folder; name a file, such as {file!r}.")
-  return path
 
 
 def export(options: argparse.Namespace) -> pathlib.Path:

@@ -29,6 +29,7 @@ SMOOTHING = 0.9  # per step
 BORDER = 5  # steps at the start, where the average has few values
 ROWS = 12  # printed
 LEAST = 20  # steps
+NOISE = 1.0  # least fall of the smoothed loss, in standard deviations of the losses around it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
   options, config = command_line.parse_with_config(create_parser(), arguments)
   errors.require(options.steps >= LEAST, "--steps", options.steps, f"{LEAST} or more")
   errors.require(options.low > 0, "--low", options.low, "positive")
-  options.out = errors.get_path("--out", options.out) if options.out else None
+  options.out = command_line.get_out("--out", options.out, ".png") if options.out else None
   return options, config
 
 
@@ -106,13 +107,15 @@ def find(config: ConfigDict, *, low: float, high: float, num_steps: int) -> Rang
   """Trains `num_steps` steps, or whole epochs where the data have fewer, from rate low to high.
 
   Raises:
-    UserError: the rates are out of order or too far apart, or as a run of `config` would.
+    UserError: the rates are out of order or too far apart, the loss falls by no more than noise, or
+      as a run of `config` would.
   """
   from flax_cifar.tools import first_steps  # it brings JAX
 
   widest = 1e10
   expected = f"above --low={low:g}, by a factor of at most {widest:g}"
   errors.require(low < high <= widest * low, "--high", high, expected)
+  first_steps.check(config)
   setup = first_steps.set_up(change(config, low=low, high=high, num_steps=num_steps), num_steps)
   epoch = setup.feed.steps_per_epoch
   steps = range(epoch * -(-num_steps // epoch))
@@ -167,10 +170,11 @@ def analyze(rates: np.ndarray, losses: Sequence[float]) -> RangeTest:
   smoothed = smooth(losses)
   lowest = int(np.nanargmin(smoothed))
   start, end = smoothed[min(BORDER, lowest)], smoothed[lowest]
-  if not start > end:
+  noise = float(np.std(losses[: max(lowest, 2)] - smoothed[: max(lowest, 2)]))
+  if not start - end > NOISE * noise:
     raise errors.UserError(
-      f"the loss did not fall between the rates {rates[0]:.2g} and {rates[-1]:.2g}; choose a lower "
-      "--low, or more --steps."
+      f"the loss did not fall by more than its noise, {noise:.2g}, between the rates "
+      f"{rates[0]:.2g} and {rates[-1]:.2g}; choose a lower --low, a higher --high, or more --steps."
     )
   # The last step above the middle: noise before the fall may cross it too, but not for long.
   above = np.flatnonzero(smoothed[:lowest] >= (start + end) / 2)

@@ -13,6 +13,11 @@ from flax_cifar.run import config as config_lib
 from flax_cifar.run import setup as setup_lib
 
 
+def check(config: ConfigDict) -> None:
+  """Raises a UserError for a config that a run would refuse before it loads data."""
+  setup_lib.check_choices(config_lib.settle(config))
+
+
 def set_up(config: ConfigDict, num_steps: int) -> setup_lib.Setup:
   """The run of one seed that `config` describes, with as many epochs as `num_steps` take.
 

@@ -28,14 +28,17 @@ class Job:
   log: pathlib.Path | None = None
 
 
+MISTAKE = 2  # the status of a run that refuses what it was asked for
+
+
 class JobFailed(Exception):
   """A job ended with `status` instead of 0."""
 
   def __init__(self, job: Job, status: int):
     where = f" ({job.log} says why)" if job.log else ""
-    super().__init__(
-      f"run {job.name} ended with status {status}{where}; the same command goes on from there"
-    )
+    goes_on = "the same command goes on from there"
+    hint = "correct that and start again" if status == MISTAKE else goes_on
+    super().__init__(f"run {job.name} ended with status {status}{where}; {hint}")
     self.status = status
 
 

@@ -40,10 +40,10 @@ def main() -> None:
     options = parse(sys.argv[1:])
     environment.check_devices()
     predictions = predict(options)
-  if options.json:
-    print(json.dumps([dataclasses.asdict(prediction) for prediction in predictions], indent=2))
-  else:
-    print(format_predictions(predictions))
+    if options.json:
+      print(json.dumps([dataclasses.asdict(prediction) for prediction in predictions], indent=2))
+    else:
+      print(format_predictions(predictions))
 
 
 def create_parser() -> command_line.Parser:
@@ -66,7 +66,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   options = create_parser().parse_args(arguments)
   errors.require(options.top > 0, "--top", options.top, "1 or more")
   options.pictures = [errors.get_path("PICTURE", name) for name in options.pictures]
-  options.picture = errors.get_path("--picture", options.picture) if options.picture else None
+  if options.picture:
+    options.picture = command_line.get_out("--picture", options.picture, ".png")
   options.weights = command_line.find_network(options)
   return options
 

@@ -94,6 +94,7 @@ def profile_run(config: ConfigDict, *, num_steps: int, folder: pathlib.Path) -> 
   """
   from flax_cifar.tools import first_steps  # it brings JAX
 
+  first_steps.check(config)
   config = config.copy_and_resolve_references()
   images = 2 * num_steps * config.batch_size  # more would only take longer to load
   config.data.limit = min(config.data.limit or images, images)

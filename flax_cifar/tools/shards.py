@@ -53,15 +53,25 @@ def find_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
   if "SLURM_ARRAY_TASK_ID" in environment:
     return _find_in_array(number)
   if number.get("SLURM_NTASKS", 1) > 1 and "SLURM_STEP_ID" in environment:
-    return Shard(number["SLURM_PROCID"], number["SLURM_NTASKS"])
+    return _create_shard(number, "SLURM_PROCID", "SLURM_NTASKS")
   if "JOB_COMPLETION_INDEX" in environment:
     if number.get("JOB_COMPLETIONS", 0) < 1:
       raise errors.UserError(
         "this is an indexed Kubernetes job, which does not tell its size; set JOB_COMPLETIONS in "
         "its manifest, or pass --shard=I/N."
       )
-    return Shard(number["JOB_COMPLETION_INDEX"], number["JOB_COMPLETIONS"])
+    return _create_shard(number, "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
   return WHOLE
+
+
+def _create_shard(number: Mapping[str, int], index: str, count: str) -> Shard:
+  """The shard that two variables tell; a UserError that quotes them if they make none."""
+  shard = Shard(number.get(index, -1), number.get(count, -1))
+  if not 0 <= shard.index < shard.count:
+    raise errors.UserError(
+      f"{index}={shard.index} of {count}={shard.count} is no part of a sweep; pass --shard=I/N."
+    )
+  return shard
 
 
 def _find_in_array(number: Mapping[str, int]) -> Shard:

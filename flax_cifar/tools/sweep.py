@@ -177,9 +177,9 @@ def parse(arguments: Sequence[str]) -> Sweep:
   options, overrides = create_parser().parse_known_args(arguments)
   if not options.config:
     raise errors.UserError("--config is missing; try --config=configs/pyramid.py")
-  command_line.find_config(options.config)  # its errors
   over = parse_over(options.over)
   check_overrides(overrides, over)
+  check_configs(options.config, over, overrides)
   cores = environment.count_cores()
   expected = f"from 1 to {cores}, the cores that this process may use"
   errors.require(1 <= options.jobs <= cores, "--jobs", options.jobs, expected)
@@ -222,8 +222,8 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[str]]:
     over[key] = values.split(",")
     for value in over[key]:
       _check_value(key, value)
-      if over[key].count(value) > 1:
-        raise errors.UserError(f"--over={text} repeats {value!r}.")
+    if len({_to_number(v) if key == "lr" else v for v in over[key]}) < len(over[key]):
+      raise errors.UserError(f"--over={text} repeats a value; name each once.")
   return over
 
 
@@ -268,6 +268,17 @@ def check_overrides(overrides: Sequence[str], over: Mapping[str, object]) -> Non
       raise errors.UserError(f"{override!r} would hold for every run of the sweep; leave it out.")
 
 
+def check_configs(config: str, over: Mapping[str, list[str]], overrides: Sequence[str]) -> None:
+  """Raises a UserError for a config, variant or key that a run would refuse at its start."""
+  for part in config.partition(":")[2].split(","):
+    key = part.partition("=")[0]
+    errors.require(key not in over, "--config", config, f"without {part!r}, as --over has {key}")
+  for settings in get_combinations(over):
+    loaded = command_line.load_config(get_config(config, settings), "--config")
+  for override in overrides:
+    command_line.get_value(loaded, override.removeprefix("--config.").partition("=")[0])
+
+
 def default_workdir(config: str, keys: Sequence[str], overrides: Sequence[str]) -> pathlib.Path:
   """runs/NAME-sweep-KEYS-HASH: a sweep with more values finds the runs that are done."""
   digest = hashlib.sha256(json.dumps([config, keys, overrides]).encode()).hexdigest()[:8]
@@ -288,10 +299,18 @@ def get_workdir(sweep: Sweep, settings: variants.Settings) -> pathlib.Path:
   return sweep.workdir / variants.format_settings(settings)
 
 
+def get_config(config: str, settings: variants.Settings) -> str:
+  """The value of --config of one run.
+
+  >>> get_config("s9:full", {"seed": "1"})
+  's9:full,seed=1'
+  """
+  return f"{config}{',' if ':' in config else ':'}{variants.format_settings(settings)}"
+
+
 def get_command(sweep: Sweep, settings: variants.Settings) -> list[str]:
   """The command line of one run."""
-  arg = variants.format_settings(settings)
-  config = f"{sweep.config}{',' if ':' in sweep.config else ':'}{arg}"
+  config = get_config(sweep.config, settings)
   workdir = f"--workdir={get_workdir(sweep, settings)}"
   alone = "--cluster=none"  # this process may be one of several, but its runs are not
   return [

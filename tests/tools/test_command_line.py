@@ -222,3 +222,27 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
   assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
   assert (tmp_path / "run" / "tensorboard").is_dir()
   assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 5
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("folder", "a file, and not a folder"),
+    ("new/", "a file, and not a folder"),
+    ("missing/a.png", "in a folder that exists"),
+    ("a.jpg", r"a name that ends with \.png"),
+  ],
+)
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, name, expected):
+  (tmp_path / "folder").mkdir()
+  with pytest.raises(errors.UserError, match=f"--out='.*{name}' .*{expected}"):
+    command_line.get_out("--out", f"{tmp_path}/{name}", ".png")
+  assert command_line.get_out("--out", f"{tmp_path}/a.PNG", ".png") == tmp_path / "a.PNG"
+
+
+@pytest.mark.parametrize("flag", ["--weights", "--model"])
+def test_an_empty_name_of_a_network_is_refused(flag):
+  parser = command_line.create_parser("predict", None)
+  command_line.add_network(parser)
+  with pytest.raises(errors.UserError, match=f"{flag}='' is not valid"):
+    command_line.find_network(parser.parse_args([f"{flag}="]))

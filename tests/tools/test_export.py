@@ -74,18 +74,21 @@ def test_the_example_sees_and_names_a_picture_as_predict_does(
     assert capsys.readouterr().out.strip() == prediction.classes[0]
 
 
-@pytest.mark.parametrize("name", [".", "..", "", "/", "new"])
-def test_a_folder_is_refused_before_any_work(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", [".", "..", "", "/", "new", "no/a"])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, name):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "new").mkdir()
-  with pytest.raises(errors.UserError, match=r"^--out='.*' is a folder; name a file, such as '.+'"):
+  with pytest.raises(errors.UserError, match=r"^--out='.*' is not valid; it must be"):
     export.parse([f"--out={name}", "--weights=missing"])
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
-  out = tmp_path / "no" / "a"
-  options = export.parse(["--model=tiny50k", f"--out={out}", "--platforms", "cpu"])
-  with pytest.raises(errors.UserError, match=r"--out=.*cannot be written"):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+  def fail(path, content):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(export.files, "write_bytes", fail)
+  options = export.parse(["--model=tiny50k", f"--out={tmp_path / 'a'}", "--platforms", "cpu"])
+  with pytest.raises(errors.UserError, match=r"--out=.*cannot be written \(No space left"):
     export.export(options)
 
 

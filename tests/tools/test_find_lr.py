@@ -33,8 +33,20 @@ def test_a_loss_that_explodes_has_diverged(losses):
 
 
 def test_a_loss_that_never_falls_is_explained():
-  with pytest.raises(errors.UserError, match=r"did not fall between the rates 0\.01 and 1"):
+  with pytest.raises(errors.UserError, match=r"did not fall .*between the rates 0\.01 and 1"):
     find_lr.analyze(np.logspace(-2, 0, 50), np.linspace(2, 3, 50))
+
+
+def test_a_fall_within_the_noise_is_no_fall():
+  losses = 2.3 + np.random.default_rng(0).normal(0, 0.05, 60)
+  with pytest.raises(errors.UserError, match="did not fall by more than its noise"):
+    find_lr.analyze(np.logspace(-9, -8, 60), losses)
+
+
+def test_a_config_that_a_run_refuses_is_refused():
+  config = tiny.get_config("shapes", **{"loss.label_smoothing": 2.0})
+  with pytest.raises(errors.UserError, match="label_smoothing=2"):
+    find_lr.find(config, low=0.1, high=1.0, num_steps=20)
 
 
 def test_the_rate_grows_from_low_to_high_and_the_loss_falls(tiny_model, data, tmp_path):
@@ -84,8 +96,12 @@ def test_the_command_draws_and_prints(command, tmp_path, capsys):
 
 
 @by_flags
-def test_a_picture_that_cannot_be_drawn_is_a_warning(command, tmp_path, capsys):
-  out = tmp_path / "nowhere" / "lr.png"
+def test_a_picture_that_cannot_be_drawn_is_a_warning(command, tmp_path, capsys, monkeypatch):
+  def fail(figure, path):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr("flax_cifar.run.plots.save_figure", fail)
+  out = tmp_path / "lr.png"
   command("--high=100", "--steps=40", f"--out={out}")
   output, errors_seen = capsys.readouterr()
   assert "suggestion" in output

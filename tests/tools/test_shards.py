@@ -148,3 +148,16 @@ def test_a_task_that_is_preempted_saves_and_asks_for_another_machine(tmp_path):
   output, _ = process.communicate(timeout=30)
   assert output.split() == [b"DelayedSubmission", b"143"]
   assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+  "variables",
+  [
+    {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"},
+    {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "x"},
+    {"JOB_COMPLETION_INDEX": "5", "JOB_COMPLETIONS": "2"},
+  ],
+)
+def test_variables_that_make_no_part_are_quoted(variables):
+  with pytest.raises(errors.UserError, match="is no part of a sweep; pass --shard=I/N"):
+    shards.find_shard(None, variables)

@@ -11,10 +11,16 @@ def write_run(folder, accuracies, seconds):
   folder.mkdir()
   lines = [
     json.dumps(
-      {"validation_accuracy": accuracy / 100, "seconds": spent, "images_per_second": 6000 / spent}
+      {
+        "epoch": epoch,
+        "validation_accuracy": accuracy / 100,
+        "seconds": spent,
+        "images_per_second": 6000 / spent,
+      }
     )
-    for accuracy, spent in zip(accuracies, seconds, strict=True)
+    for epoch, (accuracy, spent) in enumerate(zip(accuracies, seconds, strict=True), start=1)
   ]
+  (folder / "result.json").write_text(json.dumps({"epochs": len(lines)}))
   (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
   return time_to_accuracy.read(folder)
 
