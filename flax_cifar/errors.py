@@ -92,10 +92,10 @@ def shorten(error: object) -> str:
 
 
 def get_path(what: str, text: str | os.PathLike[str]) -> Path:
-  """`text` as a path with `~` resolved, whether there is anything or not.
+  """`text` as a path with `~` resolved; it need not exist.
 
   Raises:
-    UserError: there cannot be, or it is not for this user to know.
+    UserError: the path is invalid, or this user may not look it up.
   """
   try:
     path = Path(text).expanduser()

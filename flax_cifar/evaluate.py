@@ -104,7 +104,7 @@ def predict_and_score(
   *,
   stop: signals.Stop = signals.never,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """What `predict` and `evaluate` return, in one pass over `split`.
+  """The logits of `predict` and the means of `evaluate`, in one pass over `split`.
 
   Raises:
     Stopped: see `evaluate`.

@@ -1,4 +1,4 @@
-"""The loss, its sums and counts under a mask, and the record of an epoch.
+"""The loss, its sums and counts under a mask, the record of an epoch, and statistics of runs.
 
 Metrics are summed first and divided once, so every example counts once.
 """
@@ -204,7 +204,7 @@ def describe_sample(values: Sequence[float]) -> dict[str, Any] | None:
 def describe_difference(differences: Sequence[float]) -> dict[str, Any]:
   """`describe_sample` of paired differences, and the 95 % `interval` of their mean.
 
-  It is Student's; None for a single pair, which says nothing of chance.
+  The interval is by Student's t; None for a single pair.
   """
   sample = describe_sample(differences)
   if sample is None or sample["sd"] is None:

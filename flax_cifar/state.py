@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
     step: int32 scalar, steps done.
     params: the network's parameters.
     batch_stats: running statistics of the norms; empty for norms without.
-    opt_state: the optimiser's state.
+    opt_state: the optimizer's state.
     ema: {"params", "batch_stats"} averaged over steps; empty when it is switched off.
     plateau: state of reduce-on-plateau; its scale multiplies the learning rate.
     key: random key of the run; step t draws from fold_in(key, t).

@@ -1,6 +1,6 @@
 """The notebook is that of its source, small, and runs as on Colab.
 
-`python -m tests.test_notebook` writes docs/quickstart.ipynb anew from docs/quickstart.py.
+`python -m tests.test_notebook` writes docs/quickstart.ipynb again from docs/quickstart.py.
 """
 
 import os
@@ -49,7 +49,7 @@ def test_the_notebook_has_the_cells_of_its_source():
     [(cell.cell_type, cell.source) for cell in notebook.cells]
     for notebook in (jupytext.read(SOURCE), nbformat.read(NOTEBOOK, as_version=4))
   ]
-  assert cells[0] == cells[1], "write it anew: python -m tests.test_notebook"
+  assert cells[0] == cells[1], "write it again: python -m tests.test_notebook"
 
 
 def test_the_committed_notebook_is_small_and_has_its_pictures():

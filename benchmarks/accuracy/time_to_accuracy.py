@@ -27,7 +27,7 @@ from flax_cifar import errors
 from flax_cifar.run import finished
 from flax_cifar.tools import command_line
 
-Records = Sequence[dict]  # of the epochs of a run
+Records = Sequence[finished.Record]  # of the epochs of a run
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What all processes of a run decide together; with a single process nothing is exchanged.
+"""Decisions that all processes of a run share; a single process exchanges nothing.
 
 Every process must call these functions, in the same order.
 """

@@ -80,7 +80,7 @@ def compile_map(
 def _map_one_seed(
   function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
 ) -> Callable[..., Any]:
-  """`jax.vmap` over axes of length 1, as which no convolution becomes a grouped one."""
+  """`jax.vmap` for axes of length 1, without turning convolutions into grouped ones."""
 
   def squeeze(axis: int | None, tree: Any) -> Any:
     return tree if axis is None else jax.tree.map(lambda x: jnp.squeeze(x, axis), tree)

@@ -25,9 +25,9 @@ class Checkpoints:
   Each holds a Progress. The latest `keep` stay, to resume from, and the one with the highest
   validation accuracy (the mean over the seeds).
 
-  A checkpoint appears whole and with its digests, or not at all. Anything else in the folder is
-  moved at once to `damaged` beside it: Orbax would take the highest number for the latest
-  checkpoint, and save none with a lower one.
+  A checkpoint appears whole and with its digests, or not at all. One that is damaged or unfinished
+  is moved at once to `damaged` beside the folder: Orbax would take the highest number for the
+  latest checkpoint, and save none with a lower one.
 
   Of several processes, which share the folder, each must make the same calls.
   """

@@ -77,7 +77,7 @@ class Classifier:
     logits, scores = evaluate.predict_and_score(self.eval_step, self.variables, split, batch_size)
     if not np.isfinite(logits).all():
       name = self.weights.config["name"]
-      raise errors.UserError(f"the outputs of {name!r} are not all finite; train it anew.")
+      raise errors.UserError(f"the outputs of {name!r} are not all finite; train it again.")
     return logits, scores
 
 

@@ -83,6 +83,15 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
   return completed
 
 
+def list_resume_keys(flat: Mapping[str, Any]) -> tuple[str, ...]:
+  """The keys in which a run that goes on may differ from the flat config that it began with.
+
+  With ghost batches that are the parts of a batch on each device, results depend on the devices.
+  """
+  by_device = flat["model.norm"] == "ghost" and flat["norm.ghost.num_splits"] == 0
+  return tuple(key for key in RESUME_KEYS if not (by_device and key == "num_devices"))
+
+
 def get_identity(config: Mapping[str, Any]) -> dict[str, Any]:
   """The flat config without keys that change no result, and without LATER_KEYS at their values."""
   flat = without(flatten(config), FREE_KEYS)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 DPI = 120
-RATE_POINTS = 1000  # most of a curve of the learning rate
+RATE_POINTS = 1000  # at most, of a curve of the learning rate
 CELL, IMAGE = (1.7, 1.9), 1.45  # inches of an image with its title, and of the image's sides
 EAST_ASIAN_FONTS = (
   *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "IPAGothic", "NanumGothic"),
@@ -227,7 +227,7 @@ def get_learning_rates(
   steps = np.unique(np.linspace(1, ends[-1], RATE_POINTS, dtype=int))
   steps_per_epoch = int(ends[0] // epochs[0])
   expected, rates = (compute_rates(config, done - 1, steps_per_epoch) for done in (ends, steps))
-  least = 1e-4 * config["optimizer"]["learning_rate"]  # that is seen
+  least = 1e-4 * config["optimizer"]["learning_rate"]  # smaller differences are invisible
   if not np.allclose(recorded, expected, rtol=1e-4, atol=least):
     return epochs, recorded
   return steps / steps_per_epoch, rates

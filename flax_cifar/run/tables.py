@@ -76,7 +76,7 @@ def _format_layer(row: layer_table.Row) -> tuple[str, ...]:
     "x".join(map(str, row.output_shape)),
     f"{row.parameters:,}",
     f"{row.multiply_adds:,}",
-    _format_field(row.receptive_field and row.receptive_field.size),
+    _format_field(row.receptive_field.size if row.receptive_field else None),
     _format_field(row.receptive_field.jump) if row.receptive_field else "",
   )
 

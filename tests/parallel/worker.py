@@ -3,7 +3,7 @@
 Command     python -m tests.parallel.worker PLAN [flags of main.py]
 
 PLAN is a JSON list of runs, {"workdir", "data", "changes", "stop", "hang"}: the process `stop[0]`
-gets SIGTERM at step `stop[1]`, the process `hang[0]` sleeps for ever at step `hang[1]`. Each step
+gets SIGTERM at step `stop[1]`, the process `hang[0]` sleeps forever at step `hang[1]`. Each step
 is appended to `WORKDIR.steps-PROCESS`.
 """
 

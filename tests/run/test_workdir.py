@@ -300,3 +300,12 @@ def test_json_is_written_completely_or_not_at_all(tmp_path):
   with pytest.raises(TypeError):
     files.write_json(path, {"bad": object()})
   assert json.loads(path.read_text()) == {"good": 1}
+
+
+def test_ghost_batches_of_devices_keep_the_number_of_devices(tmp_path):
+  changes = {"model.norm": "ghost", "norm.ghost.num_splits": 0}
+  one, two = (tiny.get_config("shapes", **changes, num_devices=n).to_dict() for n in (1, 2))
+  files.write_json(tmp_path / "config.json", one)
+  workdir_lib.check_config(tmp_path, one)
+  with pytest.raises(errors.UserError, match="num_devices"):
+    workdir_lib.check_config(tmp_path, two)
