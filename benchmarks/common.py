@@ -5,7 +5,6 @@ import datetime
 import itertools
 import json
 import pathlib
-import runpy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from flax_cifar import environment, files
+from flax_cifar import environment, errors, files
 from flax_cifar.run import tables
+from flax_cifar.tools import command_line
 
 Row = Mapping[str, Any]
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of processors, by their Linux names
@@ -31,11 +31,10 @@ def positive(text: str) -> int:
 
 
 def config_file(text: str) -> ConfigDict:
-  """A type of argparse: the config that main.py would take, FILE or FILE:variant."""
-  path, _, variant = text.partition(":")
+  """A type of argparse: the config that main.py would take, NAME or FILE, with a variant."""
   try:
-    return runpy.run_path(path)["get_config"](variant)
-  except (OSError, ValueError) as error:
+    return command_line.load_config(text, "config")
+  except errors.UserError as error:
     raise argparse.ArgumentTypeError(str(error)) from error
 
 

@@ -24,7 +24,7 @@ def test_a_config_file_may_have_a_variant():
 
 @pytest.mark.parametrize(
   ("text", "message"),
-  [("configs/nope.py", "configs/nope.py"), ("configs/s9.py:foo", "'foo' is unknown")],
+  [("configs/nope.py", "'nope' is unknown"), ("s9:foo", "'foo' is unknown")],
 )
 def test_a_missing_config_is_named(text, message):
   with pytest.raises(argparse.ArgumentTypeError, match=message):
