@@ -50,7 +50,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   config = workdir_lib.settle(config, workdir)
   if finished := result_lib.check_workdir(config, workdir):
     return finished
-  setup_lib.check_choices(config)  # before a download
+  with agreement.share_errors():  # one machine alone may lack a teacher
+    setup_lib.check_choices(config)  # before a download
   # ---- Data
   with watchdog.paused(), agreement.share_errors():  # one machine alone may lack them
     splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
