@@ -8,7 +8,7 @@ Command     python -m benchmarks.accuracy.zoo add RUN_FOLDER ... [--force]
             python -m benchmarks.accuracy.zoo score NAME ...
                 the same, but scores these alone and keeps the rows of the others
             python -m benchmarks.accuracy.zoo page
-                writes the page and the picture again, from docs/zoo.json
+                writes the cards, the page and the picture again, from docs/zoo.json
 """
 
 import argparse
@@ -43,9 +43,9 @@ INTRODUCTION = """\
 # Trained networks
 
 Written by `python -m benchmarks.accuracy.zoo`, which scores the weights that come with the package
-on the 10,000 test images of CIFAR-10, each once, without test-time augmentation. Recipes were
-chosen on validation images; [recipes.md](recipes.md) names the cases where a test score was the
-reason to look again.
+on the 10,000 test images of CIFAR-10, each once, without test-time augmentation.
+[recipes.md](recipes.md) describes how the recipes were chosen, and names the two that were revised
+after a test score.
 
     python -m flax_cifar.tools.evaluate --model=NAME --split=test
 
@@ -66,7 +66,7 @@ def main() -> None:
   adder.add_argument("--force", action="store_true", help="replace; take any commit")
   scorer = commands.add_parser("score", help="score these networks alone")
   scorer.add_argument("names", nargs="+", choices=zoo.list_models(), metavar="NAME")
-  commands.add_parser("page", help="write the page and the picture again")
+  commands.add_parser("page", help="write the cards, the page and the picture again")
   options = parser.parse_args()
   with command_line.one_line_errors():
     if options.command == "add":
@@ -127,9 +127,11 @@ def score(docs: pathlib.Path, names: Sequence[str]) -> None:
 
 
 def write_page(docs: pathlib.Path) -> list[pathlib.Path]:
-  """Writes zoo.md and its picture from zoo.json."""
+  """Writes the cards, zoo.md and its picture from zoo.json."""
   page, picture = docs / "zoo.md", docs / "images" / "zoo.png"
   rows = json.loads((docs / RECORD).read_text("utf-8"))["rows"]
+  for row in rows:
+    write_card(row)
   page.write_text(format_page(rows), encoding="utf-8")
   save_picture(picture, rows)
   return [page, picture]
@@ -161,11 +163,20 @@ def describe(name: str, score: evaluate.Score) -> dict[str, Any]:
     "corrupted_accuracy": score.corrupted_accuracy,
     "corrupted": score.corrupted,
   }
-  sides = layer_table.get_receptive_field(layers) or weights.image_shape[:2]
   files.write_json(folder / "scores.json", row)
+  write_card(row)
+  return row
+
+
+def write_card(row: Mapping[str, Any]) -> None:
+  """Writes the card of a network, README.md in its folder, from its row and its run."""
+  folder = zoo.FOLDER / row["model"]
+  run = json.loads((folder / "run.json").read_text("utf-8"))
+  weights = weights_lib.load_weights(zoo.find_weights(row["model"]))
+  layers = layer_table.get_layer_table(weights_lib.create_network(weights), weights.image_shape)
+  sides = layer_table.get_receptive_field(layers) or weights.image_shape[:2]
   card = format_card(row, run, "{} x {} pixels".format(*sides))
   (folder / "README.md").write_text(card, encoding="utf-8")
-  return row
 
 
 def format_card(row: Mapping[str, Any], content: Mapping[str, Any], field: str) -> str:
@@ -210,7 +221,8 @@ Use it from Python, on uint8 images (N, 32, 32, 3) in RGB:
 
 or score it: `python -m flax_cifar.tools.evaluate --model={name} --split=test`.
 
-It knows ten classes and images of 32 x 32 pixels; what it says of other pictures was not examined.
+It knows ten classes and images of 32 x 32 pixels; its predictions on other images were not
+evaluated.
 The weights have the license of the package; the training images are those of Krizhevsky 2009.
 """
 
