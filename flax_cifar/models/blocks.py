@@ -330,9 +330,7 @@ class DepthwiseSeparableUnit(Unit):
     """Computes the unit by kernels in C++."""
     params, identity = self.variables["params"], moments_lib.get_identity(x.shape[-1])
     y, _, _ = separable.convolve_depthwise(x, params["depthwise"]["kernel"], 1)
-    y, moments = separable.convolve_pointwise(
-      y, identity, params["pointwise"]["kernel"], relu=False
-    )
+    y, moments = separable.convolve_pointwise(y, identity, params["pointwise"]["kernel"])
     return self.finish(y, self.create_norm().get_affine(moments, train), train)
 
   def convolve(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 {self.features}"]:
@@ -416,7 +414,7 @@ class ResidualSeparableUnit(Unit):
       means = (moments.mean - center) * slope + bias
       factors = self._create_squeeze_excite(x.shape[-1])(means[:, None, None])[:, 0, 0]
       affine = moments_lib.Affine(center, slope * factors, bias * factors)
-    y, moments = separable.convolve_pointwise(y, affine, params["pointwise"]["kernel"], relu=False)
+    y, moments = separable.convolve_pointwise(y, affine, params["pointwise"]["kernel"])
     affine = self.create_norm().get_affine(moments, train)
     if self._last_activation != "none" and not self.drop_path:
       return self.finish(y, affine, train, x if self._keeps_shape(x) else None)

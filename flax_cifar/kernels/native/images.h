@@ -8,7 +8,7 @@
 
 struct Shape {
   Index count, height, width, channels, features;  // of the input; features of the output
-  Index stride, relu, parts;  // parts: of the images, which have a gradient of the kernel each
+  Index stride, parts;  // parts: of the images, which have a gradient of the kernel each
   Index pixels() const { return height * width; }
   Index first(Index part) const { return part * count / parts; }
 };

@@ -172,17 +172,14 @@ void depthwise_backward(const Shape& s, const T* gradients, const T* outputs, co
 // ---- Pointwise, of a normalized input
 
 template <class T>
-void normalize(const T* block, Index pixels, Index channels, Affine affine, bool with_relu,
-               float* out) {
+void normalize(const T* block, Index pixels, Index channels, Affine affine, float* out) {
   for (Index i = 0; i < channels; i += LANES)
-    for (Index p = 0; p < pixels; p++) {
-      const Vector y = affine.apply(load(block + p * channels + i), i);
-      store(out + p * channels + i, with_relu ? relu(y) : y);
-    }
+    for (Index p = 0; p < pixels; p++)
+      store(out + p * channels + i, affine.apply(load(block + p * channels + i), i));
 }
 
-// Turns the gradient of what `normalize` gives without ReLU into that of its input, in place, and
-// adds to those of slope and bias.
+// Turns the gradient of what `normalize` gives into that of its input, in place, and adds to those
+// of slope and bias.
 template <class T>
 void normalize_backward(const T* block, Index pixels, Index channels, Affine affine,
                         float* gradient, float* to_slope, float* to_bias) {
@@ -200,12 +197,6 @@ void normalize_backward(const T* block, Index pixels, Index channels, Affine aff
   }
 }
 
-// ReLU's gradient.
-inline void clear_where_zero(const float* values, Index count, float* gradient) {
-  for (Index i = 0; i < count; i += LANES)
-    store(gradient + i, load(values + i) > 0 ? load(gradient + i) : Vector{});
-}
-
 template <class T>
 void pointwise_forward(const Shape& s, const T* images, Affine affines, const float* kernel,
                        T* outputs, float* means, float* variances) {
@@ -218,7 +209,7 @@ void pointwise_forward(const Shape& s, const T* images, Affine affines, const fl
       const T* block = images + (n * s.pixels() + p) * s.channels;
       Prefetch next;
       next.add(block + PIXELS * s.channels, PIXELS * s.channels);
-      normalize(block, size, s.channels, affine, s.relu, input.data());
+      normalize(block, size, s.channels, affine, input.data());
       const Product forward{size,
                             s.channels,
                             s.features,
@@ -263,7 +254,7 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
         next.add(images + to + PIXELS * s.channels, PIXELS * s.channels);
         join_gradients(gradients + from, outputs + from, moments, size, s.features, 1,
                        gradient.data());
-        normalize(images + to, size, s.channels, affine, s.relu, input.data());
+        normalize(images + to, size, s.channels, affine, input.data());
         const Product outer{s.channels,
                             size,
                             s.features,
@@ -281,7 +272,6 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
         next.spread(outer.count_tiles() + backward.count_tiles());
         outer.compute<true>();
         backward.compute<false>();
-        if (s.relu) clear_where_zero(input.data(), size * s.channels, back.data());
         normalize_backward(images + to, size, s.channels, affine, back.data(), to_slope, to_bias);
         store_all(to_images + to, back.data(), size * s.channels);
       }

@@ -31,10 +31,9 @@ def _call(
   *,
   features: int,
   stride: int = 1,
-  relu: bool = False,
 ) -> Any:
   """Calls a function of C++; `x` is the input of the convolution, whose shape is its shape."""
-  shape = (*x.shape, features, stride, int(relu), _count_parts(x))
+  shape = (*x.shape, features, stride, _count_parts(x))
   return library.call(function, x.dtype, shape, operands, results)
 
 
@@ -98,40 +97,35 @@ def convolve_pointwise(
   x: Float[Array, "n h w c"],
   affine: moments_lib.Affine,
   kernel: Float32[Array, "1 1 c o"],
-  *,
-  relu: bool,
 ) -> tuple[Float[Array, "n h w o"], moments_lib.Moments]:
-  """Convolves `affine.apply(x)`, with ReLU if `relu`, with a 1x1 kernel.
+  """Convolves `affine.apply(x)` with a 1x1 kernel.
 
   Args:
     x: (N, H, W, C).
     affine: normalizes x.
     kernel: (1, 1, C, O).
-    relu: whether ReLU follows the normalization.
 
   Returns:
     The output and its moments.
   """
-  y, mean, variance = _pointwise(x, library.broadcast(affine, x), kernel, relu)
+  y, mean, variance = _pointwise(x, library.broadcast(affine, x), kernel)
   return y, moments_lib.Moments(mean, variance, y.shape[1] * y.shape[2])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _pointwise(
-  x: Array, affine: moments_lib.Affine, kernel: Array, relu: bool
-) -> tuple[Array, Array, Array]:
+@jax.custom_vjp
+def _pointwise(x: Array, affine: moments_lib.Affine, kernel: Array) -> tuple[Array, Array, Array]:
   n, h, w, _ = x.shape
   o = kernel.shape[-1]
   results = library.like(x, n, h, w, o), library.floats(n, o), library.floats(n, o)
-  return _call(library.POINTWISE, x, (x, *affine, kernel), results, features=o, relu=relu)
+  return _call(library.POINTWISE, x, (x, *affine, kernel), results, features=o)
 
 
-def _pointwise_forward(x: Array, affine: moments_lib.Affine, kernel: Array, relu: bool) -> Any:
-  y, mean, variance = _pointwise(x, affine, kernel, relu)
+def _pointwise_forward(x: Array, affine: moments_lib.Affine, kernel: Array) -> Any:
+  y, mean, variance = _pointwise(x, affine, kernel)
   return (y, mean, variance), (x, affine, kernel, y, mean)
 
 
-def _pointwise_backward(relu: bool, saved: Any, gradients: Any) -> Any:
+def _pointwise_backward(saved: Any, gradients: Any) -> Any:
   x, affine, kernel, y, mean = saved
   to_y, to_mean, to_variance = gradients
   terms = library.get_moment_terms(y, mean, to_mean, to_variance)
@@ -144,7 +138,7 @@ def _pointwise_backward(relu: bool, saved: Any, gradients: Any) -> Any:
   )
   operands = to_y, y, *terms, x, *affine, kernel[0, 0].T
   to_x, to_slope, to_bias, to_kernels = _call(
-    library.POINTWISE_BACK, x, operands, results, features=o, relu=relu
+    library.POINTWISE_BACK, x, operands, results, features=o
   )
   to_affine = moments_lib.Affine(-affine.slope * to_bias, to_slope, to_bias)
   return to_x, to_affine, to_kernels.sum(0).reshape(kernel.shape)

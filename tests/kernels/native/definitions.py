@@ -64,10 +64,9 @@ def measure(y):
   return moments_lib.Moments(y.mean((1, 2)), y.var((1, 2)), y.shape[1] * y.shape[2])
 
 
-def apply(affine, x, relu):
+def apply(affine, x):
   center, slope, bias = (a[:, None, None] for a in affine)
-  y = (x - center) * slope + bias
-  return jnp.where(y > 0, y, 0) if relu else y
+  return (x - center) * slope + bias
 
 
 def without_pixels(results):

@@ -44,7 +44,7 @@ def test_the_end_of_a_unit_equals_its_definition(shape, with_shortcut, activatio
     return finish.finish(x, affine, *(shortcut or [None]), mask, activation=activation)
 
   def theirs(x, affine, *shortcut):
-    return sum(shortcut, DEFINITIONS[activation](apply(affine, x, relu=False)) * kept)
+    return sum(shortcut, DEFINITIONS[activation](apply(affine, x)) * kept)
 
   x = draw(*shape, dtype=dtype)
   kept = np.asarray(keep(x.astype(jnp.float32)))

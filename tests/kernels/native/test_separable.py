@@ -21,7 +21,6 @@ from tests.kernels.native.definitions import (
   compare,
   draw,
   draw_affine,
-  halve,
   measure,
   without_pixels,
 )
@@ -55,18 +54,15 @@ def test_depthwise_equals_its_definition(shape, stride, dtype):
 
 
 @pytest.mark.parametrize(
-  ("shape", "features", "relu", "dtype"),
-  [
-    *halve(SHAPES, [16, 64], [False, True], ["float32", "bfloat16"]),
-    (TRAINING, 48, True, "float32"),
-  ],
+  ("shape", "features", "dtype"),
+  [*itertools.product(SHAPES, [16, 64], ["float32", "bfloat16"]), (TRAINING, 48, "float32")],
 )
-def test_pointwise_equals_its_definition(shape, features, relu, dtype):
+def test_pointwise_equals_its_definition(shape, features, dtype):
   def ours(x, affine, kernel):
-    return without_pixels(separable.convolve_pointwise(x, affine, kernel, relu=relu))
+    return without_pixels(separable.convolve_pointwise(x, affine, kernel))
 
   def theirs(x, affine, kernel):
-    y = apply(affine, x, relu) @ kernel[0, 0]
+    y = apply(affine, x) @ kernel[0, 0]
     return without_pixels([y, measure(y)])
 
   x = draw(*shape, dtype=dtype)
@@ -79,8 +75,8 @@ def test_a_number_that_is_not_finite_stays_so(value, dtype):
   x = draw(2, 3, 3, 16, dtype=dtype).at[1, 1, 1, 5].set(value)
   y, moments, _ = separable.convolve_depthwise(x, jnp.ones((3, 3, 1, 16)), 1)
   identity = moments_lib.Affine(jnp.zeros((1, 16)), jnp.ones((1, 16)), jnp.zeros((1, 16)))
-  z, _ = separable.convolve_pointwise(y, identity, jnp.ones((1, 1, 16, 16)), relu=False)
-  end = finish.finish(x, identity, x, None, relu=False)
+  z, _ = separable.convolve_pointwise(y, identity, jnp.ones((1, 1, 16, 16)))
+  end = finish.finish(x, identity, x, None, activation="none")
   for array in (y[1, :, :, 5], moments.mean[1, 5], z[1], end[1, 1, 1, 5]):
     assert not np.isfinite(np.asarray(array, np.float32)).any()
   for array in (y[0], y[1, :, :, :5], moments.mean[0], z[0], end[0]):
@@ -109,7 +105,7 @@ def test_several_seeds_at_once_equal_each_alone():
   def run(x, depthwise, pointwise):
     y, moments, _ = separable.convolve_depthwise(x, depthwise, 1)
     affine = moments_lib.Affine(moments.mean, 1 / (1 + moments.variance), moments.mean)
-    return separable.convolve_pointwise(y, affine, pointwise, relu=True)[0].sum()
+    return separable.convolve_pointwise(y, affine, pointwise)[0].sum()
 
   gradient = jax.grad(run, (0, 1, 2))
   together = jax.jit(jax.vmap(gradient))(x, depthwise, pointwise)
@@ -123,7 +119,7 @@ def test_calls_at_the_same_time_do_not_mix():
   kernel = draw(1, 1, 32, 32)
   images = [draw(16, 16, 16, 32, seed=i) for i in range(8)]
   affine = draw_affine(images[0])
-  convolve = jax.jit(lambda x: separable.convolve_pointwise(x, affine, kernel, relu=True)[0])
+  convolve = jax.jit(lambda x: separable.convolve_pointwise(x, affine, kernel)[0])
   expected = [np.asarray(convolve(x)) for x in images]
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     for _ in range(20):
@@ -139,7 +135,7 @@ from flax_cifar.kernels.native import dense, separable
 from tests.kernels.native.definitions import draw, draw_affine
 x = draw(37, 8, 8, 32)
 def run(x, pointwise, kernel, other):
-  y, _ = separable.convolve_pointwise(x, draw_affine(x), pointwise, relu=True)
+  y, _ = separable.convolve_pointwise(x, draw_affine(x), pointwise)
   window = dense.Window(1, 1, 1, 1, False, 1)
   y = dense.convolve(y, kernel, None, window, relu=True)
   return dense.convolve(y, other, None, window, relu=False).sum()
