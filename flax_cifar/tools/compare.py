@@ -24,7 +24,7 @@ import numpy as np
 from flax_cifar import errors, metrics
 from flax_cifar.configs import variants
 from flax_cifar.run import config as config_lib
-from flax_cifar.run import finished, plots, tables
+from flax_cifar.run import finished, plots, tables, workdir
 from flax_cifar.tools import command_line
 
 if TYPE_CHECKING:
@@ -50,16 +50,18 @@ class Difference:
 
   Attributes:
     score: "validation", "test" or "train".
-    peeked: whether the validation images are those of the test split, see `PROTOCOLS`.
+    peeked: for A and B, whether the validation images are those of the test split, see `PROTOCOLS`.
     seeds: those that both have, in order.
+    unpaired: the seeds that A alone has, and those that B alone has.
     a: the scores of A, in [0, 1].
     b: the scores of B.
     changes: a line for each config key in which B differs from A.
   """
 
   score: str
-  peeked: bool
+  peeked: tuple[bool, bool]
   seeds: list[int]
+  unpaired: tuple[list[int], list[int]]
   a: list[float]
   b: list[float]
   changes: list[str]
@@ -83,11 +85,7 @@ def main() -> None:
   with command_line.one_line_errors():
     options = parse(sys.argv[1:])
     difference = compare(options.a, options.b, options.score)
-  if options.json:
-    content = {**dataclasses.asdict(difference), **difference.sample}
-    print(json.dumps({**content, "verdict": difference.verdict}, indent=2))
-  else:
-    print(format_difference(difference))
+    print(format_json(difference) if options.json else format_difference(difference))
 
 
 def create_parser() -> command_line.Parser:
@@ -122,6 +120,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def compare(a: pathlib.Path, b: pathlib.Path, score: str) -> Difference:
   """Compares the runs in two folders by `score`: "validation", "test" or "train".
 
+  It warns where the two were scored on different images.
+
   Raises:
     UserError: a folder has no finished run, or runs of several recipes; the two have no seed in
       common; a run has no such score.
@@ -134,10 +134,12 @@ def compare(a: pathlib.Path, b: pathlib.Path, score: str) -> Difference:
       f"{str(a)!r} has seeds {sorted(scores_a)} and {str(b)!r} has {sorted(scores_b)}; a pair "
       "needs the same seed in both."
     )
+  _warn_of_other_images(runs_a, runs_b, score)
   return Difference(
     score=score,
-    peeked=score == "validation" and _has_peeked([*runs_a, *runs_b]),
+    peeked=(_has_peeked(runs_a, score), _has_peeked(runs_b, score)),
     seeds=seeds,
+    unpaired=(sorted(scores_a.keys() - seeds), sorted(scores_b.keys() - seeds)),
     a=[scores_a[seed] for seed in seeds],
     b=[scores_b[seed] for seed in seeds],
     changes=errors.list_differences(
@@ -146,8 +148,29 @@ def compare(a: pathlib.Path, b: pathlib.Path, score: str) -> Difference:
   )
 
 
-def _has_peeked(runs: Sequence[finished.Run]) -> bool:
-  return any(run.result["config"]["protocol"] == "published" for run in runs)
+def _has_peeked(runs: Sequence[finished.Run], score: str) -> bool:
+  return score == "validation" and any(
+    run.result["config"]["protocol"] == "published" for run in runs
+  )
+
+
+def _warn_of_other_images(
+  runs_a: Sequence[finished.Run], runs_b: Sequence[finished.Run], score: str
+) -> None:
+  """Warns where a run of A and one of B, which both recorded their images, had different ones."""
+  known_a, known_b = (_list_digests(runs, score) for runs in (runs_a, runs_b))
+  if known_a and known_b and len({*known_a, *known_b}) > 1:
+    errors.warn(
+      f"A and B were scored on different {score} images ({score}_sha256 is "
+      f"{' and '.join(known_a)} in A and {' and '.join(known_b)} in B); the difference is not that "
+      "of the recipes alone"
+    )
+
+
+def _list_digests(runs: Sequence[finished.Run], split: str) -> list[str]:
+  """The digests of the images of a split that the results have; older ones have none."""
+  found = (run.result.get("data", {}).get(f"{split}_sha256") for run in runs)
+  return sorted({digest for digest in found if digest})
 
 
 def find_runs(folder: pathlib.Path) -> list[finished.Run]:
@@ -169,6 +192,8 @@ def find_runs(folder: pathlib.Path) -> list[finished.Run]:
 def find_groups(folder: pathlib.Path) -> dict[pathlib.Path, list[finished.Run]]:
   """The finished runs that `folder` names, in groups that differ in their seeds alone.
 
+  It warns of runs there that have not finished.
+
   Returns:
     The runs of each group under a path that names it: `folder` for a single group, otherwise that
     of its runs without their seed, SWEEP/norm=batch.
@@ -186,6 +211,9 @@ def find_groups(folder: pathlib.Path) -> dict[pathlib.Path, list[finished.Run]]:
     same[path] = run
   if not groups:
     raise errors.UserError(_explain_absence(folder))
+  if unfinished := _list_unfinished(folder):
+    names = errors.list_some([path.name for path in unfinished])
+    errors.warn(f"not finished and left out: {names}")
   if len(groups) == 1:
     return {folder: list(groups[0][1].values())}
   return _name_groups([runs for _, runs in groups])
@@ -197,14 +225,26 @@ def list_folders(folder: pathlib.Path) -> list[pathlib.Path]:
   It is that of a run, or holds some. One that does not exist names the runs beside it that have all
   of its settings: SWEEP/norm=batch names SWEEP/norm=batch,seed=0 and SWEEP/norm=batch,seed=1.
   """
+  return [path for path in _list_named(folder) if (path / "result.json").exists()]
+
+
+def _list_unfinished(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The folders of the runs that `folder` names and that have begun but not finished, sorted."""
+  return [
+    path
+    for path in _list_named(folder)
+    if (path / workdir.CONFIG).exists() and not (path / "result.json").exists()
+  ]
+
+
+def _list_named(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The folders that `folder` names, with or without a run; see `list_folders`."""
   if (folder / "result.json").exists():
     return [folder]
   if folder.exists():
-    found = list(folder.glob("*/"))
-  else:
-    wanted = set(folder.name.split(","))
-    found = [path for path in folder.parent.glob("*/") if wanted <= set(path.name.split(","))]
-  return sorted(path for path in found if (path / "result.json").exists())
+    return sorted(folder.glob("*/"))
+  wanted = set(folder.name.split(","))
+  return sorted(path for path in folder.parent.glob("*/") if wanted <= set(path.name.split(",")))
 
 
 def _explain_absence(folder: pathlib.Path) -> str:
@@ -260,12 +300,19 @@ def collect_scores(runs: Sequence[finished.Run], score: str) -> dict[int, float]
   return found
 
 
+def format_json(difference: Difference) -> str:
+  """The difference and what follows from it, as JSON."""
+  content = {**dataclasses.asdict(difference), **difference.sample}
+  return json.dumps({**content, "verdict": difference.verdict}, indent=2)
+
+
 def format_difference(difference: Difference) -> str:
   """Lines for the screen."""
   sample, lines = difference.sample, []
-  peeked = tables.PEEKED if difference.peeked else ""
-  for name, values in (("A", difference.a), ("B", difference.b)):
+  sides = zip("AB", (difference.a, difference.b), difference.peeked, strict=True)
+  for name, values, has_peeked in sides:
     text = tables.format_percent(metrics.describe_sample(values))
+    peeked = tables.PEEKED if has_peeked else ""
     lines.append(f"{name}         {difference.score} accuracy {text}{peeked}")
   interval = ""
   if sample["interval"]:
@@ -273,7 +320,13 @@ def format_difference(difference: Difference) -> str:
     interval = f", 95 % interval {low:+.2f} to {high:+.2f}"
   pairs = f"{sample['n']} pairs" if sample["n"] > 1 else "1 pair"
   lines.append(f"B - A     {100 * sample['mean']:+.2f} points{interval} ({pairs})")
-  lines += [f"verdict   {difference.verdict}"]
+  for name, seeds in zip("AB", difference.unpaired, strict=True):
+    if seeds:
+      lines.append(
+        f"left out  {'seed' if len(seeds) == 1 else 'seeds'} {errors.list_some(seeds)}, "
+        f"which {name} alone has"
+      )
+  lines.append(f"verdict   {difference.verdict}")
   return "\n".join([*lines, *(f"differs   {change}" for change in difference.changes)])
 
 
@@ -335,6 +388,15 @@ def summarize(name: str, runs: Sequence[finished.Run]) -> Summary:
     },
     "train_seconds": statistics.fmean(one.result["train_seconds"] for one in runs),
   }
+
+
+def format_scores(row: Summary) -> list[str]:
+  """A cell for each of SCORES; it says where a validation accuracy is one on the test split."""
+  cells = []
+  for key in SCORES:
+    is_peeked = row[key] and row["protocol"] == "published" and "validation" in key
+    cells.append(tables.format_percent(row[key]) + (tables.PEEKED if is_peeked else ""))
+  return cells
 
 
 def format_table(rows: Sequence[Summary]) -> str:

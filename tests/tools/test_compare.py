@@ -33,7 +33,7 @@ def test_the_interval_is_students_of_the_paired_differences(tmp_path):
     write_run(tmp_path / "b" / str(seed), seed, b, **{"compute_dtype": "bfloat16"})
   write_run(tmp_path / "b" / "more", 3, 0.5, **{"compute_dtype": "bfloat16"})  # no partner
   difference = compare.compare(tmp_path / "a", tmp_path / "b", "test")
-  assert difference.seeds == [0, 1, 2]
+  assert (difference.seeds, difference.unpaired) == ([0, 1, 2], ([], [3]))
   half = 0.01 * 4.302653 / 3**0.5
   np.testing.assert_allclose(difference.sample["interval"], (0.02 - half, 0.02 + half), rtol=1e-6)
   assert difference.verdict.startswith("no difference is shown")
@@ -46,6 +46,7 @@ def test_several_seeds_of_one_run_count_each(tmp_path, better, verdict):
   write_run(tmp_path / "b", 1, better, better, better)
   difference = compare.compare(tmp_path / "a", tmp_path / "b", "validation")
   assert (difference.seeds, difference.a) == ([1, 2, 3], [0.81, 0.79, 0.80])
+  assert difference.unpaired == ([0], [])
   assert difference.verdict == verdict
 
 
@@ -116,7 +117,52 @@ def test_a_replay_that_validates_on_test_says_so(tmp_path):
   difference = compare.compare(tmp_path / "a", tmp_path / "a", "validation")
   lines = compare.format_difference(difference).splitlines()
   assert lines[0] == "A         validation accuracy 80.00 (n = 1) (on the test split)"
-  assert not compare.compare(tmp_path / "a", tmp_path / "a", "test").peeked
+  assert lines[1].endswith(" (on the test split)")
+  assert compare.compare(tmp_path / "a", tmp_path / "a", "test").peeked == (False, False)
+  write_run(tmp_path / "b", 0, 0.9, protocol="honest")
+  for names, expected in (("ab", [True, False]), ("ba", [False, True])):
+    difference = compare.compare(*(tmp_path / name for name in names), "validation")
+    lines = compare.format_difference(difference).splitlines()
+    assert [line.endswith(" (on the test split)") for line in lines[:2]] == expected
+
+
+def set_data(folder, **data):
+  """Writes into the result of a run on what images it was scored."""
+  path = folder / "result.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), "data": data}))
+
+
+def test_scores_on_different_images_are_warned_of(tmp_path, capsys):
+  write_run(tmp_path / "a", 0, 0.8)
+  write_run(tmp_path / "b", 0, 0.9)
+
+  def find_warning(score):
+    compare.compare(tmp_path / "a", tmp_path / "b", score)
+    return capsys.readouterr().err
+
+  set_data(tmp_path / "a", test_sha256="aa", validation_sha256="ab")
+  assert find_warning("test") == ""  # B is of an older version
+  set_data(tmp_path / "b", test_sha256="aa", validation_sha256="bb")
+  assert find_warning("test") == ""
+  start = "warning: A and B were scored on different validation images (validation_sha256 is ab in"
+  assert find_warning("validation").startswith(f"{start} A and bb in B)")
+
+
+def test_runs_and_seeds_that_are_left_out_are_named(tmp_path, capsys):
+  write_sweep(tmp_path)
+  write_run(tmp_path / "lr=0.12,seed=3", 3, 0.7, **{"optimizer.learning_rate": 0.12})
+  for name in ("lr=0.1,seed=3", "lr=0.3,seed=0"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text("{}")
+  (tmp_path / "lr=0.1,notes").mkdir()
+  difference = compare.compare(tmp_path / "lr=0.1", tmp_path / "lr=0.12", "test")
+  assert capsys.readouterr().err == "warning: not finished and left out: lr=0.1,seed=3\n"
+  assert "left out  seed 3, which B alone has" in compare.format_difference(difference)
+  compare.find_groups(tmp_path)
+  expected = "warning: not finished and left out: lr=0.1,seed=3, lr=0.3,seed=0\n"
+  assert capsys.readouterr().err == expected
+  compare.find_groups(tmp_path / "lr=0.1,seed=0")
+  assert capsys.readouterr().err == ""
 
 
 def test_what_is_no_pair_is_one_line(tmp_path):
