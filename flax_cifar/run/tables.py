@@ -62,7 +62,7 @@ def format_layer_table(rows: Sequence[layer_table.Row]) -> str:
   header = ("layer", "operation", "output", "parameters", "multiply-adds", "field", "jump")
   sums = layer_table.summarize(rows)
   numbers = f"{sums['parameters']:,}", f"{sums['multiply_adds']:,}"
-  total = ("total", "", "", *numbers, _format_field(sums["receptive_field"]), "")
+  total = ("total", "", "", *numbers, format_field(sums["receptive_field"]), "")
   cells = [header, *map(_format_layer, rows), total]
   lines = format_text(cells, [False] * 3 + [True] * 4)
   rule = "-" * max(map(len, lines))
@@ -76,12 +76,17 @@ def _format_layer(row: layer_table.Row) -> tuple[str, ...]:
     "x".join(map(str, row.output_shape)),
     f"{row.parameters:,}",
     f"{row.multiply_adds:,}",
-    _format_field(row.receptive_field.size if row.receptive_field else None),
-    _format_field(row.receptive_field.jump) if row.receptive_field else "",
+    format_field(row.receptive_field.size if row.receptive_field else None),
+    format_field(row.receptive_field.jump) if row.receptive_field else "",
   )
 
 
-def _format_field(size: tuple[int, int] | None) -> str:
+def format_field(size: tuple[int, int] | None) -> str:
+  """A receptive field, (height, width) in pixels; "all" for None, which is the whole image.
+
+  >>> format_field((7, 7)), format_field((7, 5)), format_field(None)
+  ('7', '7x5', 'all')
+  """
   if size is None:
     return "all"
   return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

@@ -60,7 +60,7 @@ def main() -> None:
     options = parse(sys.argv[1:])
     environment.check_devices()
     write(options.out, create_page(options))
-  print(f"report    {options.out}")
+    print(f"report    {options.out}")
 
 
 def create_parser() -> command_line.Parser:
@@ -151,7 +151,7 @@ def report_run(options: argparse.Namespace) -> str:
     accuracy=result.format_score(run.result, "accuracy", ".2%"),
     loss=result.format_score(run.result, "loss", ".4f"),
     result=run.result,
-    about=describe_config(run.result["config"]["name"]),
+    about=describe_config(run.result["config"]),
     curves=embed_figure(plots.draw_curves(run.records)),
     learning_rate=embed_figure(plots.draw_learning_rate(run.records, run.result["config"])),
     augmented=embed_file(folder / "augmented.png"),
@@ -165,21 +165,31 @@ def report_run(options: argparse.Namespace) -> str:
   )
 
 
-def describe_config(name: str) -> str:
-  """What the config file of a run says of itself: its source and recipes; "" for other files."""
-  module = name.partition("-")[0]
-  try:
-    return importlib.import_module(f"flax_cifar.configs.{module}").__doc__ or ""
-  except ImportError:
+def describe_config(config: Mapping[str, Any]) -> str:
+  """What the config file of a run says of itself: its source and recipes.
+
+  It is the file of ours after which the run is named; "" where there is none, or where its network
+  is another one, as the user may choose any name.
+  """
+  name = config["name"].partition("-")[0]
+  if name not in command_line.list_configs():
     return ""
+  module = importlib.import_module(f"flax_cifar.configs.{name}")
+  is_same = module.get_config().model.name == config["model"]["name"]
+  return (module.__doc__ or "") if is_same else ""
 
 
 def describe_network(network: "classifier_lib.Classifier") -> dict[str, Any]:
-  """The rows of the layer table, and their sums."""
+  """The rows of the layer table, their sums, and how to show a receptive field."""
   from flax_cifar.models import layer_table
+  from flax_cifar.run import tables
 
   rows = layer_table.get_layer_table(network.model, network.weights.image_shape)
-  return {"layers": rows, **layer_table.summarize(rows)}
+  return {
+    "layers": rows,
+    "format_field": tables.format_field,
+    **layer_table.summarize(rows),
+  }
 
 
 def describe_errors(
@@ -314,14 +324,13 @@ def find_groups(folders: Sequence[pathlib.Path]) -> "dict[str, list[finished.Run
 
 def describe_group(name: str, runs: "Sequence[finished.Run]") -> dict[str, Any]:
   """A row of the comparison."""
-  from flax_cifar.run import tables
   from flax_cifar.tools import compare
 
   row = compare.summarize(name, runs)
   return {
     "name": name,
     "parameters": row["parameters"],
-    "scores": [tables.format_percent(row[key]) for key in compare.SCORES],
+    "scores": compare.format_scores(row),
     "seconds": row["train_seconds"],
     "protocol": row["protocol"],
     "hardware": runs[0].result["hardware"],

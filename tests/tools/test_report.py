@@ -7,11 +7,13 @@ import re
 import shutil
 import sys
 
+import flax.linen as nn
 import numpy as np
 import pytest
 
-from flax_cifar import errors
+from flax_cifar import errors, models
 from flax_cifar.kernels import backend
+from flax_cifar.models import blocks
 from flax_cifar.run import classifier, weights
 from flax_cifar.tools import report
 from tests import runs, tiny
@@ -95,7 +97,56 @@ def test_the_page_is_whole_and_harmless(text):
   assert all(one["src"].startswith("data:image/") and len(one["alt"]) > 10 for one in page.images)
   assert len(page.images) >= 5
   assert {link.removeprefix("#") for link in page.links} <= page.targets
-  assert "niharikavadapalli/ERA-V1" in text  # the header of configs/s9.py
+  assert "niharikavadapalli/ERA-V1" not in text  # its name is s9-x, its network that of no config
+
+
+def test_a_page_has_the_text_of_the_config_whose_network_it_is(finished, tiny_model, monkeypatch):
+  del tiny_model
+  assert "niharikavadapalli/ERA-V1" in report.describe_config(get_named("s9-x", "dilated"))
+  for name, network in (
+    ("s9-mine", "five_convs"),
+    ("common", "s9"),
+    ("../s9", "dilated"),
+    ("", "s9"),
+  ):
+    assert report.describe_config(get_named(name, network)) == ""
+  monkeypatch.setattr(report, "describe_config", lambda config: f"<b>{config['name']}")
+  assert "&lt;b&gt;s9-x</pre>" in report.create_page(report.parse([str(finished)]))
+
+
+def get_named(name, network):
+  """What a page reads in the config of a run."""
+  return {"name": name, "model": {"name": network}}
+
+
+class Squeezing(tiny.TinyNet):
+  """All positions of its last feature map see the whole image."""
+
+  @nn.compact
+  def __call__(self, images, train):
+    arguments = (6, self.norm, self.kernel_init, 0.0, self.dtype)
+    x = blocks.ConvUnit(*arguments, name="unit")(images, train)
+    squeeze_excite = blocks.SqueezeExcite(2, self.kernel_init, name="squeeze_excite")
+    x = x * squeeze_excite(blocks.GlobalAveragePool()(x))
+    x = blocks.ConvUnit(*arguments, name="last")(x, train)
+    return blocks.ConvHead(self.num_classes, self.kernel_init, name="head")(x)
+
+
+def test_a_network_with_squeeze_excite_sees_the_whole_image(tmp_path, data, monkeypatch):
+  monkeypatch.setitem(models.MODELS, "tiny", Squeezing)
+  runs.run(tmp_path / "run", data, total_epochs=1)
+  text = report.create_page(report.parse([str(tmp_path / "run")]))
+  assert "<dt>receptive field</dt><dd>the whole image</dd>" in text
+  assert "it sees the whole image;" in text
+  (layers,) = (table for table in Page(text).tables if table[0][0] == "layer")
+  fields = {row[0]: row[-1] for row in layers[1:]}
+  assert fields["unit/conv"] == "3"
+  assert fields["last/conv"] == "all"
+
+
+def test_a_receptive_field_is_shown_in_pixels(text):
+  assert "<dt>receptive field</dt><dd>3 pixels</dd>" in text
+  assert "it can see the red frame, 3 pixels;" in text
 
 
 def test_mistakes_come_with_the_most_confident_first(text):
@@ -149,6 +200,18 @@ def test_the_runs_of_a_sweep_are_compared_by_what_they_share(tmp_path):
   write_sweep(tmp_path / "more")
   again = [(f"more/{name}", score) for name, score in expected]
   assert read_rows(tmp_path / "sweep", tmp_path / "more") == expected + again
+
+
+def test_validation_on_the_test_split_is_marked_in_its_own_cells(tmp_path):
+  write_sweep(tmp_path / "sweep")
+  for seed in (0, 1):
+    path = tmp_path / "sweep" / f"norm=layer,seed={seed}" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": "published"}))
+  rows, *_ = Page(report.create_page(report.parse([str(tmp_path / "sweep")]))).tables
+  (_, *header), (_, *batch), (_, *layer) = rows
+  marked = [name for name, cell in zip(header, layer, strict=True) if "(on the test split)" in cell]
+  assert marked == ["validation", "best validation"]
+  assert not any("test split" in cell for cell in batch)
 
 
 def test_the_page_lies_in_the_folder_that_it_is_about(finished, tmp_path):
