@@ -65,11 +65,12 @@ class Splits:
     fingerprint: dict[str, Any] = {"class_names": list(self.class_names)}
     for name in SPLITS:
       split = getattr(self, name)
-      fingerprint |= {f"{name}_images": len(split), f"{name}_sha256": _digest(split)}
+      fingerprint |= {f"{name}_images": len(split), f"{name}_sha256": compute_digest(split)}
     return fingerprint
 
 
-def _digest(split: dataset_lib.Split) -> str:
+def compute_digest(split: dataset_lib.Split) -> str:
+  """A digest of the images and labels, in their order."""
   digest = hashlib.sha256()
   for array in (split.images, split.labels):
     digest.update(f"{array.dtype.str} {array.shape}".encode())

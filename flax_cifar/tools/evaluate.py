@@ -83,7 +83,7 @@ def main() -> None:
     options = parse(sys.argv[1:])
     environment.check_devices()
     score = evaluate_weights(options)
-  print(json.dumps(dataclasses.asdict(score), indent=2) if options.json else format_score(score))
+    print(json.dumps(dataclasses.asdict(score), indent=2) if options.json else format_score(score))
 
 
 def create_parser() -> command_line.Parser:
@@ -128,9 +128,10 @@ def format_score(score: Score) -> str:
   from flax_cifar.run import tables
 
   peeked = tables.PEEKED if score.peeked else ""
+  part = "" if score.split == "all" else f"{score.split} "
   lines = [
-    f"data      {score.data}: {score.count:,} {score.split} images",
-    f"{score.split} accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}, "
+    f"data      {score.data}: {score.count:,} {part}images",
+    f"{part}accuracy {score.accuracy:.2%}{peeked}, loss {score.loss:.4f}, "
     f"calibration error {score.calibration_error:.2%}",
   ]
   if score.flipped_accuracy is not None:
@@ -233,7 +234,8 @@ def load_own_split(
   if changes:
     raise errors.UserError(
       f"the {name} images of {data['name']} are not those of the run: {'; '.join(changes)}. "
-      f"Restore them, or evaluate other data with --data={data['name']}."
+      "Restore them; or put images that the network has not seen into another place, and name "
+      "that with --data."
     )
   return name, found
 
@@ -249,13 +251,64 @@ def _load_other_split(
     name=name, dir=options.data_dir or data["dir"], image_size=weights.image_shape[0]
   )
   _check_classes(weights, found.class_names, name)
+  split_name, split = _choose_split(found, options)
+  if seen := _describe_seen(weights, name, found, split_name, split):
+    errors.warn(
+      f"{seen} of these {len(split):,} images trained the network; the scores are not those of "
+      "unseen images"
+    )
+  return split_name, split
+
+
+def _choose_split(found: dataset_lib.Dataset, options: Options) -> tuple[str, dataset_lib.Split]:
   split_name = options.split or ("all" if found.test_is_held_out else "test")
   if split_name == "all":
     return split_name, _join(found)
   split = {"validation": found.validation, "test": found.test}[split_name]
   if split is None or found.test_is_held_out:
-    raise errors.UserError(f"{name} has no {split_name} split of its own; try --split=all.")
+    raise errors.UserError(f"{options.data} has no {split_name} split of its own; try --split=all.")
   return split_name, split
+
+
+def _describe_seen(
+  weights: "weights_lib.Weights",
+  name: str,
+  found: dataset_lib.Dataset,
+  split_name: str,
+  split: dataset_lib.Split,
+) -> str:
+  """How many images of `split` trained the network, as far as that is known; "" for none.
+
+  The weights hold a digest of their training images, which finds them under any name, if the same
+  ones are there as in the run. Under the run's own name some may be there among others.
+
+  Args:
+    weights: of the network.
+    name: of the data.
+    found: the data.
+    split_name: of the split that is scored.
+    split: the images that are scored.
+  """
+  from flax_cifar.data import splits as splits_lib
+
+  data, candidates = weights.config["data"], [split]
+  if split_name == "all":
+    candidates.append(found.train)
+    if 0 < data["validation_size"] < len(found.train):
+      size = data["validation_size"]
+      candidates.append(splits_lib.split_validation(found.train, validation_size=size)[0])
+  for images in candidates:
+    if splits_lib.compute_digest(images) == weights.data.get("train_sha256"):
+      return f"{len(images):,}"
+  if split_name == "all" and _find_place(name) == _find_place(data["name"]):
+    return f"up to {min(len(split), weights.data.get('train_images', len(split))):,}"
+  return ""
+
+
+def _find_place(name: str) -> tuple[str, pathlib.Path]:
+  """The kind of the data set `name` and its path, which can be written in several ways."""
+  kind, _, path = name.partition(":")
+  return kind, errors.get_path("data.name", path).resolve()
 
 
 def _join(data: dataset_lib.Dataset) -> dataset_lib.Split:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -151,8 +152,8 @@ def test_other_data_of_the_same_classes_can_be_evaluated(tmp_path, data):
   assert (score.data, score.count) == (other, 7)
 
 
-def write_folder(path, parts=("",), count=6):
-  rng = np.random.default_rng(0)
+def write_folder(path, parts=("",), count=6, seed=0):
+  rng = np.random.default_rng(seed)
   for part in parts:
     for name in "012":
       (path / part / name).mkdir(parents=True)
@@ -181,6 +182,54 @@ def test_the_splits_of_other_data_are_those_of_its_folders(tmp_path, data, split
   assert (score.split, score.count) == (split or "test", count)
 
 
+def train_on(path, folder, **changes):
+  """Weights as of a run on the data `folder`, without its training, and its split."""
+  config = tiny.get_config(folder, **changes)
+  splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
+  return make_weights(path, folder, fingerprint=splits.fingerprint, **changes), splits
+
+
+def test_images_that_trained_the_network_are_told_from_others(tmp_path, capsys):
+  folder = write_folder(tmp_path / "own", count=20)
+  options, splits = train_on(tmp_path / "w", folder, **{"data.validation_size": 5})
+  shutil.copytree(tmp_path / "own", tmp_path / "copy")
+
+  def find_warning(**changes):
+    evaluate.evaluate_weights(dataclasses.replace(options, **changes))
+    return capsys.readouterr().err
+
+  seen = f"warning: {len(splits.train)} of these 60 images trained the network; "
+  assert find_warning(data=folder).startswith(seen)
+  assert find_warning(data=f"folder:{tmp_path / 'copy'}").startswith(seen)
+  assert find_warning() == find_warning(split="test") == ""
+  assert find_warning(data=write_folder(tmp_path / "other", count=4, seed=1)) == ""
+  (tmp_path / "own" / "2" / "0.png").unlink()
+  (tmp_path / "copy" / "2" / "0.png").unlink()
+  changed = f"warning: up to {len(splits.train)} of these 59 images trained the network; "
+  assert find_warning(data=f"folder:{tmp_path / 'copy' / '..' / 'own'}").startswith(changed)
+
+
+def test_training_images_in_the_place_of_a_test_split_are_noticed(tmp_path, data, capsys):
+  options, splits = train_on(tmp_path / "w", data)
+  arrays = {"test_images": splits.train.images, "test_labels": splits.train.labels}
+  np.savez(tmp_path / "moved.npz", **(dict(np.load(data.removeprefix("npz:"))) | arrays))
+  other = dataclasses.replace(options, data=f"npz:{tmp_path / 'moved.npz'}")
+  evaluate.evaluate_weights(other)
+  assert capsys.readouterr().err.startswith("warning: 80 of these 80 images trained the network; ")
+  evaluate.evaluate_weights(dataclasses.replace(options, data=data))  # its own test split
+  assert capsys.readouterr().err == ""
+
+
+def test_all_images_are_shown_without_the_name_of_a_split(tmp_path, data, monkeypatch, capsys):
+  options = make_weights(tmp_path / "w", data)
+  folder = write_folder(tmp_path / "new")
+  monkeypatch.setattr(sys, "argv", ["evaluate", f"--weights={options.weights}", f"--data={folder}"])
+  evaluate.main()
+  first, second = capsys.readouterr().out.splitlines()
+  assert first == f"data      {folder}: 18 images"
+  assert second.startswith("accuracy ")
+
+
 def test_all_needs_other_data(tmp_path, data):
   with pytest.raises(errors.UserError, match="--split='all' needs --data"):
     evaluate.evaluate_weights(make_weights(tmp_path / "w", data, split="all"))
@@ -195,8 +244,9 @@ def test_images_that_have_changed_since_the_run_are_refused(tmp_path, data, spli
   tiny.write_data(tmp_path / "tiny.npz", test=41, seed=1)
   with pytest.raises(
     errors.UserError, match=rf"the {split} images .* not those of the run: {split}_sha256"
-  ):
+  ) as refusal:
     evaluate.evaluate_weights(options)
+  assert f"--data={data}" not in str(refusal.value)  # it has images that trained the network
   score = evaluate.evaluate_weights(dataclasses.replace(options, data=data, split="test"))
   assert score.count == 41
 
