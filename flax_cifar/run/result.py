@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -203,6 +204,21 @@ def format_score(result: Mapping[str, Any], metric: str, spec: str) -> str:
     return format(result[name], spec)
   sample = {"mean": result[name], "sd": result[f"{name}_sd"], "n": result["num_seeds"]}
   return tables.format_sample(sample, spec)
+
+
+def drop_workdir(command: str) -> str:
+  """The command of a run without --workdir, which tells where and not what.
+
+  >>> drop_workdir("python main.py --workdir=/home/me/run --config=s9 --workdir /tmp")
+  'python main.py --config=s9'
+  """
+  kept, words = [], iter(shlex.split(command))
+  for word in words:
+    if word in ("--workdir", "-workdir"):
+      next(words, None)
+    elif not word.startswith(("--workdir=", "-workdir=")):
+      kept.append(word)
+  return shlex.join(kept)
 
 
 @agreement.by_first

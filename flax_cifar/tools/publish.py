@@ -5,21 +5,26 @@
   python -m flax_cifar.tools.evaluate --model=hf:USER/NAME
 
 --out writes the files to a new folder, and uploads nothing. The package huggingface_hub uploads;
-log in with `hf auth login` before. The card names no license: add that of your weights.
+log in with `hf auth login` before. The card names no license: add that of your weights. The folder
+of the run is left out of its command; a run that names another absolute path, as that of its data,
+is refused without --force.
 """
 
 import argparse
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax_cifar import errors, files
 from flax_cifar.tools import command_line
 from flax_cifar.zoo import hub
 
+# A slash that starts a path: not that of a/b, ./a, ~/a or https://a.
+ABSOLUTE_PATH = re.compile(r"(?<![\w./~-])/\w")
 FILES = (hub.WEIGHTS, "result.json", "summary.txt", "metrics.jsonl")
 CARD = """\
 ---
@@ -62,6 +67,7 @@ def create_parser() -> command_line.Parser:
   target.add_argument("--to", default="", metavar="USER/NAME", help="the repository")
   target.add_argument("--out", default="", help="a new folder for the files, in place of it")
   parser.add_argument("--private", action="store_true", help="create a private repository")
+  parser.add_argument("--force", action="store_true", help="show absolute paths of this machine")
   return parser
 
 
@@ -71,33 +77,48 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   Raises:
     UserError: something is missing or unknown.
   """
-  return create_parser().parse_args(arguments)
+  options = create_parser().parse_args(arguments)
+  if options.out and options.private:
+    raise errors.UserError("--private is for --to=USER/NAME; --out uploads nothing: leave it out.")
+  if not options.out:
+    hub.check_repository(options.to, "--to", options.to)
+  return options
 
 
 def publish(options: argparse.Namespace) -> str:
   """Writes or uploads the files, and returns where they are.
 
   Raises:
-    UserError: there is no finished run, --out exists, or the upload fails.
+    UserError: there is no finished run, or it names an absolute path; --out exists, or the upload
+      fails.
   """
   run = errors.get_path("RUN", options.run)
   if options.out:
     folder = errors.get_path("--out", options.out)
     errors.require(not folder.exists(), "--out", options.out, "a folder that does not exist yet")
-    write_files(run, folder, repo="USER/NAME")
+    write_files(run, folder, repo="USER/NAME", force=options.force)
     return str(folder)
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary) / "files"
-    write_files(run, folder, repo=options.to)
+    write_files(run, folder, repo=options.to, force=options.force)
     return hub.upload(folder, options.to, private=options.private)
 
 
-def write_files(run: pathlib.Path, folder: pathlib.Path, *, repo: str) -> None:
-  """Writes the files of `run` for the repository `repo`, with their card, to the new `folder`."""
+def write_files(run: pathlib.Path, folder: pathlib.Path, *, repo: str, force: bool) -> None:
+  """Writes the files of `run` for the repository `repo`, with their card, to the new `folder`.
+
+  Raises:
+    UserError: there is no finished run, or it names an absolute path without `force`; or the folder
+      cannot be written.
+  """
   from flax_cifar.run import finished
+  from flax_cifar.run import result as result_lib
   from flax_cifar.run import weights as weights_lib
 
   found = finished.read_run(run)
+  result = {**found.result, "command": result_lib.drop_workdir(found.result["command"])}
+  if not force:
+    check_paths(run, result)
   weights_lib.load_weights(run / hub.WEIGHTS)  # whole and of this program
   if missing := [name for name in FILES if not (run / name).is_file()]:
     raise errors.UserError(f"{str(run)!r} lacks {', '.join(missing)}; restore them first.")
@@ -105,12 +126,46 @@ def write_files(run: pathlib.Path, folder: pathlib.Path, *, repo: str) -> None:
     folder.mkdir(parents=True)
     for name in FILES:
       shutil.copyfile(run / name, folder / name)
-    files.write_text(folder / "README.md", format_card(found.result, repo))
+    files.write_json(folder / "result.json", result)
+    files.write_text(folder / "README.md", format_card(result, repo))
   except OSError as error:
     shutil.rmtree(folder, ignore_errors=True)  # half of it is of no use
     raise errors.UserError(
       f"{str(folder)!r} cannot be written: {error}; choose another."
     ) from error
+
+
+def check_paths(run: pathlib.Path, result: Mapping[str, Any]) -> None:
+  """Raises a UserError where a text of the result names an absolute path."""
+  for key, text in list_texts("", result):
+    if ABSOLUTE_PATH.search(text):
+      raise errors.UserError(
+        f"{key}={text!r} of {str(run)!r} shows a path of this machine; train with a relative one, "
+        "or publish it as it is with --force."
+      )
+
+
+def list_texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+  """(dotted key, text) of each text in nested dictionaries and lists; `key` is that of `value`."""
+  if isinstance(value, str):
+    yield key, value
+  elif isinstance(value, Mapping | list | tuple):
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for name, item in items:
+      yield from list_texts(f"{key}.{name}".lstrip("."), item)
+
+
+def format_accuracy(result: Mapping[str, Any]) -> str:
+  """The accuracy of the first seed, whose weights are in the file, and that of all seeds."""
+  from flax_cifar import metrics
+  from flax_cifar.run import result as result_lib
+
+  every = result_lib.format_score(result, "accuracy", ".2%")
+  if result["num_seeds"] == 1:
+    return every
+  name = f"{result_lib.get_final_split_name(result)}_accuracy"
+  first = metrics.get_per_seed(result, name)[0]
+  return f"{first:.2%}; of all seeds {every}"
 
 
 def format_card(result: Mapping[str, Any], repo: str) -> str:
@@ -128,7 +183,7 @@ def format_card(result: Mapping[str, Any], repo: str) -> str:
     data_tag=f"datasets: [{data}]\n" if data == "cifar10" else "",
     size=config["data"]["image_size"],
     split=split,
-    accuracy=result_lib.format_score(result, "accuracy", ".2%"),
+    accuracy=format_accuracy(result),
     minutes=result["train_seconds"] / 60,
     **{key: result[key] for key in ("parameters", "protocol", "scored_weights", "seed", "epochs")},
     **{key: result[key] for key in ("hardware", "command", "commit")},

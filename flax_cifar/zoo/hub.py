@@ -5,12 +5,20 @@ its cache, and knows who may upload.
 """
 
 import pathlib
+import re
 from typing import Any
 
 from flax_cifar import errors
 
 PREFIX = "hf:"
 WEIGHTS = "weights.safetensors"
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def check_repository(repo: str, what: str, name: str) -> None:
+  """Raises a UserError that quotes `what`=`name` unless `repo` has the form USER/NAME."""
+  expected = "USER/NAME, each of letters, digits, '-', '_' and '.'"
+  errors.require(REPOSITORY.fullmatch(repo) is not None, what, name, expected)
 
 
 def download(name: str) -> pathlib.Path:
@@ -19,9 +27,11 @@ def download(name: str) -> pathlib.Path:
   Weights run no code when they are loaded, whoever wrote them.
 
   Raises:
-    UserError: there is none, or it cannot be reached, or huggingface_hub is not installed.
+    UserError: the name has another form, there is none, or it cannot be reached, or
+      huggingface_hub is not installed.
   """
   repo, _, revision = name.removeprefix(PREFIX).partition("@")
+  check_repository(repo, f"the name after {PREFIX}", repo)
   library = _import_library(name)
   try:
     return pathlib.Path(library.hf_hub_download(repo, WEIGHTS, revision=revision or None))
