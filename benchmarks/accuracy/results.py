@@ -22,6 +22,7 @@ from benchmarks.accuracy import published
 from flax_cifar import errors
 from flax_cifar import metrics as metrics_lib
 from flax_cifar.run import config, finished, tables
+from flax_cifar.run import result as result_lib
 from flax_cifar.tools import command_line
 from flax_cifar.tools import compare as compare_lib
 
@@ -141,13 +142,8 @@ def read_run(folder: pathlib.Path) -> Run:
     UserError: it holds none; or one that goes on, beyond its result.
   """
   run = finished.read_run(folder)
-  command = _drop_workdir(run.result.get("command", ""))
+  command = result_lib.drop_workdir(run.result.get("command", ""))
   return create_run({**run.result, "command": command, "metrics": run.records})
-
-
-def _drop_workdir(command: str) -> str:
-  """The command without --workdir, which tells where and not what."""
-  return shlex.join(word for word in shlex.split(command) if not word.startswith("--workdir="))
 
 
 def create_run(content: Mapping[str, Any]) -> Run:

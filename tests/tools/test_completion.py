@@ -60,7 +60,7 @@ def test_each_tool_that_takes_a_config_is_known():
   for name in command_line.TOOLS:
     path = importlib.import_module(f"flax_cifar.tools.{name}").__file__
     text = pathlib.Path(path).read_text("utf-8")
-    takes = "parse_with_config" in text or "find_config" in text
+    takes = "parse_with_config" in text or "load_config" in text
     assert takes == (name in completion.TAKE_CONFIG), name
 
 
