@@ -81,9 +81,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   options = create_parser().parse_args(arguments)
   options.folders = [errors.get_path("FOLDER", name) for name in options.folders]
   options.out = (
-    command_line.get_out("--out", options.out)
-    if options.out
-    else get_default_out(options.folders)
+    command_line.get_out("--out", options.out) if options.out else get_default_out(options.folders)
   )
   return options
 
