@@ -6,7 +6,7 @@
 
 enum Activation : Index { NONE, RELU, SILU, GELU };  // the order of ACTIVATIONS in finish.py
 
-// e^x for |x| <= 87, to 1e-7 of itself: 2^n * e^r, where |r| <= ln(2) / 2.
+// e^x for |x| <= 87, to 3e-7 of itself: 2^n * e^r, where |r| <= ln(2) / 2.
 inline Vector exponential(Vector x) {
   constexpr float ROUND = 12582912;  // 1.5 * 2^23: the sum with it has no bits for fractions
   const Vector sum = x * 1.44269504f + ROUND, n = sum - ROUND;
