@@ -119,12 +119,14 @@ def _settle_dtype(name: str) -> str:
 
 
 def _check_values(config: ConfigDict) -> None:
-  if missing := flatten(common.get_config().to_dict()).keys() - flatten(config.to_dict()).keys():
-    raise errors.UserError(
-      f"the config lacks {errors.list_some(sorted(missing))}; start from get_config() of "
-      "configs/common.py."
-    )
-  for key, value in flatten(config.to_dict()).items():
+  known, given = flatten(common.get_config().to_dict()), flatten(config.to_dict())
+  for problem, keys in (("lacks", known.keys() - given), ("has unknown keys:", given.keys() - known)):
+    if keys:
+      raise errors.UserError(
+        f"the config {problem} {errors.list_some(sorted(keys))}; start from get_config() of "
+        "configs/common.py, which has every key."
+      )
+  for key, value in given.items():
     errors.require(value is not None, key, value, "set; configs/common.py has its default")
     errors.require(not isinstance(value, float) or math.isfinite(value), key, value, "finite")
   shown = config.name.isprintable() and len(config.name) <= 100

@@ -65,6 +65,14 @@ def test_a_config_without_a_key_says_where_all_are():
     config_lib.settle(config)
 
 
+def test_a_config_with_an_unknown_key_says_where_all_are():
+  config = common.get_config()
+  with config.unlocked():
+    config.model.dept = 3
+  with pytest.raises(errors.UserError, match=r"unknown keys: model\.dept; start from get_config"):
+    config_lib.settle(config)
+
+
 def test_too_little_memory_is_one_line():
   error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
   config, message = common.get_config(), "too little memory for batch_size=128, .*Out of memory"
