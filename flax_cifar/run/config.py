@@ -120,7 +120,10 @@ def _settle_dtype(name: str) -> str:
 
 def _check_values(config: ConfigDict) -> None:
   known, given = flatten(common.get_config().to_dict()), flatten(config.to_dict())
-  for problem, keys in (("lacks", known.keys() - given), ("has unknown keys:", given.keys() - known)):
+  for problem, keys in (
+    ("lacks", known.keys() - given),
+    ("has unknown keys:", given.keys() - known),
+  ):
     if keys:
       raise errors.UserError(
         f"the config {problem} {errors.list_some(sorted(keys))}; start from get_config() of "

@@ -196,53 +196,39 @@ def parse_with_config(
   """
   parser.epilog = f"--config=NAME|FILE[:VARIANT]  {CONFIG_HELP}\n--config.KEY=VALUE  Sets a key."
   options, rest = parser.parse_known_args(arguments)
+  text, rest = _take_config(rest)
+  if not text:
+    raise errors.UserError("--config is missing; try --config=configs/quickstart.py")
+  config = load_config(text, "--config")
+  overrides = [_check_override(config, argument) for argument in rest]
   try:
-    return options, _parse_config([parser.prog, *_find_configs(rest)])
-  except Exception as error:  # a config file or an override may raise anything
+    _override(config, [parser.prog, *overrides])
+  except Exception as error:  # an override may be anything
     raise errors.UserError(explain(error)) from error
+  return options, config
 
 
-def _parse_config(argv: list[str]) -> ConfigDict:
-  """The config of a command line; raises whatever its file raises."""
-  argv = _check_overrides(argv)
+def _take_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
+  """The value of --config, "" if it is missing, and the other arguments; the last one counts."""
+  text, rest, left = "", [], iter(arguments)
+  for argument in left:
+    flag, equals, value = argument.partition("=")
+    if flag in ("--config", "-config"):
+      text = value if equals else next(left, "")
+    else:
+      rest.append(argument)
+  return text, rest
+
+
+def _override(config: ConfigDict, argv: list[str]) -> None:
+  """Sets the keys that the flags of `argv` name; raises for what is no flag."""
   values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file(
-    "config", None, CONFIG_HELP, flag_values=values, sys_argv=argv
-  )
+  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
   rest = values(argv)
   if len(rest) > 1:
     raise errors.UserError(
       f"{rest[1]!r} is not a flag; write --config=FILE and --config.KEY=VALUE."
     )
-  if config.value is None:
-    raise errors.UserError("--config is missing; try --config=configs/quickstart.py")
-  config.value.lock()  # ml_collections reports a file that fails to load when it is read
-  return config.value
-
-
-def _find_configs(argv: Sequence[str]) -> list[str]:
-  """Makes --config=VALUE or --config VALUE a --config=PATH."""
-  found, rest = [], iter(argv)
-  for argument in rest:
-    flag, equals, value = argument.partition("=")
-    if flag in ("--config", "-config"):
-      value = value if equals else next(rest, "")
-      argument = f"--config={find_config(value)}" if value else argument
-    found.append(argument)
-  return found
-
-
-def _check_overrides(argv: Sequence[str]) -> list[str]:
-  """The command line with `--config.KEY=a,b` as a tuple of words, where KEY has one.
-
-  Raises:
-    UserError: the config cannot be loaded, or a KEY is not one of its keys.
-  """
-  texts = [argument.removeprefix("--config=") for argument in argv if argument[:9] == "--config="]
-  if not texts:
-    return list(argv)
-  config = load_config(texts[-1], "--config")
-  return [_check_override(config, argument) for argument in argv]
 
 
 def _check_override(config: ConfigDict, argument: str) -> str:

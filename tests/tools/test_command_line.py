@@ -70,13 +70,32 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message):
 
 
 @pytest.mark.parametrize("text", ["rotate", "rotate,horizontal_flip", "('rotate',)", "()"])
-@pytest.mark.filterwarnings(r"ignore:the load_module\(\):DeprecationWarning")  # of ml_collections
 def test_words_with_commas_are_a_tuple(text):
   arguments = [f"--config={ROOT}/{QUICK.partition('=')[2]}", f"--config.augment.ops={text}"]
   parser = command_line.create_parser("test", None)
   _, config = command_line.parse_with_config(parser, arguments)
   words = [word for word in ("rotate", "horizontal_flip") if word in text]
   assert config.augment.ops == tuple(words)
+
+
+def test_the_order_of_flags_is_free_and_the_config_is_loaded_once(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from flax_cifar.configs import s9\n"
+    f"get_config = lambda text='': open({str(tmp_path / 'loads')!r}, 'a').write('x') and "
+    "s9.get_config(text)\n"
+  )
+  arguments = ["--config.seed", "3", "--config=s8", "--config", f"{file}:norm=layer"]
+  parser = command_line.create_parser("test", None)
+  _, config = command_line.parse_with_config(parser, arguments)
+  assert (config.seed, config.model.norm) == (3, "layer")
+  assert (tmp_path / "loads").read_text() == "x"
+
+
+def test_an_error_quotes_the_config_as_it_was_typed():
+  parser = command_line.create_parser("test", None)
+  with pytest.raises(errors.UserError, match=r"^--config='s9:foo': config variant"):
+    command_line.parse_with_config(parser, ["--config=s9:foo"])
 
 
 def find_network(*arguments):
