@@ -26,7 +26,7 @@ from flax_cifar.tools import command_line
 
 DIVERGED = 4.0  # times the lowest smoothed loss
 SMOOTHING = 0.9  # per step
-BORDER = 5  # steps at the start, where the average has few values
+BORDER = 5  # steps at the start, where the average has few values, and at the end
 ROWS = 12  # printed
 LEAST = 20  # steps
 NOISE = 1.0  # least fall of the smoothed loss, in standard deviations of the losses around it
@@ -43,6 +43,7 @@ class RangeTest:
     halfway: the rate at which `smoothed` has fallen half of its way.
     lowest: the rate at which it is lowest.
     diverged: whether training ended before the last rate.
+    still_falls: whether the loss still fell at the last rate, so that a higher one may be better.
   """
 
   rates: np.ndarray
@@ -51,6 +52,7 @@ class RangeTest:
   halfway: float
   lowest: float
   diverged: bool
+  still_falls: bool
 
 
 def main() -> None:
@@ -185,6 +187,7 @@ def analyze(rates: np.ndarray, losses: Sequence[float]) -> RangeTest:
     halfway=float(rates[above[-1]]),
     lowest=float(rates[lowest]),
     diverged=has_diverged(losses),
+    still_falls=lowest >= len(losses) - BORDER,
   )
 
 
@@ -195,6 +198,7 @@ def describe(found: RangeTest) -> dict[str, Any]:
     "tenth_of_lowest": found.lowest / 10,
     "lowest": found.lowest,
     "diverged": found.diverged,
+    "still_falls": found.still_falls,
     "rates": [float(f"{rate:.4g}") for rate in found.rates],
     "losses": [float(f"{loss:.4g}") for loss in found.losses],
   }
@@ -215,6 +219,7 @@ def format_result(found: RangeTest, config: ConfigDict, out: pathlib.Path | None
       f"suggestion {found.halfway:.2g}, where the loss has fallen half of its way",
       f"a tenth of the rate with the lowest loss is {found.lowest / 10:.2g}; the config has "
       f"{config.optimizer.learning_rate:g}",
+      *(["the loss still fell at the last rate: choose a higher --high"] * found.still_falls),
       *([f"picture {out}"] if out else []),
     ]
   )

@@ -24,6 +24,14 @@ def test_the_suggestion_is_the_middle_of_a_known_curve(noise):
   assert 0.01 / 1.1 <= found.halfway <= 0.01 * lag * 1.2
   assert 0.1 < found.lowest < 10
   assert not found.diverged
+  assert not found.still_falls
+
+
+def test_a_loss_that_still_falls_at_the_last_rate_asks_for_higher_ones():
+  found = find_lr.analyze(np.logspace(-4, -2, 60), np.linspace(2, 1, 60))
+  assert found.still_falls
+  text = find_lr.format_result(found, tiny.get_config("shapes"), None)
+  assert "the loss still fell at the last rate: choose a higher --high" in text
 
 
 @pytest.mark.parametrize("losses", [[2.0] * 20 + [9.0] * 40, [2.0] * 20 + [np.nan]])
