@@ -75,7 +75,7 @@ class RunLog:
         self._events = _open_events(workdir / "tensorboard", progress.step)
         self._write_event(progress.step, [_create_text("config", _format_config(flat))])
       if config["log"]["tracker"] != tracker_lib.NONE:
-        self._tracker = tracker_lib.Tracker(config["log"]["tracker"], flat)
+        self._tracker = tracker_lib.Tracker(config["log"]["tracker"], flat, workdir)
 
   def print(self, text: str) -> None:
     """Prints plain text."""

@@ -2,27 +2,34 @@
 
 import importlib
 import importlib.util
+import pathlib
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from flax_cifar import errors
+from flax_cifar import errors, files
 
 NONE = "none"
 TRACKERS = (NONE, "wandb", "trackio")
 PROJECT = "flax_cifar"
+IDENTITY = "tracker.txt"  # in the folder of a run, what names it to the library
 
 
 class Tracker:
   """A run of the library `name`, which gets what metrics.jsonl gets.
 
   What goes wrong there, such as a network that is down, is a warning: it is no reason to lose a
-  run. The first failure ends it. `config` is that of the run, flat.
+  run. The first failure ends it. `config` is that of the run, flat. A run that resumes in `workdir`
+  goes on as the same run of the library.
   """
 
-  def __init__(self, name: str, config: Mapping[str, Any]):
+  def __init__(self, name: str, config: Mapping[str, Any], workdir: pathlib.Path):
     self._name = name
     self._open = True
-    self._call("init", project=PROJECT, name=config["name"], config=dict(config))
+    identity = _get_identity(workdir / IDENTITY)
+    title = f"{config['name']}-{identity}"  # by which trackio knows a run; wandb has an id for it
+    known_by = {"id": identity} if name == "wandb" else {}
+    self._call("init", project=PROJECT, name=title, config=dict(config), resume="allow", **known_by)
 
   def log(self, numbers: Mapping[str, Any], *, step: int) -> None:
     """Sends numbers that belong to a step."""
@@ -43,6 +50,13 @@ class Tracker:
       errors.warn(
         f"{self._name} gets nothing from now on: its {function} failed ({errors.shorten(error)})"
       )
+
+
+def _get_identity(path: pathlib.Path) -> str:
+  """The content of a file, which gets eight random digits where there is none yet."""
+  if not path.exists():
+    files.write_text(path, secrets.token_hex(4))
+  return path.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def check_tracker(name: str) -> None:

@@ -40,7 +40,8 @@ def library(monkeypatch):
 def test_a_run_sends_its_config_and_every_epoch(library, tmp_path, data):
   runs.run(tmp_path / "run", data, **{"log.tracker": "trackio", "total_epochs": 2})
   (_, _, init), *logged, last = library.calls
-  assert (init["project"], init["name"]) == ("flax_cifar", "tiny")
+  identity = (tmp_path / "run" / tracker.IDENTITY).read_text()
+  assert (init["project"], init["name"]) == ("flax_cifar", f"tiny-{identity}")
   assert init["config"]["optimizer.learning_rate"] > 0
   assert [name for name, _, _ in logged] == ["log", "log"]
   records = runs.lines(tmp_path / "run")
@@ -56,14 +57,28 @@ def test_a_library_whose_import_fails_is_one_warning(monkeypatch, tmp_path, caps
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "trackio", raising=False)
   tracker.check_tracker("trackio")
-  tracker.Tracker("trackio", {"name": "a"}).log({"loss": 1.0}, step=1)
+  tracker.Tracker("trackio", {"name": "a"}, tmp_path).log({"loss": 1.0}, step=1)
   assert capsys.readouterr().err.count("trackio gets nothing from now on: its init failed") == 1
 
 
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_run_that_resumes_goes_on_as_the_same_run(name, monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, name, library := Library())
+  for folder in ("one", "one", "other"):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    tracker.Tracker(name, {"name": "a"}, tmp_path / folder)
+  inits = [keywords for _, _, keywords in library.calls]
+  identities = [(init["name"], init.get("id")) for init in inits]
+  assert identities[0] == identities[1]
+  assert identities[0][0] != identities[2][0]
+  assert (identities[0][1] is not None) == (name == "wandb")
+  assert {init["resume"] for init in inits} == {"allow"}
+
+
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
-def test_a_failure_is_one_warning(broken, monkeypatch, capsys):
+def test_a_failure_is_one_warning(broken, tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "trackio", library := Library(broken))
-  one = tracker.Tracker("trackio", {"name": "a"})
+  one = tracker.Tracker("trackio", {"name": "a"}, tmp_path)
   for step in range(3):
     one.log({"loss": 1.0}, step=step)
   one.finish()
