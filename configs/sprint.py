@@ -1,4 +1,4 @@
-"""Network `sprint`, our own: as accurate as possible in a few minutes on a CPU.
+"""Network `sprint`, our own: as accurate as possible in a quarter of an hour on a CPU.
 
 Parameters  569,656, or 1,972,792 (`wide`)
 Recipe      ours, 12 epochs; its first trials are in docs/recipes.md

@@ -48,7 +48,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     Interrupted: a signal came; the state was saved.
   """
   config = workdir_lib.settle(config, workdir)
-  if finished := result_lib.check_workdir(config, workdir):
+  if finished := result_lib.find_finished(config, workdir):
     return finished
   with agreement.share_errors():  # one machine alone may lack a teacher
     setup_lib.check_choices(config)  # before a download
@@ -57,7 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     splits = splits_lib.load_splits(protocol=config.protocol, **config.data)
     fingerprint = splits.fingerprint | teacher.get_fingerprint(config)
   agreement.check_same(result_lib.list_shared(config, fingerprint))
-  workdir_lib.check_data(workdir, fingerprint)
+  agreement.by_first(workdir_lib.check_data)(workdir, fingerprint)
   config_lib.check_numbers(config, has_validation=len(splits.validation) > 0)
   mesh, num_seeds = mesh_lib.create_mesh(config.num_devices, config.num_seeds), config.num_seeds
   mesh_lib.check_batch_sizes(
@@ -81,11 +81,16 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     setup.steps_fn.trace(setup.state, feed.example_inputs(), feed.steps_per_call)
     layers = layer_table.get_layer_table(setup.model, splits.image_shape)
 
+  # Left in reverse: explain a non-finite step, save if stopped, close the feed, the log and the
+  # checkpoints, unlock the folder, explain failed writes, give the signals back.
   with contextlib.ExitStack() as stack:
     # ---- Start or resume
     stack.enter_context(config_lib.explain_exhausted(config))
     guard = stack.enter_context(signals.InterruptGuard())
-    stop = agreement.agreed(guard.is_caught)
+
+    def stop() -> bool:
+      return agreement.any_process(guard.is_caught())
+
     stack.enter_context(workdir_lib.explain_failed_writes(workdir))
     stack.enter_context(workdir_lib.open_workdir(workdir, config.to_dict()))
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -139,7 +144,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
       if epoch + 1 == config.total_epochs or stop() or policy.is_due(progress.step, epoch + 1):
         checkpoints.save(progress, validation)
         policy.mark_saved()
-      # Only now, so that drawing does not delay the first step.
+      # Once, and only now, so that drawing does not delay the first step.
       if config.log.pictures and log.writes and not guard.is_caught():
         plots.save_first_batch(workdir / "augmented.png", feed, splits.class_names)
 
@@ -185,7 +190,7 @@ def train_epoch(
   done = progress.step - epoch * feed.steps_per_epoch
   with log.progress(epoch + 1, done=done, total=feed.steps_per_epoch) as report:
     while progress.step < end:
-      if any(agreement.largest(guard.is_caught())):
+      if agreement.any_process(guard.is_caught()):
         raise signals.Stopped
       chunks = feed.chunks(range(progress.step, policy.next_step(progress.step, end)))
       train_chunks(progress, chunks, steps_fn, guard, policy, report)
@@ -216,6 +221,7 @@ def train_chunks(
       progress.state, sums = steps_fn(progress.state, inputs, length)
     pending.append(sums)
     is_old = time.perf_counter() - fetched > FETCH_SECONDS
+    # One exchange between processes answers both questions.
     ends, fetches = agreement.largest(guard.is_caught() or policy.is_time(), is_old)
     if ends:
       break

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from flax_cifar import environment, errors, models
 from flax_cifar import train as train_lib
 from flax_cifar.data import dataset, load
-from flax_cifar.data.sources import catalog, cifar10_tfds, cifar_archive, tfds_writer
+from flax_cifar.data.sources import catalog, cifar10, cifar_archive, tfds_writer
 from flax_cifar.run import weights
 from flax_cifar.run import workdir as workdir_lib
 from flax_cifar.tools import jobs, sweep
@@ -282,7 +282,7 @@ def test_a_prepared_directory_imports_nothing(tmp_path, monkeypatch, form):
   info = json.loads((folder / "dataset_info.json").read_text())
   info |= {"features": {"pythonClassName": EVIL}, "moduleName": "evil_module"}
   (folder / "dataset_info.json").write_text(json.dumps(info))
-  train, _ = cifar10_tfds.read_prepared(folder)
+  train, _ = cifar10.read_prepared(folder)
   assert sorted(train.labels) == [0, 1]
   assert not executed.exists()
   with pytest.raises(ValueError, match="Unrecognized FeatureConnector"):

@@ -169,7 +169,8 @@ class Unit(nn.Module):
   def __call__(
     self, x: Float[Array, "n h w c"], train: bool
   ) -> Float[Array, "n h2 w2 {self.features}"]:
-    # Modules create the parameters, so they compute what initializes them.
+    # Two paths give the same result. At initialization the submodules run, because they create the
+    # parameters; then C++ may run instead, which reads these by the names of the submodules.
     possible = not self.is_initializing() and norms.has_affine(self.norm)
     if possible and backend.uses_native(jnp.dtype(self.dtype)) and self.fits_native(x):
       return self.compute_natively(x.astype(self.dtype), train)

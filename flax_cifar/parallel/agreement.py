@@ -4,6 +4,7 @@ Every process must call these functions, in the same order.
 """
 
 import contextlib
+import contextvars
 import functools
 import json
 import pathlib
@@ -22,6 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ROW_BYTES = 4096
+_ALONE = contextvars.ContextVar("alone", default=False)  # whether `by_first` calls its function
 
 
 def is_first() -> bool:
@@ -31,6 +33,7 @@ def is_first() -> bool:
 
 def largest(*values: int) -> tuple[int, ...]:
   """Each value's maximum over all processes; of flags, whether any process has set it."""
+  _require_all()
   if jax.process_count() == 1:
     return values
   sharding, reduce = _create_reduce()
@@ -49,32 +52,60 @@ def _create_reduce() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
   return NamedSharding(mesh, PartitionSpec("device")), reduce
 
 
-def agreed(condition: Callable[[], bool]) -> Callable[[], bool]:
-  """The condition that `condition` holds in any process."""
-  return lambda: bool(largest(int(condition()))[0])
+def any_process(flag: bool) -> bool:
+  """Whether `flag` is set in any process."""
+  return bool(largest(int(flag))[0])
 
 
 def by_first(function: Callable[P, T]) -> Callable[P, T]:
   """Lets process 0 alone call `function`, while all others wait for it.
 
-  They return what it returns there, which must be something that JSON can hold, and raise its
-  UserError.
+  They return what it returns there, which must be something that JSON can hold. They raise its
+  UserError, and for its OSError another UserError, so that all end alike.
   """
 
   @functools.wraps(function)
   def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+    _require_all()
     if jax.process_count() == 1:
-      return function(*args, **kwargs)
+      with _alone():
+        return function(*args, **kwargs)
     result: Any = None
     message, cause = "", None
     try:
-      result = function(*args, **kwargs) if is_first() else None
+      if is_first():
+        with _alone():
+          result = function(*args, **kwargs)
     except errors.UserError as error:
       message, cause = str(error), error
+    except OSError as error:
+      _exchange_failure(error)
+      raise
     shared: Any = _exchange(result, message, cause)[0]
     return result if is_first() else shared
 
   return wrapped
+
+
+def _exchange_failure(error: OSError) -> None:
+  """Lets the other processes end; this one raises `error`, for which its caller has a remedy."""
+  with contextlib.suppress(errors.UserError):
+    _exchange(None, f"process 0 of the run has failed ({errors.shorten(error)})")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+  token = _ALONE.set(True)
+  try:
+    yield
+  finally:
+    _ALONE.reset(token)
+
+
+def _require_all() -> None:
+  """Raises a RuntimeError in what `by_first` calls: there the other processes take no part."""
+  if _ALONE.get():
+    raise RuntimeError("process 0 is alone here, so it can exchange nothing")
 
 
 @contextlib.contextmanager
@@ -93,6 +124,7 @@ def share_errors() -> Iterator[None]:
 
 def check_same(values: Mapping[str, Any]) -> None:
   """Raises a UserError in every process unless all have the same `values`, which JSON can hold."""
+  _require_all()
   if jax.process_count() == 1:
     return
   ours = json.loads(files.encode_json(values))

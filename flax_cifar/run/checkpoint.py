@@ -234,7 +234,7 @@ class SavePolicy:
     """
     by_epoch = epoch is not None and epoch % self._epochs == 0
     by_step = self._steps > 0 and step % self._steps == 0
-    return by_epoch or by_step or bool(agreement.largest(self.is_time())[0])
+    return by_epoch or by_step or agreement.any_process(self.is_time())
 
   def mark_saved(self) -> None:
     """Starts the minutes again."""

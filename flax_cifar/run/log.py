@@ -139,16 +139,18 @@ class RunLog:
 
   def write(self, record: metrics.Record) -> None:
     """Appends the record of an epoch to the file, TensorBoard and the screen."""
-    if self.writes:
-      with self._path.open("a", encoding="utf-8") as file:
-        file.write(files.encode_json(record) + "\n")
+    agreement.by_first(self._append)(record)
+    self.print(self._format(record))
+
+  def _append(self, record: metrics.Record) -> None:
+    with self._path.open("a", encoding="utf-8") as file:
+      file.write(files.encode_json(record) + "\n")
     points = _list_points(record)
     self._write_event(
       record["step"], [Summary.Value(tag=tag, simple_value=mean) for tag, mean in points.items()]
     )
     if self._tracker:
       self._tracker.log(points, step=record["step"])
-    self.print(self._format(record))
 
   def write_pictures(self, paths: Iterable[pathlib.Path], step: int) -> None:
     """Shows PNG files that the run has written in TensorBoard."""

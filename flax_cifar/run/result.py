@@ -222,7 +222,7 @@ def drop_workdir(command: str) -> str:
 
 
 @agreement.by_first
-def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
+def find_finished(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
   """Prints and returns the result if the run in `workdir` has finished; otherwise returns None.
 
   Writes nothing.

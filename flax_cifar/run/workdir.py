@@ -105,7 +105,6 @@ def _compare_configs(saved: Mapping[str, Any], config: Mapping[str, Any]) -> lis
   return errors.list_differences(config_lib.without(old, free), config_lib.without(new, free))
 
 
-@agreement.by_first
 def check_data(workdir: pathlib.Path, fingerprint: Mapping[str, Any]) -> None:
   """Raises a UserError if the run in `workdir` was started on other data.
 

@@ -4,6 +4,7 @@ python -m flax_cifar.tools.summary --config=configs/s9.py
 python -m flax_cifar.tools.summary --config=s9 --beside=pyramid --beside=skip:norm=layer
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ def summarize(arguments: Sequence[str]) -> None:
   layers = [get_rows(one, options.classes) for one in configs]
   rows = [describe(one.name, rows) for one, rows in zip(configs, layers, strict=True)]
   if options.json:
+    for row, table in zip(rows, layers, strict=True):
+      row["table"] = [dataclasses.asdict(layer) for layer in table]
     print(json.dumps(rows, indent=2))
   elif len(rows) > 1:
     print(format_rows(rows))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from flax_cifar import errors
 from flax_cifar.data import load
-from flax_cifar.data.sources import catalog, cifar10, cifar10_tfds, cifar_archive, tfds_writer
+from flax_cifar.data.sources import catalog, cifar10, cifar_archive, tfds_writer
 from tests import cifar10_files, fuzz, mirror
 
 SIZE = 8
@@ -450,7 +450,7 @@ def test_damaged_prepared_directory(tmp_path_factory, prepared, rng):
   for file, content in files.items():
     (folder / file).write_bytes(content)
   try:
-    train, test = cifar10_tfds.read_prepared(folder)
+    train, test = cifar10.read_prepared(folder)
   except errors.UserError as error:
     one_line(error, str(folder))
   else:

@@ -38,11 +38,12 @@ def folder(tmp_path_factory):
 def make_runs(path):
   """Makes the runs `host`, `stopped` and `seeds` by two processes with one or two devices each.
 
-  `stopped` is stopped at step 7 by a signal to process 1, and goes on with twice the devices.
+  `stopped` is stopped at step 7 by a signal to process 1, and goes on with twice the devices. Then
+  `host`, which is finished, is asked for once more.
   """
   data = tiny.write_data(path / "tiny.npz")
   outputs = {}
-  for devices, names in ((1, ("host", "stopped")), (2, ("seeds", "stopped"))):
+  for devices, names in ((1, ("host", "stopped")), (2, ("seeds", "host", "stopped"))):
     plan = [{"workdir": str(path / name), "data": data, "changes": CHANGES[name]} for name in names]
     plan[-1]["stop"] = [1, 7]
     with launch.Launch(plan, processes=2, devices=devices) as started:
@@ -90,6 +91,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(outputs):
 def test_a_stopped_run_goes_on_with_other_processes_and_devices(folder, outputs, tmp_path):
   assert [status for status, *_ in outputs["2x2"]] == [0, 0]
   assert "resumed at step 7" in outputs["2x2"][0][1]
+  assert "host is finished: test accuracy" in outputs["2x2"][0][1]  # and process 1 goes on, too
   shutil.copytree(folder / "stopped", tmp_path / "longer")
   runs.run(tmp_path / "longer", f"npz:{folder / 'tiny.npz'}", total_epochs=4)  # as one process
   before, after = runs.lines(folder / "stopped"), runs.lines(tmp_path / "longer")

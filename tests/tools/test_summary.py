@@ -23,9 +23,12 @@ def test_networks_stand_side_by_side():
   ]
 
 
-def test_json_has_the_sums():
+def test_json_has_the_sums_and_the_layers():
   (row,) = json.loads(run("--config=pyramid", "--json").stdout)
   assert (row["parameters"], row["receptive field"]) == (48_656, "44x44")
+  assert len(row["table"]) == row["layers"]
+  assert sum(layer["parameters"] for layer in row["table"]) == 48_656
+  assert row["table"][0]["receptive_field"] == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flax_cifar import errors
 from flax_cifar.data import dataset
 from flax_cifar.data.sources import catalog, cifar_archive, decoded, preparation, prepared
 
@@ -34,7 +35,7 @@ def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, 
   """
   root = prepared.find_root(dir)
   if folder := find_prepared(root):
-    train, test = decoded.load_or_decode(folder, lambda: _sort(_read_prepared(folder)))
+    train, test = decoded.load_or_decode(folder, lambda: _sort(read_prepared(folder)))
   else:
     train, test = _sort(_read_and_prepare(root))
   return train, test, cifar_archive.CLASS_NAMES
@@ -45,10 +46,28 @@ def find_prepared(root: Path) -> Path | None:
   return prepared.find_newest(root / "cifar10", VERSION)
 
 
-def _read_prepared(folder: Path) -> decoded.Splits:
-  from flax_cifar.data.sources import cifar10_tfds
+def read_prepared(folder: Path) -> decoded.Splits:
+  """Reads the training and test split that TFDS has prepared in `folder`, in its order.
 
-  return cifar10_tfds.read_prepared(folder)
+  Raises:
+    UserError: a file is damaged, the format is another one, or the classes, the images or their
+      number are not those of CIFAR-10.
+  """
+  found = prepared.read_folder("cifar10", folder)
+  test = cifar_archive.BATCH_SIZE
+  counts = (cifar_archive.TRAIN_BATCHES * test, test)
+  expected = _describe(counts, cifar_archive.IMAGE_SHAPE, cifar_archive.CLASS_NAMES)
+  counts = (len(found.train), len(found.test))
+  given = _describe(counts, found.train.images.shape[1:], found.class_names)
+  if given != expected:
+    raise errors.UserError(
+      f"{folder} holds {given}, and CIFAR-10 has {expected}; delete it and run again."
+    )
+  return found.train, found.test
+
+
+def _describe(counts: tuple[int, int], shape: tuple[int, ...], names: tuple[str, ...]) -> str:
+  return f"{counts[0]} training and {counts[1]} test images {shape} of {', '.join(names)}"
 
 
 def _sort(splits: decoded.Splits) -> decoded.Splits:
@@ -60,7 +79,7 @@ def _read_and_prepare(root: Path) -> decoded.Splits:
   source = catalog.CATALOG["cifar10"]
   with preparation.lock(source, root):
     if folder := find_prepared(root):  # by the process that held the lock before
-      return _read_prepared(folder)
+      return read_prepared(folder)
     splits = preparation.read_published(source, root)
     try:
       preparation.prepare(source, splits, root)
@@ -76,4 +95,4 @@ def _sort_by_pixels(split: dataset.Split) -> dataset.Split:
   digests = [hashlib.blake2b(image, digest_size=8).digest() for image in split.images]
   keys = np.frombuffer(b"".join(digests), "<u8")
   order = np.lexsort((split.labels, keys))
-  return dataset.Split(split.images[order], split.labels[order])
+  return dataset.Split(split.images[order], split.labels[order].astype(np.int32))
