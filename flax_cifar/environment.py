@@ -131,6 +131,10 @@ def check_settings_of_jax() -> None:
       value,
       f"{proper!r}: call jax.config.update({name!r}, {proper!r}) first",
     )
+  for name in map(str.lower, UNSET_VARIABLES):
+    value = getattr(jax.config, name, None)
+    expected = f"None: call jax.config.update({name!r}, None) first"
+    errors.require(value is None, name, value, expected)
 
 
 def check_devices() -> None:

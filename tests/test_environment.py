@@ -149,6 +149,18 @@ def test_what_a_notebook_has_set_is_named(monkeypatch):
       environment_lib.check_settings_of_jax()
 
 
+def test_a_precision_that_a_notebook_has_set_is_named():
+  import jax
+
+  with (
+    jax.default_matmul_precision("bfloat16"),
+    pytest.raises(
+      errors.UserError, match=r"jax_default_matmul_precision='bfloat16' .*, None\) first"
+    ),
+  ):
+    environment_lib.check_settings_of_jax()
+
+
 def test_the_fixed_settings_are_the_defaults_of_jax():
   import jax
 

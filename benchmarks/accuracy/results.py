@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.accuracy import published
@@ -30,8 +30,6 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 NOT_RUN = "not run"
 # The keys that the page shows beside a run's name.
 SHOWN_KEYS = (*compare_lib.REPETITION_KEYS, "compute_dtype")
-# A slash that starts a path: not that of a/b, ./a or https://a.
-ABSOLUTE_PATH = re.compile(r"(?<![\w./-])/\w|\b[A-Za-z]:\\")
 INTRODUCTION = """\
 # Results
 
@@ -161,9 +159,8 @@ def check_content(folder: pathlib.Path, content: Mapping[str, Any], *, force: bo
     raise errors.UserError(
       f"{str(folder)!r} is of code that was not committed ({commit!r}); run it again, or --force."
     )
-  for key, value in iterate_strings(content):
-    if ABSOLUTE_PATH.search(value):
-      raise errors.UserError(f"{key} of {str(folder)!r} has an absolute path: {value!r}.")
+  for key, value in result_lib.list_paths(content):
+    raise errors.UserError(f"{key} of {str(folder)!r} has an absolute path: {value!r}.")
 
 
 def check_name(folder: pathlib.Path, content: Mapping[str, Any], *, force: bool) -> None:
@@ -177,16 +174,6 @@ def check_name(folder: pathlib.Path, content: Mapping[str, Any], *, force: bool)
       f"{str(folder)!r} is no plain run of {content['config']['name']!r}: its command changes "
       f"{', '.join(changes)}; run it with --config.name=OTHER too, or --force."
     )
-
-
-def iterate_strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-  """(dotted key, text) of every text in nested lists and dictionaries."""
-  if isinstance(value, str):
-    yield key, value
-  elif isinstance(value, Mapping | list):
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for name, item in items:
-      yield from iterate_strings(item, f"{key}.{name}".lstrip("."))
 
 
 def encode(content: Mapping[str, Any]) -> str:

@@ -57,7 +57,8 @@ def train(config: str, flags: Sequence[str]) -> Records:
   Raises:
     UserError: the config has no validation images, whose accuracy is the one that counts.
   """
-  settings = command_line.load_config(config, "--config")
+  parser = command_line.create_parser("time_to_accuracy", None)
+  _, settings = command_line.parse_with_config(parser, [f"--config={config}", *flags])
   has_validation = settings.protocol == "published" or settings.data.validation_size > 0
   errors.require(has_validation, "--config", config, "a config with validation images")
   with tempfile.TemporaryDirectory() as folder:

@@ -98,12 +98,7 @@ def load_splits(
   """
   errors.choose("protocol", protocol, PROTOCOLS)
   errors.require(limit >= 0, "data.limit", limit, "0 (all) or a number of images")
-  is_trial = protocol == "trial"
   errors.require(validation_size >= 0, "data.validation_size", validation_size, "0 or more")
-  sufficient = validation_size > 0 or not is_trial
-  errors.require(
-    sufficient, "data.validation_size", validation_size, "positive where protocol='trial'"
-  )
   dataset = load.load_dataset(name=name, dir=dir, image_size=image_size)
   mean, std = channel_stats(dataset.train.images)
   if protocol == "published":
@@ -112,6 +107,11 @@ def load_splits(
     train, validation = dataset.train, dataset.validation
   else:
     train, validation = split_validation(dataset.train, validation_size=validation_size)
+  is_trial = protocol == "trial"
+  sufficient = len(validation) > 0 or not is_trial
+  errors.require(
+    sufficient, "data.validation_size", validation_size, "positive where protocol='trial'"
+  )
   train = _limit(train, limit)
   if unseen := dataset_lib.find_unseen(train, dataset.class_names):
     errors.warn(

@@ -88,15 +88,16 @@ def _compute_moments(x: Array, sets: moments_lib.Sets) -> tuple[Array, Array]:
   """Computes mean and biased variance of each set, in one pass over the data.
 
   It first computes them for each channel of an image, from the distance to the image's first
-  pixel, because E[x^2] - E[x]^2 can turn negative in float32. Then it joins the channels and images
-  of a set, which weigh the same. Source: Chan, Golub and LeVeque 1983 (The American Statistician
-  37). Where `_sum` adds up all images, they count as one.
+  pixel, because E[x^2] - E[x]^2 cancels in float32 where the mean is large. Then it joins the
+  channels and images of a set, which weigh the same. Source: Chan, Golub and LeVeque 1983 (The
+  American Statistician 37). Where `_sum` adds up all images, they count as one.
   """
   first = (x[:1] if _sums_images(sets) else x)[:, :1, :1].astype(jnp.float32)
   distance = x.astype(jnp.float32) - _as_row(first, x)
   totals = _sum(sets, distance, jnp.square(distance))
   shift, square = (total / (x.size // total.size) for total in totals)
-  means, variances = first[:, 0, 0] + shift, square - jnp.square(shift)
+  means = first[:, 0, 0] + shift
+  variances = jnp.maximum(square - jnp.square(shift), 0)  # an odd first pixel can make it negative
   return sets.join(means, variances)
 
 

@@ -58,7 +58,7 @@ def quarantine(folder: pathlib.Path, damaged: pathlib.Path) -> list[str]:
     if reason:
       target = _find_free_name(damaged, path.name)
       damaged.mkdir(exist_ok=True)
-      path.rename(target)
+      shutil.move(path, target)  # `damaged` may be on another disk, if the folder is a link
       lines.append(f"checkpoint {str(path)!r} is damaged ({reason}); it is now {str(target)!r}")
       errors.warn(lines[-1])
   return lines

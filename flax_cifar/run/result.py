@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from flax_cifar.run import plots, tables, teacher, weights
 from flax_cifar.run import workdir as workdir_lib
 
 PICTURES = ("augmented.png", "curves.png", "learning_rate.png", "misclassified.png")
+# A slash that starts a path: not that of a/b, ./a, ../a or https://a.
+ABSOLUTE_PATH = re.compile(r"(?<![\w./-])/[\w.]|\b[A-Za-z]:\\")
 LOCAL_KEYS = ("data.dir", "augment.workers")  # may differ from process to process
 
 
@@ -219,6 +222,20 @@ def drop_workdir(command: str) -> str:
     elif not word.startswith(("--workdir=", "-workdir=")):
       kept.append(word)
   return shlex.join(kept)
+
+
+def list_paths(content: Any, key: str = "") -> list[tuple[str, str]]:
+  """The texts in nested dictionaries and lists that show an absolute path, as (dotted key, text).
+
+  >>> list_paths({"seed": 0, "data": {"name": "npz:/home/me/a.npz", "dir": "data"}})
+  [('data.name', 'npz:/home/me/a.npz')]
+  """
+  if isinstance(content, str):
+    return [(key, content)] if ABSOLUTE_PATH.search(content) else []
+  if not isinstance(content, Mapping | list | tuple):
+    return []
+  items = content.items() if isinstance(content, Mapping) else enumerate(content)
+  return [found for name, one in items for found in list_paths(one, f"{key}.{name}".lstrip("."))]
 
 
 @agreement.by_first

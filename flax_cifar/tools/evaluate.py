@@ -171,7 +171,7 @@ def evaluate_weights(options: Options) -> Score:
     accuracy=float(scores["accuracy"]),
     loss=float(scores["loss"]),
     calibration_error=metrics.compute_calibration(logits, split.labels).error,
-    peeked=weights.config["protocol"] == "published" and name == "validation",
+    peeked=weights.config["protocol"] == "published" and name == "validation" and not options.data,
     flipped_accuracy=_score_flipped(classifier, split, logits) if options.flip else None,
     corrupted=_score_corruptions(classifier, split) if options.corruptions else {},
   )

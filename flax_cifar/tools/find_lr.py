@@ -12,7 +12,6 @@ loss is another rule. Both are places to start from, no more: compare rates on v
 import argparse
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from flax_cifar import environment, errors
+from flax_cifar import environment, errors, files
 from flax_cifar.tools import command_line
 
 DIVERGED = 4.0  # times the lowest smoothed loss
@@ -93,7 +92,7 @@ def report(found: RangeTest, config: ConfigDict, options: argparse.Namespace) ->
   """Draws and prints the result."""
   drawn = bool(options.out) and draw(found, options.out)
   if options.json:
-    print(json.dumps(describe(found)))
+    print(files.encode_json(describe(found)))  # the last loss may be no number
   else:
     print(format_result(found, config, options.out if drawn else None))
 

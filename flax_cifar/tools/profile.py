@@ -12,7 +12,6 @@ import argparse
 import collections
 import contextlib
 import gzip
-import itertools
 import json
 import pathlib
 import re
@@ -108,8 +107,9 @@ def profile_run(config: ConfigDict, *, num_steps: int, folder: pathlib.Path) -> 
         pass
 
     events, seconds = trace(run, folder)
-    ((length, inputs),) = itertools.islice(setup.feed.chunks(range(num_steps)), 1)
-    program = setup.steps_fn.lower(setup.state, inputs, length).compile().as_text() or ""
+    length = min(num_steps, setup.feed.steps_per_epoch, setup.feed.steps_per_call)
+    lowered = setup.steps_fn.lower(setup.state, setup.feed.example_inputs(), length)
+    program = lowered.compile().as_text() or ""
   operations = [event for event in events if "hlo_op" in event.get("args", {})]
   return {
     "config": config.name,

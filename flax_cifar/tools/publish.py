@@ -12,19 +12,16 @@ is refused without --force.
 
 import argparse
 import pathlib
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_cifar import errors, files
 from flax_cifar.tools import command_line
 from flax_cifar.zoo import hub
 
-# A slash that starts a path: not that of a/b, ./a, ~/a or https://a.
-ABSOLUTE_PATH = re.compile(r"(?<![\w./~-])/\w")
 FILES = (hub.WEIGHTS, "result.json", "summary.txt", "metrics.jsonl")
 CARD = """\
 ---
@@ -137,22 +134,13 @@ def write_files(run: pathlib.Path, folder: pathlib.Path, *, repo: str, force: bo
 
 def check_paths(run: pathlib.Path, result: Mapping[str, Any]) -> None:
   """Raises a UserError where a text of the result names an absolute path."""
-  for key, text in list_texts("", result):
-    if ABSOLUTE_PATH.search(text):
-      raise errors.UserError(
-        f"{key}={text!r} of {str(run)!r} shows a path of this machine; train with a relative one, "
-        "or publish it as it is with --force."
-      )
+  from flax_cifar.run import result as result_lib
 
-
-def list_texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
-  """(dotted key, text) of each text in nested dictionaries and lists; `key` is that of `value`."""
-  if isinstance(value, str):
-    yield key, value
-  elif isinstance(value, Mapping | list | tuple):
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for name, item in items:
-      yield from list_texts(f"{key}.{name}".lstrip("."), item)
+  for key, text in result_lib.list_paths(result):
+    raise errors.UserError(
+      f"{key}={text!r} of {str(run)!r} shows a path of this machine; train with a relative one, "
+      "or publish it as it is with --force."
+    )
 
 
 def format_accuracy(result: Mapping[str, Any]) -> str:

@@ -27,6 +27,17 @@ def test_relu_equals_flax_in_value_and_gradient(dtype, backend_name, monkeypatch
     np.testing.assert_array_equal(ours.astype(jnp.float32), theirs.astype(jnp.float32))
 
 
+@pytest.mark.parametrize("value", [1.0, 3.7, 11.0])
+def test_an_odd_first_pixel_leaves_the_output_finite(value, monkeypatch):
+  """All distances are to the first pixel, so their squares nearly cancel."""
+  monkeypatch.setenv(backend.VARIABLE, "definition")
+  x = jnp.full((1, 224, 224, 16), value).at[0, 0, 0].set(0)
+  normalize = jax.jit(lambda *xs: norm_relu.normalize(*xs, moments.GhostBatches(1), 1e-5, False))
+  y, _, variance = normalize(x, jnp.ones(16), jnp.zeros(16))
+  assert np.isfinite(y).all()
+  assert (variance >= 0).all()
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("sets", [moments.GhostBatches(1), moments.GhostBatches(2)])
 @pytest.mark.parametrize("shape", [(8, 3, 5, 4), (4, 16, 16, 32), (2, 8, 8, 64)])

@@ -611,7 +611,9 @@ def test_a_unit_in_cpp_equals_its_modules(name, monkeypatch):
   results = []
   for backend_name in ("native", "definition"):
     monkeypatch.setenv(backend.VARIABLE, backend_name)
-    results.append(jax.jit(lambda *a: compute(*a))(variables.get("params", {}), x))
+    step = jax.jit(lambda *a: compute(*a)).trace(variables.get("params", {}), x)
+    assert ("flax_cifar_native" in str(step.jaxpr)) == (backend_name == "native")
+    results.append(step.lower().compile()(variables.get("params", {}), x))
   values, gradients = zip(*results, strict=True)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), *values

@@ -1,6 +1,8 @@
 """Digests detect damage to the files of a checkpoint, which is then quarantined."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -102,6 +104,17 @@ def test_repeated_quarantine_loses_nothing(checkpoint, tmp_path):
     (folder / "10" / integrity.DIGESTS).unlink(missing_ok=True)
     integrity.quarantine(folder, damaged)
     assert (damaged / name).is_dir()
+
+
+def test_quarantine_reaches_another_disk(checkpoint, tmp_path, monkeypatch):
+  def refuse(source, target):
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+  (checkpoint / integrity.DIGESTS).unlink()
+  monkeypatch.setattr(os, "rename", refuse)
+  integrity.quarantine(checkpoint.parent, tmp_path / "damaged")
+  assert (tmp_path / "damaged" / "10" / "state").is_dir()
+  assert not checkpoint.exists()
 
 
 def test_quarantine_accepts_a_missing_folder(tmp_path):

@@ -43,3 +43,13 @@ def test_a_trial_is_scored_on_validation_images_and_has_no_test_score():
   assert (
     result_lib.format_score(result | {"num_seeds": 2}, "accuracy", ".1%") == "87.5% ± 17.7% (n = 2)"
   )
+
+
+@pytest.mark.parametrize("text", ["images/s", "a / b", "runs/x", "../x", "https://a.b/c", "N/A"])
+def test_a_slash_is_not_always_a_path(text):
+  assert not result_lib.list_paths({"command": text})
+
+
+@pytest.mark.parametrize("text", ["/x", "~/x", "a /x", "--dir=/x", "'/x'", "D:\\x", "--dir=/.data"])
+def test_a_path_is_found_anywhere(text):
+  assert result_lib.list_paths({"data": [0, {"dir": text}]}) == [("data.1.dir", text)]

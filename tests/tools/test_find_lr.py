@@ -67,7 +67,6 @@ def test_the_rate_grows_from_low_to_high_and_the_loss_falls(tiny_model, data, tm
   assert 1e-4 < found.halfway < found.lowest
   text = find_lr.format_result(found, config, tmp_path / "lr.png")
   assert f"suggestion {found.halfway:.2g}" in text
-  json.dumps(find_lr.describe(found))
   assert config.schedule.name != "exponential"  # the caller's config is left alone
 
 

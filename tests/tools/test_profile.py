@@ -43,8 +43,9 @@ def test_times_are_those_of_the_layers_forward_and_backward():
   assert first == {"operation": "conv", "ms_a_step": 7.0, "percent": 70.0}
 
 
-def test_a_profile_has_the_layers_of_the_network(tiny_model, data, tmp_path):
-  config = tiny.get_config(data)
+@pytest.mark.parametrize("feed", ["device", "albumentations"])  # the latter's images end
+def test_a_profile_has_the_layers_of_the_network(tiny_model, data, tmp_path, feed):
+  config = tiny.get_config(data, **{"augment.backend": feed, "total_epochs": 1})
   summary = profile.profile_run(config, num_steps=2, folder=tmp_path)
   assert list(tmp_path.glob("**/perfetto_trace.json.gz"))
   layers = {row["layer"] for row in summary["layers"]}

@@ -28,7 +28,7 @@ def test_json_has_the_sums_and_the_layers():
   assert (row["parameters"], row["receptive field"]) == (48_656, "44x44")
   assert len(row["table"]) == row["layers"]
   assert sum(layer["parameters"] for layer in row["table"]) == 48_656
-  assert row["table"][0]["receptive_field"] == [3, 3]
+  assert row["table"][0]["receptive_field"]["size"] == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def download_file(source: published.Source, file: published.File, root: Path) ->
       _MirrorError,
       ValueError,
     ) as error:  # ValueError: some of urllib3
-      host = url.partition("://")[2].partition("/")[0]
+      host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # without a password
       reasons.append(f"{host or url}: {_brief(error)}")
     except OSError as error:
       raise errors.UserError(

@@ -193,9 +193,17 @@ def _suffixes() -> dict[str, str]:
 
 
 def _walk(path: Path) -> Iterator[Path]:
-  """Yields the files below `path`, through links too, each folder once."""
+  """Yields the files below `path`, through links too, each folder once.
+
+  Raises:
+    OSError: a folder cannot be read.
+  """
+
+  def fail(error: OSError) -> None:
+    raise error
+
   seen = set()
-  for folder, names, files in os.walk(path, followlinks=True):
+  for folder, names, files in os.walk(path, onerror=fail, followlinks=True):
     names[:] = [name for name in names if not _is_hidden(name)]
     real = os.path.realpath(folder)
     if real in seen:  # a link that leads back

@@ -22,10 +22,10 @@ def lock(source: published.Source, root: Path) -> Iterator[None]:
   created = [folder for folder in (place, *place.parents) if not folder.exists()]
   lock_file = root / f"{source.name}.lock"
   with contextlib.ExitStack() as stack:
-    stack.callback(_remove_empty, lock_file, created)
     with contextlib.suppress(OSError):
       while not _take(lock_file, source, stack):
         pass
+    stack.callback(_remove_empty, lock_file, created)  # while the lock is held
     yield
 
 

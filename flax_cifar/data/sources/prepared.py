@@ -83,13 +83,17 @@ def read_folder(name: str, folder: Path) -> dataset.Dataset:
   # Imported here: tensorflow_datasets takes most of a second to import.
   from flax_cifar.data.sources import tfds_files
 
+  file = folder / "dataset_info.json"
   try:
     info = tfds_files.read_info(name.partition("/")[0], folder)
     shards = {split: tfds_files.list_shards(folder, info.splits[split]) for split in info.splits}
   except Exception as error:  # TFDS raises many types for damaged JSON
-    raise tfds_files.explain_damage(name, folder, folder / "dataset_info.json", error) from error
+    raise tfds_files.explain_damage(name, folder, file, error) from error
   if missing := {"train", "test"} - shards.keys():
-    found, lacking = (", ".join(sorted(names)) for names in (shards, missing))
+    lacking = " and ".join(sorted(missing))
+    if name in catalog.CATALOG:  # whose data sets have both
+      raise tfds_files.explain_damage(name, folder, file, f"it lacks the splits {lacking}")
+    found = ", ".join(sorted(shards))
     raise errors.UserError(
       f"{folder} has the splits {found} and lacks {lacking}; both train and test are needed."
     )

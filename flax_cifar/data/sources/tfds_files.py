@@ -72,23 +72,36 @@ def read_shards(
   for file, length in shards:
     try:
       examples += _decode_records(read(file), length, decode)
+    except errors.UserError:  # sound, but nothing to train on
+      raise
     except Exception as error:  # the readers raise many types for damaged bytes
       raise explain_damage(name, folder, file, error) from error
   return examples
 
 
 def decode_record(record: bytes) -> Example:
-  """Decodes a serialized tf.train.Example into an image uint8 (H, W, 3) and its label."""
+  """Decodes a serialized tf.train.Example into an image uint8 (H, W, 3) and its label.
+
+  Raises:
+    UserError: it has no image or no label.
+    ValueError: it is damaged.
+  """
   feature = tf_example_pb2.Example.FromString(record).features.feature
   if "image" not in feature or "label" not in feature:
-    raise ValueError(f"its features are {', '.join(sorted(feature))}; image and label are needed")
+    raise errors.UserError(
+      f"an example of the data set has the features {', '.join(sorted(feature))}; image and label "
+      "are needed: choose another data set, or save these as npz:PATH."
+    )
   encoded = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
   image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)  # gray images, too
   if image is None:
     raise ValueError("a record is no image")
   label = feature["label"].int64_list.value[0]
   if label < 0:
-    raise ValueError(f"a record has the label {label}")
+    raise errors.UserError(
+      f"an example of the data set has the label {label}, so it has no class; all splits need "
+      "labels: choose another data set, or save the labeled images as npz:PATH."
+    )
   return image, label
 
 

@@ -4,11 +4,13 @@ A wheel could hold machine code only for processors of twenty years ago. Compile
 macOS are `c++`; the environment variable CXX names another.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import pathlib
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -18,6 +20,8 @@ from flax_cifar import environment, errors
 # Calls of memcpy, which GCC puts in the place of short loops, are slower than these.
 OPTIMIZE = ("-std=c++17", "-O3", "-fno-tree-loop-distribute-patterns")
 BUILD = ("-shared", "-fPIC", "-pthread")
+# GCC takes -mcpu on x86 too, and makes code for processors of twenty years ago.
+ARM = ("aarch64", "arm64")
 
 
 def load(source: pathlib.Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL | None:
@@ -42,8 +46,11 @@ def _try_to_load(source: pathlib.Path, macros: tuple[str, ...]) -> tuple[ctypes.
   except ValueError as error:  # an open quotation mark
     return None, f"CXX: {error}"
   failures = []
+  processors = (
+    ("-march=native", "-mcpu=native") if platform.machine() in ARM else ("-march=native",)
+  )
   for optimize in (OPTIMIZE, OPTIMIZE[:-1]):  # Clang may not know the last one
-    for processor in ("-march=native", "-mcpu=native"):  # of x86 and of ARM
+    for processor in processors:
       options = [*BUILD, *optimize, processor, *(f"-D{name}" for name in macros)]
       try:
         return _load([*compiler, *options], source), ""
@@ -60,7 +67,9 @@ def _load(command: list[str], source: pathlib.Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
       return _compile(command, source, pathlib.Path(folder, name))
   path = pathlib.Path(cache, name)
-  return ctypes.CDLL(str(path)) if path.exists() else _compile(command, source, path)
+  with contextlib.suppress(OSError):  # it is missing, or damaged
+    return ctypes.CDLL(str(path))
+  return _compile(command, source, path)
 
 
 def _get_digest(command: list[str], source: pathlib.Path) -> str:

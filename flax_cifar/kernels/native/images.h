@@ -28,8 +28,10 @@ struct Affine {
   }
 };
 
-// Mean and variance of an image's channels, from the distance to its first pixel.
+// Mean and variance of an image's channels, from the distance to its first pixel. Sums of short
+// stretches are added up, so that rounding grows less with the number of pixels.
 struct Moments {
+  static constexpr Index STRETCH = 32;  // pixels
   Index channels;
   float *mean, *variance;
   std::vector<float> first;
@@ -53,10 +55,15 @@ struct Moments {
       const Index rest = channels - i;
       const Vector origin = load(first.data() + i);
       Vector sum = load(mean + i, rest), squares = load(variance + i, rest);
-      for (Index p = 0; p < pixels; p++) {
-        const Vector distance = load(block + p * channels + i, rest) - origin;
-        sum += distance;
-        squares += distance * distance;
+      for (Index p = 0; p < pixels;) {
+        Vector part{}, part_squares{};
+        for (const Index end = std::min(p + STRETCH, pixels); p < end; p++) {
+          const Vector distance = load(block + p * channels + i, rest) - origin;
+          part += distance;
+          part_squares += distance * distance;
+        }
+        sum += part;
+        squares += part_squares;
       }
       store(mean + i, sum, rest);
       store(variance + i, squares, rest);
@@ -72,14 +79,14 @@ struct Moments {
     }
     const Index rest = channels - channel;
     const Vector origin = load(first.data() + channel);
-    Vector sum = load(mean + channel, rest), squares = load(variance + channel, rest);
+    Vector part{}, part_squares{};
     for (Index p = 0; p < count; p++) {
       const Vector distance = places[p] < 0 ? Vector{} : values[p] - origin;
-      sum += distance;
-      squares += distance * distance;
+      part += distance;
+      part_squares += distance * distance;
     }
-    store(mean + channel, sum, rest);
-    store(variance + channel, squares, rest);
+    store(mean + channel, load(mean + channel, rest) + part, rest);
+    store(variance + channel, load(variance + channel, rest) + part_squares, rest);
   }
 
   void finish(Index pixels) {
@@ -87,7 +94,8 @@ struct Moments {
     for (Index i = 0; i < channels; i += LANES) {
       const Index rest = channels - i;
       const Vector shift = load(mean + i, rest) * share;
-      store(variance + i, load(variance + i, rest) * share - shift * shift, rest);
+      const Vector difference = load(variance + i, rest) * share - shift * shift;
+      store(variance + i, relu(difference), rest);  // rounding may make it negative
       store(mean + i, load(first.data() + i) + shift, rest);
     }
   }

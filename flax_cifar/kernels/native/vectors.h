@@ -74,13 +74,8 @@ inline void store_all(T* to, const float* from, Index count) {
   for (Index i = 0; i < count; i += LANES) store(to + i, load(from + i));
 }
 
-// Asks for memory that the next block needs: processors do not foresee reads with gaps.
-template <class T>
-inline void prefetch(const T* from, Index count) {
-  for (Index i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
-}
-
-// Asks for memory little by little, between the tiles of a product.
+// Asks for memory that the next block needs, little by little, between the tiles of a product:
+// processors do not foresee reads with gaps.
 struct Prefetch {
   static constexpr Index LINE = 64;
   static constexpr Index MOST = 4;

@@ -336,16 +336,6 @@ def test_a_run_that_cannot_be_repeated_is_refused(tmp_path, add, changes, messag
   assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("text", ["images/s", "a / b", "runs/x", "../x", "https://a.b/c", "N/A"])
-def test_a_slash_is_not_always_a_path(text):
-  assert not results.ABSOLUTE_PATH.search(text)
-
-
-@pytest.mark.parametrize("text", ["/x", "~/x", "a /x", "--dir=/x", "'/x'", "D:\\x"])
-def test_a_path_is_found_anywhere(text):
-  assert results.ABSOLUTE_PATH.search(text)
-
-
 def test_force_accepts_any_commit_but_no_absolute_path(add):
   add(commit=COMMIT + "+", force=True)
   with pytest.raises(errors.UserError, match="absolute path"):

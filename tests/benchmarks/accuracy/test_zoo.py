@@ -43,6 +43,7 @@ def test_a_run_is_added_and_described(tmp_path, run, monkeypatch):
   monkeypatch.setattr(zoo, "FOLDER", tmp_path / "zoo")
   row = zoo_lib.describe("pyramid-full", create_score(0.8501))
   assert json.loads((path / "scores.json").read_text("utf-8")) == row
+  zoo_lib.write_card(row)
   card = (path / "README.md").read_text("utf-8")
   for text in ("48,656", "85.01%", "44 x 44 pixels", 'load_pretrained("pyramid-full")'):
     assert text in card

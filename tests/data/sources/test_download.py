@@ -82,7 +82,7 @@ def test_partial_downloads_of_earlier_runs(tmp_path, monkeypatch, server):
 
 def test_if_all_mirrors_fail_the_error_has_reasons_and_remedies(tmp_path, monkeypatch, server):
   mirror.use(monkeypatch, server, "cifar10", "missing", "wrong")
-  refused = "http://127.0.0.1:9/x"
+  refused = "http://alice:secret@127.0.0.1:9/x"
   odd = ("no-url", "http://[bad/x", "http://ü..x/y")
   urls = (*catalog.CATALOG["cifar10"].files[0].urls, refused, *odd)
   mirror.change_file(monkeypatch, "cifar10", 0, urls=urls)
@@ -91,6 +91,7 @@ def test_if_all_mirrors_fail_the_error_has_reasons_and_remedies(tmp_path, monkey
     cifar10.load_cifar10(dir=str(tmp_path))
   assert time.monotonic() - start < 5
   text = str(caught.value)
+  assert "secret" not in text
   for part in ("HTTP 404", "wrong checksum", "127.0.0.1:9: no connection", "no-url: Invalid URL"):
     assert part in text
   for part in ("[bad: Failed to parse", "ü..x: Failed to parse"):

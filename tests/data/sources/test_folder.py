@@ -286,6 +286,21 @@ def test_all_damaged_images_are_named_at_once(tmp_path):
   assert "and 10 more" in message
 
 
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+  for name in ("cat", "dog"):
+    save_images(tmp_path / name / "more", [(1, 2, 3)] * 2)
+  scandir = os.scandir
+
+  def refuse(path):
+    if str(path).endswith("dog/more"):  # permissions do not bind the superuser
+      raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  with pytest.raises(errors.UserError, match=r"cannot be read .*Permission denied: '.*dog/more'"):
+    test_load.load(f"folder:{tmp_path}")
+
+
 def test_folder_errors_name_the_culprit(tmp_path):
   with pytest.raises(errors.UserError, match="not a directory"):
     test_load.load(f"folder:{tmp_path / 'none'}")

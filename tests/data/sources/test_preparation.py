@@ -83,6 +83,22 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path, monkey
       assert not lock(file, wait=False)
 
 
+def test_the_file_of_a_lock_is_removed_while_it_is_held(tmp_path, monkeypatch):
+  """Else a process that waited for it and one that comes later would both have a lock."""
+  held, remove = [], preparation._remove_empty
+
+  def watch(path, created):
+    with path.open("a") as file:
+      held.append(not files.lock(file, wait=False))
+    remove(path, created)
+
+  monkeypatch.setattr(preparation, "_remove_empty", watch)
+  with preparation.lock(catalog.CATALOG["mnist"], tmp_path):
+    pass
+  assert held == [True]
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_preparation_leaves_nothing_that_looks_prepared(
   tmp_path, server, monkeypatch
 ):

@@ -16,7 +16,15 @@ def encode(image):
   return cv2.imencode(".png", image)[1].tobytes()
 
 
-def prepare(root, *, splits=COUNTS, shape=(28, 28, 1), names=("zero", "one"), file_format=None):
+def prepare(
+  root,
+  *,
+  splits=COUNTS,
+  shape=(28, 28, 1),
+  names=("zero", "one"),
+  file_format=None,
+  draw_label=lambda i: i % 2,
+):
   """Prepares `digits`, whose pixels are drawn from their split, with a builder of TFDS."""
   rng = np.random.default_rng(0)
   images = {name: rng.integers(0, 256, (n, *shape), np.uint8) for name, n in splits.items()}
@@ -36,7 +44,7 @@ def prepare(root, *, splits=COUNTS, shape=(28, 28, 1), names=("zero", "one"), fi
 
       def _generate_examples(self, arrays):
         for i, image in enumerate(arrays):
-          yield i, {"image": encode(image), "label": i % 2}
+          yield i, {"image": encode(image), "label": draw_label(i)}
 
   builder = Digits(data_dir=root, file_format=file_format or "array_record")
   builder.download_and_prepare()
@@ -97,6 +105,13 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, name, size, message):
   with pytest.raises(errors.UserError, match=message) as caught:
     load.load_dataset(name=f"tfds:{name}", dir=str(tmp_path), image_size=size)
   assert "\n" not in str(caught.value)
+
+
+def test_a_sound_data_set_without_labels_is_not_called_damaged(tmp_path):
+  prepare(tmp_path, names=(), draw_label=lambda i: -1)
+  with pytest.raises(errors.UserError, match="has the label -1, so it has no class") as caught:
+    load.load_dataset(name="tfds:digits", dir=str(tmp_path), image_size=28)
+  assert "delete" not in str(caught.value)
 
 
 def test_a_data_set_without_a_test_split_is_refused(tmp_path):

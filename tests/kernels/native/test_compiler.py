@@ -42,6 +42,23 @@ def test_it_is_compiled_once_and_again_when_the_source_changes(load, tmp_path):
   assert len(list_kept(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("content", [b"", b"damaged"])
+def test_a_damaged_library_is_compiled_again_for_this_processor(
+  load, tmp_path, monkeypatch, content
+):
+  source = write(tmp_path, 41)
+  assert load(source).answer() == 41
+  (whole,) = list_kept(tmp_path)
+  # In another cache, because a process opens a path that it has opened no second time.
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+  kept = tmp_path / "other" / whole.relative_to(tmp_path / "cache")
+  kept.parent.mkdir(parents=True)
+  kept.write_bytes(content)
+  assert load(source).answer() == 41
+  assert list(kept.parent.glob("*.so")) == [kept]
+  assert kept.stat().st_size == whole.stat().st_size
+
+
 def test_macros_make_a_library_of_their_own(load, tmp_path):
   source = write(tmp_path, "ANSWER")
   assert load(source, ("ANSWER=45",)).answer() == 45

@@ -43,6 +43,16 @@ def test_moments_and_their_gradients_equal_the_definition(shape):
   compare(ours, theirs, (draw(*shape),), "float32")
 
 
+@pytest.mark.parametrize("value", [1.0, 3.7, 11.0])
+def test_an_odd_first_pixel_leaves_the_variance_right(value):
+  """All distances are to the first pixel, so their squares nearly cancel."""
+  x = jnp.full((1, 256, 256, 16), value).at[0, :2, :2].set(0)
+  _, (mean, variance, _) = pooling.max_pool_and_measure(x, 2)
+  share = 1 / 128**2
+  np.testing.assert_allclose(mean, value * (1 - share), rtol=1e-5)
+  np.testing.assert_allclose(variance, value**2 * share * (1 - share), rtol=0.2)
+
+
 def test_nan_is_the_maximum():
   x = draw(1, 4, 4, 16).at[0, 2, 1, 5].set(jnp.nan)
   assert np.argwhere(np.isnan(pooling.max_pool(x, 2))).tolist() == [[0, 1, 0, 5]]
