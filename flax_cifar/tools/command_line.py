@@ -122,7 +122,10 @@ def load_config(text: str, flag: str) -> ConfigDict:
     content = runpy.run_path(path)
     if "get_config" not in content:
       raise errors.UserError("the file has no function get_config, which returns the config")
-    return content["get_config"](*([variant] if colon else []))
+    config = content["get_config"](*([variant] if colon else []))
+    if not isinstance(config, ConfigDict):
+      raise errors.UserError(f"get_config returns a {type(config).__name__}, and no ConfigDict")
+    return config
   except Exception as error:  # a config file may raise anything
     raise errors.UserError(f"{flag}={text!r}: {explain(error)}") from error
 

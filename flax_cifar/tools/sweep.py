@@ -76,12 +76,31 @@ def run_sweep(sweep: Sweep) -> None:
   combinations = get_combinations(sweep.over)
   with workdir_lib.explain_failed_writes(sweep.workdir):
     if not sweep.collects:
+      check_runs(sweep, combinations)
       make_runs(sweep, sweep.shard.select(combinations))
     is_whole = sweep.engine != "slurm" and sweep.shard == shards_lib.WHOLE
     if sweep.collects or is_whole:
       compare_finished(sweep, combinations)
     else:
       print(f"once they are done: {get_command_line(sweep)} --workdir={sweep.workdir} --collect")
+
+
+def check_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
+  """Raises a UserError for a config that its run, perhaps hours later, would refuse.
+
+  The devices are those of the runs, so this process keeps off them.
+  """
+  import jax
+
+  from flax_cifar.tools import first_steps
+
+  jax.config.update("jax_platforms", "cpu")
+  parser = command_line.create_parser("sweep", None)
+  for settings in combinations:
+    flags = [f"--config={get_config(sweep.config, settings)}", *sweep.overrides]
+    _, config = command_line.parse_with_config(parser, flags)
+    config.num_devices = 0
+    first_steps.check(config)
 
 
 def make_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:

@@ -92,6 +92,13 @@ def test_the_order_of_flags_is_free_and_the_config_is_loaded_once(tmp_path):
   assert (tmp_path / "loads").read_text() == "x"
 
 
+@pytest.mark.parametrize("returned", ["None", "{'seed': 3}"])
+def test_a_config_file_that_returns_no_config_is_refused(tmp_path, returned):
+  (tmp_path / "mine.py").write_text(f"get_config = lambda: {returned}")
+  with pytest.raises(errors.UserError, match=r"get_config returns a .*, and no ConfigDict"):
+    command_line.load_config(f"{tmp_path}/mine.py", "config")
+
+
 def test_an_error_quotes_the_config_as_it_was_typed():
   parser = command_line.create_parser("test", None)
   with pytest.raises(errors.UserError, match=r"^--config='s9:foo': config variant"):

@@ -325,6 +325,15 @@ def test_each_of_many_combinations_has_its_own_color(tmp_path):
   assert len(set(compare_lib._get_colors(12))) == 12
 
 
+def test_values_that_do_not_fit_together_are_refused_before_the_first_run(tmp_path, monkeypatch):
+  monkeypatch.setattr(sweep, "make_runs", lambda *args: pytest.fail("a run began"))
+  flags = ["--over=epochs=60,5", "--config.schedule.name=cosine"]
+  flags += ["--config.schedule.cosine.warmup=10.0", f"--workdir={tmp_path / 'sweep'}"]
+  with pytest.raises(errors.UserError, match=r"schedule\.cosine\.warmup=10"):
+    sweep.run_sweep(sweep.parse([CONFIG, *flags]))
+  assert not (tmp_path / "sweep").exists()
+
+
 def test_a_run_that_fails_stops_the_sweep(tmp_path, monkeypatch, capsys):
   def create_command(spec, settings):
     name = settings["norm"]

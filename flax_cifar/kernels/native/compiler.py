@@ -21,7 +21,8 @@ from flax_cifar import environment, errors
 OPTIMIZE = ("-std=c++17", "-O3", "-fno-tree-loop-distribute-patterns")
 BUILD = ("-shared", "-fPIC", "-pthread")
 # GCC takes -mcpu on x86 too, and makes code for processors of twenty years ago.
-ARM = ("aarch64", "arm64")
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+PROCESSORS = ("-march=native", "-mcpu=native") if IS_ARM else ("-march=native",)
 
 
 def load(source: pathlib.Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL | None:
@@ -46,11 +47,8 @@ def _try_to_load(source: pathlib.Path, macros: tuple[str, ...]) -> tuple[ctypes.
   except ValueError as error:  # an open quotation mark
     return None, f"CXX: {error}"
   failures = []
-  processors = (
-    ("-march=native", "-mcpu=native") if platform.machine() in ARM else ("-march=native",)
-  )
   for optimize in (OPTIMIZE, OPTIMIZE[:-1]):  # Clang may not know the last one
-    for processor in processors:
+    for processor in PROCESSORS:
       options = [*BUILD, *optimize, processor, *(f"-D{name}" for name in macros)]
       try:
         return _load([*compiler, *options], source), ""
