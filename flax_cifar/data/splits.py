@@ -99,6 +99,8 @@ def load_splits(
   errors.choose("protocol", protocol, PROTOCOLS)
   errors.require(limit >= 0, "data.limit", limit, "0 (all) or a number of images")
   errors.require(validation_size >= 0, "data.validation_size", validation_size, "0 or more")
+  if ":" not in name:  # cifar10 and shapes have no validation images of their own
+    _check_trial(protocol, validation_size, validation_size)
   dataset = load.load_dataset(name=name, dir=dir, image_size=image_size)
   mean, std = channel_stats(dataset.train.images)
   if protocol == "published":
@@ -107,11 +109,7 @@ def load_splits(
     train, validation = dataset.train, dataset.validation
   else:
     train, validation = split_validation(dataset.train, validation_size=validation_size)
-  is_trial = protocol == "trial"
-  sufficient = len(validation) > 0 or not is_trial
-  errors.require(
-    sufficient, "data.validation_size", validation_size, "positive where protocol='trial'"
-  )
+  _check_trial(protocol, len(validation), validation_size)
   train = _limit(train, limit)
   if unseen := dataset_lib.find_unseen(train, dataset.class_names):
     errors.warn(
@@ -122,10 +120,18 @@ def load_splits(
     train=train,
     validation=_limit(validation, limit),
     test=_limit(dataset.test, limit),
-    final_split_name="validation" if is_trial else "test",
+    final_split_name="validation" if protocol == "trial" else "test",
     class_names=dataset.class_names,
     mean=mean,
     std=std,
+  )
+
+
+def _check_trial(protocol: str, count: int, validation_size: int) -> None:
+  """Raises a UserError for a trial with `count` = 0 validation images."""
+  sufficient = count > 0 or protocol != "trial"
+  errors.require(
+    sufficient, "data.validation_size", validation_size, "positive where protocol='trial'"
   )
 
 

@@ -187,6 +187,7 @@ def test_the_fingerprint_changes_with_every_change_of_the_data(tmp_path):
   [
     ({"protocol": "honest", "validation_size": -7}, r"validation_size=-7 .*must be 0 or more"),
     ({"protocol": "published", "validation_size": -7}, r"validation_size=-7 .*must be 0 or more"),
+    ({"protocol": "trial", "validation_size": 0}, r"size=0 .*positive where protocol='trial'"),
     ({"limit": -1}, r"limit=-1"),
   ],
 )
