@@ -82,7 +82,8 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     layers = layer_table.get_layer_table(setup.model, splits.image_shape)
 
   # Left in reverse: explain a non-finite step, save if stopped, close the feed, the log and the
-  # checkpoints, unlock the folder, explain failed writes, give the signals back.
+  # checkpoints, unlock the folder, explain failed writes, give the signals back, explain too little
+  # memory.
   with contextlib.ExitStack() as stack:
     # ---- Start or resume
     stack.enter_context(config_lib.explain_exhausted(config))
