@@ -133,7 +133,7 @@ def test_only_what_another_start_may_cure_is_a_loss(monkeypatch, message, is_los
 
 def test_others_that_do_not_come_are_status_75():
   flags = [f"--coordinator=127.0.0.1:{launch.find_port()}", "--num_processes=2", "--process_id=1"]
-  ended = run_alone(*flags, "--initialization_timeout=3")
+  ended = run_alone(*flags, "--initialization_timeout=1")
   assert ended.returncode == 75
   assert "start all of them again" in ended.stderr
 

@@ -15,8 +15,7 @@ from tests import runs, tiny
 from tests.parallel import launch
 
 CHANGES = {
-  "host": {"augment.backend": "albumentations"},
-  "stopped": {},
+  "stopped": {"augment.backend": "albumentations"},
   "seeds": {"num_seeds": 4, "ema.decay": 0.9},
 }
 
@@ -43,16 +42,16 @@ def folder(tmp_path_factory):
 
 
 def make_runs(path):
-  """Makes the runs `host`, `stopped` and `seeds` by two processes with one or two devices each.
+  """Makes the runs `stopped` and `seeds` by two processes with one or two devices each.
 
   `stopped` is stopped at step 7 by a signal to process 1, and goes on with twice the devices. Then
-  `host`, which is finished, is asked for once more.
+  it is finished, and asked for once more.
   """
   data = tiny.write_data(path / "tiny.npz")
   outputs = {}
-  for devices, names in ((1, ("host", "stopped")), (2, ("seeds", "host", "stopped"))):
+  for devices, names in ((1, ("stopped",)), (2, ("stopped", "stopped", "seeds"))):
     plan = [{"workdir": str(path / name), "data": data, "changes": CHANGES[name]} for name in names]
-    plan[-1]["stop"] = [1, 7]
+    plan[names.index("stopped")]["stop"] = [1, 7]  # which a run that goes on is past
     with launch.Launch(plan, processes=2, devices=devices) as started:
       outputs[f"2x{devices}"] = started.wait()
   (path / "outputs.json").write_text(json.dumps(outputs))
@@ -98,9 +97,10 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(outputs):
 def test_a_stopped_run_goes_on_with_other_processes_and_devices(folder, outputs, tmp_path):
   assert [status for status, *_ in outputs["2x2"]] == [0, 0]
   assert "resumed at step 7" in outputs["2x2"][0][1]
-  assert "host is finished: test accuracy" in outputs["2x2"][0][1]  # and process 1 goes on, too
+  assert "stopped is finished: test accuracy" in outputs["2x2"][0][1]  # and process 1 goes on, too
   shutil.copytree(folder / "stopped", tmp_path / "longer")
-  runs.run(tmp_path / "longer", f"npz:{folder / 'tiny.npz'}", total_epochs=4)  # as one process
+  changes = CHANGES["stopped"] | {"total_epochs": 4}
+  runs.run(tmp_path / "longer", f"npz:{folder / 'tiny.npz'}", **changes)  # as one process
   before, after = runs.lines(folder / "stopped"), runs.lines(tmp_path / "longer")
   assert after[:3] == before
   assert after[3]["step"] == 20
@@ -115,7 +115,7 @@ def test_only_the_first_process_prints_and_names_all(outputs):
 
 def test_a_killed_process_ends_the_others_with_status_75(tmp_path):
   plan = [{"workdir": str(tmp_path / "run"), "data": tiny.write_data(tmp_path / "tiny.npz")}]
-  plan[0] |= {"changes": {"total_epochs": 500}, "pause": 0.05}
+  plan[0] |= {"changes": {"total_epochs": 500, "checkpoint.every": 1}, "pause": 0.05}
   with launch.Launch(plan, processes=2, devices=1) as started:
     launch.wait_for_step(tmp_path / "run", 12)
     started.processes[1].kill()

@@ -159,7 +159,7 @@ def test_recorded_learning_rates_that_the_schedule_does_not_give_are_drawn(sched
   assert rates.tolist() == list(recorded)
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", ""])
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
 def test_plots_need_no_backend(tmp_path, backend):
   code = f"""
 import pathlib, numpy as np

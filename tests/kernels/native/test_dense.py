@@ -11,6 +11,7 @@ from tests.kernels.native.definitions import (
   NHWC,
   compare,
   draw,
+  halve,
   measure,
   without_pixels,
 )
@@ -44,11 +45,16 @@ def draw_operands(shape, features, dtype, *, size=(3, 3)):
   return x, kernel / (3 * shape[-1] ** 0.5), draw(features, seed=10)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("shape", [(3, 9, 11, 3), (5, 8, 8, 24), (2, 33, 6, 16)])
-@pytest.mark.parametrize(("features", "dtype"), [(10, "float32"), (32, "bfloat16")])
-def test_it_equals_the_definition(window, shape, features, dtype):
-  window = WINDOWS[window]
+@pytest.mark.parametrize(
+  ("window", "shape", "operands"),
+  halve(
+    WINDOWS,
+    [(3, 9, 11, 3), (5, 8, 8, 24), (2, 33, 6, 16)],
+    [(10, "float32"), (32, "bfloat16")],
+  ),
+)
+def test_it_equals_the_definition(window, shape, operands):
+  window, (features, dtype) = WINDOWS[window], operands
 
   def ours(*operands):
     return dense.convolve(*operands, window, relu=True)
