@@ -76,13 +76,15 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--minutes", type=float, default=8)
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("accelerator"))
-  parser.add_argument("--data", nargs="+", default=[], type=pathlib.Path, metavar="FILE")
-  names = [item.name for item in list_items("shapes")]
-  parser.add_argument("--only", nargs="+", default=[], choices=names)
-  parser.add_argument("--collect", type=pathlib.Path, metavar="DIR")
+  parser = common.create_parser(__doc__)
+  parser.add_argument("--minutes", type=float, default=8, help="in all")
+  out = pathlib.Path("accelerator")
+  parser.add_argument("--out", type=pathlib.Path, default=out, metavar="DIR", help="for records")
+  parser.add_argument(
+    "--data", nargs="+", default=[], type=pathlib.Path, metavar="FILE", help="npz files"
+  )
+  common.add_names(parser, "--only", [item.name for item in list_items("shapes")], [])
+  parser.add_argument("--collect", type=pathlib.Path, metavar="DIR", help="records to print")
   return parser.parse_args()
 
 

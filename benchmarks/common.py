@@ -22,6 +22,25 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of processors, by t
 PATH_FLAGS = ("--json", "--output", "--torch-python", "--add")  # they name places of this machine
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+  """A docstring as it is written, and the default of each flag."""
+
+
+def create_parser(doc: str | None) -> argparse.ArgumentParser:
+  """A parser whose help shows the docstring of a benchmark, and the default of each flag."""
+  return argparse.ArgumentParser(description=doc, formatter_class=_Help)
+
+
+def add_names(
+  parser: argparse.ArgumentParser, flag: str, choices: Sequence[str], default: Sequence[str]
+) -> None:
+  """Adds a flag that takes one or several of `choices`."""
+  text = " | ".join(choices)
+  parser.add_argument(
+    flag, nargs="+", default=list(default), choices=choices, metavar="NAME", help=text
+  )
+
+
 def positive(text: str) -> int:
   """A type of argparse: a whole number above 0."""
   number = int(text)

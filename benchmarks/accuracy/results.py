@@ -18,6 +18,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks import common
 from benchmarks.accuracy import published
 from flax_cifar import errors
 from flax_cifar import metrics as metrics_lib
@@ -97,7 +98,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = common.create_parser(__doc__)
   commands = parser.add_subparsers(dest="command")
   commands.add_parser("missing", help="list the commands of what is not run yet")
   adder = commands.add_parser("add", help="copy finished runs to docs/results/")

@@ -41,12 +41,14 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--config", default="configs/sprint.py")
-  parser.add_argument("--runs", nargs="+", default=[], type=pathlib.Path, metavar="FOLDER")
+  parser = common.create_parser(__doc__)
+  parser.add_argument("--config", default="configs/sprint.py", help="what is trained")
+  parser.add_argument(
+    "--runs", nargs="+", default=[], type=pathlib.Path, metavar="FOLDER", help="finished runs"
+  )
   parser.add_argument("--targets", nargs="+", type=float, default=[85, 90, 93, 94], help="in %%")
-  parser.add_argument("--pytorch", type=float, metavar="IMAGES_PER_SECOND")
-  parser.add_argument("--json", default="", help="file for the record")
+  parser.add_argument("--pytorch", type=float, metavar="IMAGES_PER_SECOND", help="its speed")
+  parser.add_argument("--json", metavar="FILE", help="file for the record")
   parser.add_argument("flags", nargs="*", help="for main.py, after --")
   return parser.parse_args()
 

@@ -11,7 +11,6 @@ Command     python -m benchmarks.accuracy.zoo add RUN_FOLDER ... [--force]
                 writes the cards, the page and the picture again, from docs/zoo.json
 """
 
-import argparse
 import json
 import math
 import pathlib
@@ -64,7 +63,7 @@ see `flax_cifar/data/corruptions.py`.
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = common.create_parser(__doc__)
   commands = parser.add_subparsers(dest="command")
   adder = commands.add_parser("add", help="copy the weights of finished runs to flax_cifar/zoo/")
   adder.add_argument("folders", nargs="+", type=pathlib.Path, metavar="RUN_FOLDER")

@@ -52,19 +52,19 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = common.create_parser(__doc__)
   parser.add_argument(
     "--images", type=common.positive, default=2560, help="per repeat; whole batches are taken"
   )
   parser.add_argument("--batch", type=common.positive, default=128, help="images per batch")
-  parser.add_argument("--repeats", type=common.positive, default=5)
+  parser.add_argument("--repeats", type=common.positive, default=5, help="turns of each case")
   parser.add_argument(
     "--config",
     type=common.config_file,
     default="configs/s9.py:published",
     help="whose augment.ops are measured",
   )
-  parser.add_argument("--json", default="", help="file for the record")
+  parser.add_argument("--json", metavar="FILE", help="file for the record")
   return parser.parse_args()
 
 

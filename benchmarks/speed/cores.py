@@ -27,15 +27,14 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  networks = list(step_worker.NORMS)
-  default = ["dilated", "ghost", "tiny50k"]
-  parser.add_argument("--networks", nargs="+", default=default, choices=networks)
-  parser.add_argument("--modes", nargs="+", default=["ours"], choices=list(step_worker.MODES))
-  parser.add_argument("--batch", type=common.positive, default=128)
+  parser = common.create_parser(__doc__)
+  networks = ("dilated", "ghost", "tiny50k")
+  common.add_names(parser, "--networks", list(step_worker.NORMS), networks)
+  common.add_names(parser, "--modes", list(step_worker.MODES), ["ours"])
+  parser.add_argument("--batch", type=common.positive, default=128, help="images per batch")
   parser.add_argument("--repeats", type=common.positive, default=7, help="turns of each side")
   parser.add_argument("--seconds", type=float, default=2.0, help="least length of a turn")
-  parser.add_argument("--json", default="", help="file for the record")
+  parser.add_argument("--json", metavar="FILE", help="file for the record")
   return parser.parse_args()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from benchmarks import common
+from flax_cifar.tools import command_line
 
 
 def main() -> None:
@@ -25,8 +26,10 @@ def main() -> None:
 
   environment.apply_settings()
   options = parse_options()
+  with command_line.one_line_errors():
+    configs = [command_line.load_config(text, "configs") for text in options.configs]
   rows = []
-  for config in options.configs:
+  for config in configs:
     for num_seeds in options.seeds:
       rows.append(measure(change(config, num_seeds, options), options))
       print(rows[-1], flush=True)
@@ -36,16 +39,21 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  default = [common.config_file("configs/s9.py:long")]
-  parser.add_argument("--configs", nargs="+", default=default, type=common.config_file)
-  parser.add_argument("--seeds", nargs="+", type=common.positive, default=[1])
+  parser = common.create_parser(__doc__)
+  parser.add_argument(
+    "--configs", nargs="+", default=["configs/s9.py:long"], metavar="FILE", help="as main.py has it"
+  )
+  parser.add_argument(
+    "--seeds", nargs="+", type=common.positive, default=[1], metavar="N", help="trained together"
+  )
   parser.add_argument("--batch", type=common.positive, help="instead of that of the config")
-  parser.add_argument("--images", type=common.positive, default=50_000)
-  parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-  parser.add_argument("--repeats", type=common.positive, default=3)
+  parser.add_argument("--images", type=common.positive, default=50_000, help="per epoch")
+  parser.add_argument(
+    "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of products"
+  )
+  parser.add_argument("--repeats", type=common.positive, default=3, help="epochs after the first")
   parser.add_argument("--steps-per-call", type=int, default=0, help="0 leaves it to the device")
-  parser.add_argument("--json", default="", help="file for the record")
+  parser.add_argument("--json", metavar="FILE", help="file for the record")
   return parser.parse_args()
 
 

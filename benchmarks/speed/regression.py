@@ -38,13 +38,12 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = common.create_parser(__doc__)
   parser.add_argument("--base", default="HEAD~1", help="commit to compare with")
-  parser.add_argument("--task", default="train", choices=step_worker.TASKS)
-  networks = list(step_worker.NORMS)
-  parser.add_argument("--networks", nargs="+", default=["pyramid", "tiny50k"], choices=networks)
-  parser.add_argument("--modes", nargs="+", default=["ours"], choices=list(step_worker.MODES))
-  parser.add_argument("--batch", type=common.positive, default=128)
+  parser.add_argument("--task", default="train", choices=step_worker.TASKS, help="what is timed")
+  common.add_names(parser, "--networks", list(step_worker.NORMS), ["pyramid", "tiny50k"])
+  common.add_names(parser, "--modes", list(step_worker.MODES), ["ours"])
+  parser.add_argument("--batch", type=common.positive, default=128, help="images per batch")
   parser.add_argument("--repeats", type=common.positive, default=7, help="turns of each side")
   parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
   parser.add_argument("--least", type=float, default=0.9, help="ratio that is no regression")

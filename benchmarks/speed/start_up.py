@@ -38,12 +38,10 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument(
-    "--networks", nargs="+", default=["dilated", "pyramid"], choices=list(step_worker.NORMS)
-  )
-  parser.add_argument("--repeats", type=common.positive, default=3)
-  parser.add_argument("--json", default="", help="file for the record")
+  parser = common.create_parser(__doc__)
+  common.add_names(parser, "--networks", list(step_worker.NORMS), ["dilated", "pyramid"])
+  parser.add_argument("--repeats", type=common.positive, default=3, help="processes of each kind")
+  parser.add_argument("--json", metavar="FILE", help="file for the record")
   return parser.parse_args()
 
 

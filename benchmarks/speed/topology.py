@@ -101,13 +101,16 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  networks = list(step_worker.NORMS)
-  parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=networks, metavar="NAME")
-  parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES, metavar="KIND:SHAPE")
+  parser = common.create_parser(__doc__)
+  common.add_names(parser, "--networks", list(step_worker.NORMS), NETWORKS)
+  parser.add_argument(
+    "--topologies", nargs="+", default=TOPOLOGIES, metavar="KIND:SHAPE", help="chips and their grid"
+  )
   parser.add_argument("--batch", type=common.positive, default=128, help="images per chip")
-  parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-  parser.add_argument("--json", default="", help="file for the records")
+  parser.add_argument(
+    "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of products"
+  )
+  parser.add_argument("--json", metavar="FILE", help="file for the records")
   return parser.parse_args()
 
 

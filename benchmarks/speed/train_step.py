@@ -110,18 +110,20 @@ def has_torch(python: str) -> bool:
 
 
 def parse_options() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--task", default="train", choices=step_worker.TASKS)
-  parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=list(step_worker.NORMS))
+  parser = common.create_parser(__doc__)
+  parser.add_argument("--task", default="train", choices=step_worker.TASKS, help="what is timed")
+  common.add_names(parser, "--networks", list(step_worker.NORMS), NETWORKS)
   modes = [mode for mode in step_worker.MODES if mode != MATMUL]
-  parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
-  parser.add_argument("--batch", type=common.positive, default=128)
+  common.add_names(parser, "--modes", modes, modes)
+  parser.add_argument("--batch", type=common.positive, default=128, help="images per batch")
   parser.add_argument("--repeats", type=common.positive, default=7, help="turns of each mode")
   parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
-  parser.add_argument("--torch-python", default=sys.executable)
-  parser.add_argument("--json", default="", help="file for the record")
-  parser.add_argument("--add", default="", help="file of records that gets this one, too")
-  parser.add_argument("--show", default="", help="file of records to print as Markdown")
+  parser.add_argument(
+    "--torch-python", default=sys.executable, metavar="FILE", help="a Python that has PyTorch"
+  )
+  parser.add_argument("--json", metavar="FILE", help="file for the record")
+  parser.add_argument("--add", metavar="FILE", help="file of records that gets this one, too")
+  parser.add_argument("--show", metavar="FILE", help="file of records to print as Markdown")
   return parser.parse_args()
 
 

@@ -1,6 +1,8 @@
 """The arguments that the benchmarks share, and the commands in their records."""
 
 import argparse
+import importlib
+import sys
 
 import pytest
 
@@ -16,6 +18,26 @@ def test_the_command_of_a_record_leaves_out_paths_of_this_machine():
 def test_numbers_must_be_positive(text):
   with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not above 0"):
     common.positive(text)
+
+
+PROGRAMS = [
+  *(f"speed.{name}" for name in ("augment", "cores", "epoch", "regression", "start_up")),
+  *("speed.topology", "speed.train_step", "accuracy.results", "accuracy.time_to_accuracy"),
+  *("accuracy.zoo", "accelerator"),
+]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_help_has_the_docstring_and_the_default_of_each_flag(name, monkeypatch, capsys):
+  program = importlib.import_module(f"benchmarks.{name}")
+  monkeypatch.setattr(sys, "argv", [name, "--help"])
+  monkeypatch.setenv("COLUMNS", "1000")
+  with pytest.raises(SystemExit):
+    getattr(program, "parse_options", program.main)()
+  text = capsys.readouterr().out
+  assert program.__doc__ in text
+  _, *flags = text.split("\n  --")
+  assert [flag for flag in flags if "(default: " not in flag] == []
 
 
 def test_a_config_file_may_have_a_variant():
