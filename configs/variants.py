@@ -55,12 +55,16 @@ def apply_arg(config: ConfigDict, arg: str, recipes: Mapping[str, Recipe]) -> Co
     recipes: name -> recipe; the first one is the default.
 
   Raises:
-    ValueError: an unknown part or a second recipe; the message quotes it and lists the choices.
+    ValueError: an unknown part, a second recipe, or a part that is there twice; the message quotes
+      it and lists the choices.
   """
   parts = [part for part in arg.split(",") if part]
   named = [part for part in parts if part in recipes]
   if len(named) > 1:
     raise ValueError(f"{named[0]!r} and {named[1]!r} are both recipes; choose one.")
+  keys = [part.partition("=")[0] for part in parts]
+  if twice := [part for part, key in zip(parts, keys, strict=True) if keys.count(key) > 1]:
+    raise ValueError(f"{' and '.join(map(repr, twice))} set the same; choose one.")
   for part in parts:
     if part.startswith("norm="):
       _set(config, part, recipes)

@@ -109,7 +109,7 @@ def create_config(config: str | os.PathLike[str] = "quickstart", **changes: Any)
       short key, as in a variant: `norm`, `seed`, `epochs`, `lr`.
 
   Raises:
-    UserError: no such config, variant or key, or a value of another type.
+    UserError: no such config, variant or key, a value of another type, or a key that is set twice.
   """
   from flax_cifar.configs import variants
   from flax_cifar.tools import command_line
@@ -120,6 +120,10 @@ def create_config(config: str | os.PathLike[str] = "quickstart", **changes: Any)
     is_short = keyword in variants.SHORT_KEYS and not isinstance(value, Mapping)
     key = variants.SHORT_KEYS[keyword] if is_short else keyword.replace(SEPARATOR, ".")
     command_line.get_value(found, key)  # its errors
+    if key in keys:
+      raise errors.UserError(
+        f"{key} is set twice, the second time by {keyword}={value!r}; set one."
+      )
     keys[key] = value
   try:
     found.update_from_flattened_dict(keys)

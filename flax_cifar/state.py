@@ -80,6 +80,11 @@ class Progress:
   records: list[metrics.Record]
 
 
+def choose_init_images(images: np.ndarray) -> np.ndarray:
+  """At most INIT_IMAGES of `images`, evenly spaced, because a data set may be sorted by class."""
+  return images[:: max(1, len(images) // INIT_IMAGES)][:INIT_IMAGES]
+
+
 def create_train_states(
   *,
   model: nn.Module,

@@ -66,15 +66,16 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
 
   # ---- Network, optimizer, state, compiled steps
-  setup = setup_lib.create_setup(
-    config,
-    train_step,
-    splits.train,
-    class_names=splits.class_names,
-    mean=mean,
-    std=std,
-    mesh=mesh,
-  )
+  with config_lib.explain_exhausted(config):
+    setup = setup_lib.create_setup(
+      config,
+      train_step,
+      splits.train,
+      class_names=splits.class_names,
+      mean=mean,
+      std=std,
+      mesh=mesh,
+    )
   feed, eval_step = setup.feed, setup.eval_step
   policy = checkpoint.create_policy(config.checkpoint)
   with config_lib.explain_misfit(config):  # keys that do not fit together fail here, early
@@ -277,8 +278,9 @@ def train_step(
 
   Returns:
     The state after it; or the state before it, marked, if the loss or a gradient is not finite. The
-    totals of the batch, see `metrics.compute_totals`, and `finite`, bool (). Under mixing the loss
-    is that of the mixed targets, while accuracy counts against the labels before it.
+    totals of the batch, see `metrics.compute_totals`, and `finite`, bool (). The loss is the one
+    that is minimized: of mixed targets, and with the teacher's part under distillation; accuracy
+    counts against the labels of the batch.
   """
   images, labels = normalize(batch["image"]), batch["label"]
   targets = metrics.create_targets(labels, model.num_classes, label_smoothing=label_smoothing)

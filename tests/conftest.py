@@ -72,9 +72,10 @@ def optimized():
   """Compiles as for users, for tests of what XLA computes or of how many operations it leaves."""
   import jax
 
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield
-  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -85,6 +85,11 @@ def test_short_keys_are_those_of_variants():
   assert (config.total_epochs, config.augment.ops) == (2, ("rotate",))
 
 
+def test_a_key_that_is_set_twice_is_refused():
+  with pytest.raises(errors.UserError, match=r"optimizer\.learning_rate is set twice"):
+    flax_cifar.create_config("s9", lr=0.5, optimizer__learning_rate=0.1)
+
+
 @pytest.mark.parametrize("line", ["config.optimizer.learnig_rate = 1", "1 / 0", "return return"])
 def test_a_config_file_that_fails_is_one_line(tmp_path, line):
   path = tmp_path / "own.py"

@@ -2,21 +2,21 @@
 
 import doctest
 import importlib
+import pathlib
 
 import pytest
 
-MODULES = (
-  *(
-    "flax_cifar.api",
-    "flax_cifar.configs.variants",
-    "flax_cifar.errors",
-    "flax_cifar.optim",
-    "flax_cifar.state",
-  ),
-  *("flax_cifar.data.augment.arguments", "flax_cifar.models.layer_table"),
-  *("flax_cifar.run.config", "flax_cifar.run.plots", "flax_cifar.run.tables"),
-  *("flax_cifar.run.workdir", "flax_cifar.files"),
-)
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = [
+  ".".join(path.relative_to(ROOT).with_suffix("").parts)
+  for folder in ("flax_cifar", "benchmarks")
+  for path in sorted((ROOT / folder).rglob("*.py"))
+  if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+def test_examples_were_found():
+  assert len(MODULES) > 15
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -51,3 +51,11 @@ def test_ema_ramps_up_to_its_decay(decay):
     expected = keep * expected + (1 - keep) * new
     ema = state_lib.update_ema({"w": jnp.float32(ema)}, {"w": new}, jnp.int32(step), decay)["w"]
   assert float(ema) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, 3), (1024, 1024), (1500, 1024), (2999, 1024)])
+def test_the_first_values_come_from_images_of_all_classes(count, expected):
+  chosen = state_lib.choose_init_images(np.arange(count))
+  assert len(chosen) == expected
+  if count == 2999:  # they lie evenly
+    assert chosen[-1] > 2000

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cifar import errors, metrics, optim, signals, train
+from flax_cifar import errors, evaluate, metrics, optim, signals, train
 from flax_cifar import state as state_lib
 from flax_cifar.data import feeds, splits
 from flax_cifar.data.augment import device
@@ -20,6 +20,7 @@ from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.parallel import seeds as seeds_lib
 from flax_cifar.run import checkpoint
 from flax_cifar.run import config as config_lib
+from flax_cifar.run import weights as weights_lib
 from tests import runs, tiny
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -38,26 +39,62 @@ def test_a_run_learns_and_writes_all_files(tmp_path, data):
   assert names >= {"augmented.png", "curves.png", "learning_rate.png", "misclassified.png"}
 
 
-def test_reported_accuracy_is_that_of_the_saved_parameters(tmp_path, data):
-  """Recomputes the forward pass in float64 NumPy from the checkpoint."""
-  result = runs.run(tmp_path / "run", data, **{"model.norm": "none", "total_epochs": 4})
-  params = runs.load_checkpoint(tmp_path / "run", 20)["params"]
+def test_the_reported_scores_are_those_of_the_moving_average(tmp_path, data):
+  """Recomputes the forward pass in float64 NumPy from the checkpoint; the weights are the same."""
+  changes = {"model.norm": "none", "ema.decay": 0.9, "total_epochs": 4}
+  result = runs.run(tmp_path / "run", data, **changes)
+  params = runs.load_checkpoint(tmp_path / "run", 20)["ema"]["params"]
+  saved = weights_lib.load_weights(tmp_path / "run" / "weights.safetensors").variables["params"]
+  jax.tree.map(np.testing.assert_array_equal, saved, params)
   arrays = np.load(data.removeprefix("npz:"))
   pixels = arrays["train_images"].astype(np.float64) / 255
-  x = (arrays["test_images"] / 255 - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))
-  padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  kernel = np.asarray(params["unit"]["conv"]["kernel"], np.float64)
-  maps = sum(
-    padded[:, i : i + tiny.IMAGE_SIZE, j : j + tiny.IMAGE_SIZE] @ kernel[i, j]
-    for i in range(3)
-    for j in range(3)
+
+  def score(images, labels):
+    x = (images / 255 - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel = np.asarray(params["unit"]["conv"]["kernel"], np.float64)
+    maps = sum(
+      padded[:, i : i + tiny.IMAGE_SIZE, j : j + tiny.IMAGE_SIZE] @ kernel[i, j]
+      for i in range(3)
+      for j in range(3)
+    )
+    head = np.asarray(params["head"]["conv"]["kernel"], np.float64)[0, 0]
+    logits = np.maximum(maps, 0).mean((1, 2)) @ head
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    accuracy = (logits.argmax(-1) == labels).mean()
+    return accuracy, pytest.approx(-log_p[np.arange(len(labels)), labels].mean(), rel=1e-5)
+
+  tested = score(arrays["test_images"], arrays["test_labels"])
+  assert (result["test_accuracy"], result["test_loss"]) == tested
+  held_out = splits.load_splits(protocol="honest", **tiny.get_config(data).data).validation
+  last = runs.lines(tmp_path / "run")[-1]
+  validated = score(held_out.images, held_out.labels)
+  assert (last["validation_accuracy"], last["validation_loss"]) == validated
+
+
+def test_the_recorded_learning_rate_is_that_of_the_last_step(tmp_path, data):
+  changes = {"schedule.name": "one_cycle", "schedule.one_cycle.final": 0.1}
+  runs.run(tmp_path / "run", data, **changes)
+  schedule = optim.create_schedule(
+    steps_per_epoch=5, total_epochs=3, **tiny.get_config(data, **changes).schedule
   )
-  head = np.asarray(params["head"]["conv"]["kernel"], np.float64)[0, 0]
-  logits = np.maximum(maps, 0).mean((1, 2)) @ head
-  labels = arrays["test_labels"]
-  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  assert result["test_accuracy"] == (logits.argmax(-1) == labels).mean()
-  assert result["test_loss"] == pytest.approx(-log_p[np.arange(40), labels].mean(), rel=1e-5)
+  rates = [line["learning_rate"] for line in runs.lines(tmp_path / "run")]
+  assert rates == pytest.approx([0.1 * float(schedule(step)) for step in (4, 9, 14)], rel=1e-6)
+  assert len(set(rates)) == 3
+
+
+def test_the_plateau_follows_the_validation_loss(tmp_path, data, monkeypatch):
+  validate, calls = evaluate.validate, []
+
+  def falling(*args, **kwargs):
+    calls.append(validate(*args, **kwargs))
+    loss = np.asarray(calls[-1]["loss"])
+    return {"loss": np.full_like(loss, 1 / len(calls)), "accuracy": np.full_like(loss, 0.5)}
+
+  monkeypatch.setattr(evaluate, "validate", falling)
+  runs.run(tmp_path / "run", data, **{"schedule.name": "plateau", "schedule.plateau.patience": 0})
+  rates = [line["learning_rate"] for line in runs.lines(tmp_path / "run")]
+  assert rates == pytest.approx([0.1] * 3)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, data):
@@ -445,9 +482,9 @@ def test_bad_choices_are_named_before_anything_is_written(tmp_path, data, change
   assert not (tmp_path / "run").exists()
 
 
-def create_step(mixing=None, distillation=None, **changes):
+def create_step(mixing=None, distillation=None, dropout_rate=0.0, **changes):
   """A state and a training step with plain SGD."""
-  model, optimizer = tiny.TinyNet(), optax.sgd(0.5)
+  model, optimizer = tiny.TinyNet(dropout_rate=dropout_rate), optax.sgd(0.5)
   plateau = optim.create_plateau(
     enabled=True, factor=0.5, patience=1, threshold=0.1, cooldown=0, final=0.0
   )
@@ -486,6 +523,13 @@ def log_probabilities(variables, images):
   )
   logits = np.asarray(logits, np.float64)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_each_step_drops_other_elements():
+  state, step = create_step(dropout_rate=0.5)
+  batch = draw_batch()
+  (_, one), (_, other) = (step(state.replace(step=jnp.int32(n)), batch) for n in (0, 1))
+  assert float(one["loss_sum"]) != float(other["loss_sum"])
 
 
 def test_train_step_follows_the_gradient():

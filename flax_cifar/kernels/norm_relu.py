@@ -24,7 +24,7 @@ def normalize(
   epsilon: float,
   relu: bool,
 ) -> tuple[Float[Array, "n h w c"], Float32[Array, "a b"], Float32[Array, "a b"]]:
-  """Subtracts the mean and divides by the standard deviation of each set; differentiable once.
+  """Subtracts the mean and divides by the standard deviation of each set.
 
   Args:
     x: (N, H, W, C).
@@ -38,13 +38,20 @@ def normalize(
     y of the type of x; means and biased variances as `sets.reduce` returns them, which pass no
     gradient on.
   """
+  return _normalize(x, scale, bias, sets, epsilon, relu)
+
+
+def _normalize(
+  x: Array, scale: Array, bias: Array, sets: moments_lib.Sets, epsilon: float, relu: bool
+) -> tuple[Array, Array, Array]:
   mean, var = _compute_moments(x, sets)
   slope = jax.lax.rsqrt(_broadcast(var, x, sets) + epsilon) * scale
   return scale_and_shift(x, _broadcast(mean, x, sets), slope, bias, relu), mean, var
 
 
 def _normalize_forward(x: Array, scale: Array, bias: Array, *arguments: Any) -> Any:
-  y, mean, var = normalize(x, scale, bias, *arguments)
+  # Not by `normalize`: the moments that are saved have gradients, which second derivatives need.
+  y, mean, var = _normalize(x, scale, bias, *arguments)
   return (y, mean, var), (x, scale, bias, mean, var)
 
 

@@ -546,7 +546,7 @@ def check_map(x: Array, layer: str | None, *, at_least: int = 1) -> Array:
   Raises:
     Misfit: earlier layers have shrunk the image to fewer pixels than `at_least` on a side.
   """
-  height, width = x.shape[1:3]
+  height, width = (max(size, 0) for size in x.shape[1:3])
   if min(height, width) < at_least:
     raise errors.Misfit(
       f"the images are too small for this network: layer {layer!r} has {height}x{width} pixels "

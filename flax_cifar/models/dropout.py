@@ -45,7 +45,8 @@ def _get_threshold(rate: float) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _drop(x: Array, key: Array, rate: float) -> Array:
   keep = hash_bits(key, x.shape) >= _get_threshold(rate)
-  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+  # In float32, because bfloat16 would round the kept share.
+  return jnp.where(keep, x.astype(jnp.float32) / (1 - rate), 0).astype(x.dtype)
 
 
 def _drop_forward(x: Array, key: Array, rate: float) -> Any:

@@ -105,12 +105,14 @@ def get_layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> list
 def get_receptive_field(rows: Sequence[Row]) -> tuple[int, int] | None:
   """Returns the receptive field of the last layer before the global pool or the dense layers.
 
-  It is (height, width) in pixels. None is the whole image, which the positions of a feature map see
-  where an earlier layer pools the whole image, as squeeze-excite does.
+  It is (height, width) in pixels. None is the whole image, which a network without convolutions
+  sees, and the positions of a feature map where an earlier layer pools the whole image, as
+  squeeze-excite does.
   """
   if any(not row.receptive_field and math.prod(row.output_shape[:-1]) > 1 for row in rows):
     return None
-  return [row.receptive_field.size for row in rows if row.receptive_field][-1]
+  sizes = [row.receptive_field.size for row in rows if row.receptive_field]
+  return sizes[-1] if sizes else None
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:

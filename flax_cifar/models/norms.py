@@ -113,6 +113,8 @@ class BatchNorm(nn.Module):
     self, mean: nn.Variable, var: nn.Variable, means: Array, variances: Array, count: int
   ) -> None:
     """Moves the running values towards those of the parts, which have `count` values each."""
+    if self.is_initializing():
+      return
     unbiased = variances * (count / max(count - 1, 1))
     for running, parts in ((mean, means), (var, unbiased)):
       running.value = self.momentum * running.value + (1 - self.momentum) * parts.mean(0)

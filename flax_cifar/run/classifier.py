@@ -1,6 +1,7 @@
 """A trained network with all it takes to classify images."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from flax_cifar import errors, evaluate
 from flax_cifar.data import dataset
 from flax_cifar.data.augment import normalize
 from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.run import config as config_lib
 from flax_cifar.run import weights as weights_lib
 
 
@@ -62,7 +64,8 @@ class Classifier:
     if not len(images):
       return np.zeros((0, len(self.class_names)), np.float32)
     split = dataset.Split(images, np.zeros(len(images), np.int32))
-    shared = -(-len(images) // self.mesh.size) * self.mesh.size  # by all devices
+    # On all devices, and of few sizes, because each size is compiled.
+    shared = self.mesh.size * 2 ** math.ceil(math.log2(-(-len(images) // self.mesh.size)))
     batch_size = min(self.weights.config["eval_batch_size"], shared)
     logits = evaluate.predict(self.eval_step, self.variables, split, batch_size)
     return np.asarray(jax.nn.softmax(logits))
@@ -71,8 +74,10 @@ class Classifier:
     """Logits float32 (N, classes), and mean `loss` in nats and `accuracy` in [0, 1].
 
     Raises:
-      UserError: a logit is not finite: the weights are those of a run that failed.
+      UserError: there are no images; or a logit is not finite: the weights are those of a run that
+        failed.
     """
+    errors.require(len(split) > 0, "split", "no images", "one image or more")
     batch_size = self.weights.config["eval_batch_size"]
     logits, scores = evaluate.predict_and_score(self.eval_step, self.variables, split, batch_size)
     if not np.isfinite(logits).all():
@@ -86,12 +91,14 @@ def create_classifier(weights: weights_lib.Weights, *, dtype: str) -> Classifier
 
   Args:
     weights: of a run.
-    dtype: a value of the config key `compute_dtype`. float32 gives nearly the same probabilities
-      everywhere, bfloat16 other last digits with other kernels.
+    dtype: a value of the config key `compute_dtype`. On CPUs float32 gives nearly the same
+      probabilities everywhere, bfloat16 other last digits with other kernels; docs/gpu.md tells how
+      accelerators multiply float32.
 
   Raises:
     UserError: the weights are of another network than their config.
   """
+  dtype = config_lib.settle_dtype(dtype)
   weights = dataclasses.replace(weights, config={**weights.config, "compute_dtype": dtype})
   model, config = weights_lib.create_network(weights), weights.config
   mesh = _create_mesh(config)

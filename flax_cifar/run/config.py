@@ -15,6 +15,7 @@ from flax_cifar import state as state_lib
 from flax_cifar.configs import common
 from flax_cifar.data.augment import arguments
 from flax_cifar.kernels import backend
+from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import tracker
 
 # A resumed run may change these: its results stay the same.
@@ -84,12 +85,17 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_resume_keys(flat: Mapping[str, Any]) -> tuple[str, ...]:
-  """The keys in which a run that goes on may differ from the flat config that it began with.
+  """The keys in which a run that goes on may differ from `flat`, the config that it began with.
 
   With ghost batches that are the parts of a batch on each device, results depend on the devices.
+  Older runs do not tell how many these were.
   """
-  by_device = flat["model.norm"] == "ghost" and flat["norm.ghost.num_splits"] == 0
-  return tuple(key for key in RESUME_KEYS if not (by_device and key == "num_devices"))
+  guarded = _splits_by_device(flat) and flat.get("num_devices") != 0
+  return tuple(key for key in RESUME_KEYS if not (guarded and key == "num_devices"))
+
+
+def _splits_by_device(flat: Mapping[str, Any]) -> bool:
+  return flat.get("model.norm") == "ghost" and flat.get("norm.ghost.num_splits") == 0
 
 
 def get_identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,11 +114,13 @@ def settle(config: ConfigDict) -> ConfigDict:
   """
   _check_values(config)
   settled = config.copy_and_resolve_references()
-  settled.compute_dtype = _settle_dtype(config.compute_dtype)
+  settled.compute_dtype = settle_dtype(config.compute_dtype)
+  if _splits_by_device(flatten(config.to_dict())):
+    settled.num_devices = mesh_lib.create_mesh(config.num_devices, config.num_seeds).size
   return settled
 
 
-def _settle_dtype(name: str) -> str:
+def settle_dtype(name: str) -> str:
   """The type that a value of `compute_dtype` means here; a UserError if it is unknown."""
   errors.choose("compute_dtype", name, {"auto": None, **models.DTYPES})
   return backend.settle_dtype(name)
@@ -186,23 +194,24 @@ def create_model(config: Mapping[str, Any], *, num_classes: int) -> nn.Module:
     **config["model"],
     num_classes=num_classes,
     norm_arguments=config["norm"],
-    dtype=_settle_dtype(config["compute_dtype"]),
+    dtype=settle_dtype(config["compute_dtype"]),
   )
 
 
 @contextlib.contextmanager
 def explain_exhausted(config: ConfigDict) -> Iterator[None]:
-  """Turns XLA's error for too little memory into a UserError that names the batch sizes."""
+  """Turns XLA's error for too little memory into a UserError that names what needs it."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    keys = ("batch_size", "eval_batch_size", "num_seeds")
-    sizes = ", ".join(f"{key}={config[key]}" for key in keys)
+    flat, keys = flatten(config.to_dict()), ("batch_size", "eval_batch_size", "num_seeds")
+    sizes = ", ".join(f"{key}={flat[key]}" for key in (*keys, "data.image_size"))
     raise errors.UserError(
       f"the devices have too little memory for {sizes} ({errors.shorten(error)}); lower one of "
-      "them. What is saved stays."
+      "them, or keep the images in the memory of the host by augment.backend=albumentations. What "
+      "is saved stays."
     ) from error
 
 

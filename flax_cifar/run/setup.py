@@ -113,7 +113,7 @@ def create_setup(
       model=model,
       optimizer=optimizer,
       plateau=plateau,
-      images=to_floats(split.images[: state_lib.INIT_IMAGES]),
+      images=to_floats(state_lib.choose_init_images(split.images)),
       ema_decay=config.ema.decay,
       seeds=range(config.seed, config.seed + config.num_seeds),
     )

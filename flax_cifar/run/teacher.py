@@ -42,8 +42,9 @@ def get_fingerprint(config: ConfigDict) -> dict[str, str]:
 
 
 def find_teacher(name: str) -> pathlib.Path:
-  """The weights file that `name` is, or that of a network of the package."""
+  """The weights file that `name` is, or that of a run's folder, or of a network of the package."""
   path = errors.get_path(KEY, name)
+  path = path / zoo.WEIGHTS if path.is_dir() else path
   return path if path.is_file() else zoo.find_weights(name, KEY)
 
 
@@ -90,8 +91,9 @@ def check_options(config: ConfigDict) -> None:
     find_teacher(config.loss.distillation.teacher)
   weight, temperature = config.loss.distillation.weight, config.loss.distillation.temperature
   errors.require(0 < weight <= 1, "loss.distillation.weight", weight, "above 0 and at most 1")
-  fits = 1e-2 <= temperature <= 1e4
-  errors.require(fits, "loss.distillation.temperature", temperature, "from 0.01 to 10,000")
+  # Above, the differences of the classes would vanish in float32.
+  fits = 1e-2 <= temperature <= 100
+  errors.require(fits, "loss.distillation.temperature", temperature, "from 0.01 to 100")
 
 
 def _check_fits(

@@ -101,7 +101,7 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 def _compare_configs(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
   """A line for each key in which a resumed run may not differ, but does."""
   old, new = (config_lib.flatten(config_lib.complete(one)) for one in (saved, config))
-  free = config_lib.list_resume_keys(new)
+  free = config_lib.list_resume_keys(old)
   return errors.list_differences(config_lib.without(old, free), config_lib.without(new, free))
 
 

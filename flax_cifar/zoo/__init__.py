@@ -13,7 +13,7 @@ from flax_cifar.zoo import hub
 
 FOLDER = pathlib.Path(__file__).parent
 WEIGHTS = hub.WEIGHTS
-DTYPE = "float32"  # whatever type they were trained in: it rounds nearly alike everywhere
+DTYPE = "float32"  # whatever type they were trained in: it rounds nearly alike on all CPUs
 
 
 def list_models() -> list[str]:

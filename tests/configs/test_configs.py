@@ -242,3 +242,10 @@ def test_two_recipes_are_refused():
 def test_values_of_the_wrong_type_are_quoted(arg, kind):
   with pytest.raises(ValueError, match=f"'{arg}' needs a value of type {kind}"):
     load("s9", arg)
+
+
+@pytest.mark.parametrize("arg", ["seed=1,seed=2", "full,full"])
+def test_a_part_that_is_there_twice_is_refused(arg):
+  one, other = arg.split(",")
+  with pytest.raises(ValueError, match=f"'{one}' and '{other}' set the same"):
+    load("s9", arg)

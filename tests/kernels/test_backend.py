@@ -24,6 +24,8 @@ def test_onednn_is_refused_where_it_is_missing(monkeypatch):
   with pytest.raises(errors.UserError, match="onednn"):
     backend.select_backend()
   monkeypatch.delenv(backend.VARIABLE)
+  monkeypatch.setattr(backend.jax, "device_count", lambda: 1)
+  monkeypatch.setattr(backend.native, "is_available", lambda: False)
   assert backend.select_backend() == "xla"
 
 

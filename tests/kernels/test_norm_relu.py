@@ -63,3 +63,27 @@ def test_the_norm_for_gpus_equals_the_plain_one_in_value_and_gradient(shape, set
   ):
     assert ours.shape == plain.shape
     np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("sets", [moments.GhostBatches(2), moments.ChannelGroups(2)])
+def test_second_derivatives_equal_those_of_the_plain_formula(sets, monkeypatch):
+  monkeypatch.setenv(backend.VARIABLE, "definition")
+  x, direction = np.random.default_rng(0).normal(1, 2, (2, 4, 3, 5, 8)).astype(np.float32)
+
+  def ours(x):
+    y, *_ = norm_relu.normalize(x, jnp.ones(8), jnp.zeros(8), sets, 1e-5, False)
+    return (y**3).sum()
+
+  def plain(x):
+    if isinstance(sets, moments.GhostBatches):
+      parts, axes = x.reshape(2, 2, 3, 5, 8), (0, 2, 3)  # image i is in part i % 2
+    else:
+      parts, axes = x.reshape(4, 3, 5, 2, 4), (1, 2, 4)
+    deviation = jnp.sqrt(parts.var(axes, keepdims=True) + 1e-5)
+    return (((parts - parts.mean(axes, keepdims=True)) / deviation) ** 3).sum()
+
+  second, expected = (
+    jax.jit(lambda x, f=f: jax.jvp(jax.grad(f), (x,), (jnp.asarray(direction),))[1])(x)
+    for f in (ours, plain)
+  )
+  np.testing.assert_allclose(second, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

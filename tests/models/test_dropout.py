@@ -171,3 +171,11 @@ def test_masks_do_not_depend_on_the_number_of_devices():
   )
   assert len(sharded.sharding.device_set) == 4
   np.testing.assert_array_equal(sharded, drop(0.3, key, x))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_the_scale_is_not_rounded_to_bfloat16(rate):
+  x = jax.random.uniform(jax.random.key(1), SHAPE).astype(jnp.bfloat16)
+  y = np.asarray(drop(rate, jax.random.key(0), x), np.float32)
+  expected = np.asarray((x.astype(jnp.float32) / (1 - rate)).astype(jnp.bfloat16), np.float32)
+  np.testing.assert_array_equal(y[y > 0], expected[y > 0])

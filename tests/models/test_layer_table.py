@@ -277,6 +277,17 @@ def test_rows_of_dense_layers():
   assert layer_table.get_receptive_field(rows) == (3, 3)
 
 
+class Perceptron(nn.Module):
+  @nn.compact
+  def __call__(self, images, train):
+    return nn.Dense(3)(images.reshape(len(images), -1))
+
+
+def test_a_network_without_convolutions_sees_the_whole_image():
+  rows = layer_table.get_layer_table(Perceptron(), (6, 4, 3))
+  assert layer_table.get_receptive_field(rows) is None
+
+
 def test_squeeze_excite_sees_the_whole_image():
   residual = {"activation": "relu", "squeeze_excite": 0.25, "drop_path": 0.0}
   rows = layer_table.get_layer_table(

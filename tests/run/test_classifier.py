@@ -56,3 +56,27 @@ def test_outputs_that_are_not_finite_are_one_line(tiny_model, weights):
   network = classifier.create_classifier(huge, dtype="float32")
   with pytest.raises(errors.UserError, match="the outputs of 'tiny' are not all finite"):
     network.score(dataset.Split(IMAGES, np.zeros(COUNT, np.int32)))
+
+
+def test_the_type_may_be_left_to_the_machine(tiny_model, weights, network):
+  automatic = classifier.create_classifier(weights, dtype="auto")
+  np.testing.assert_allclose(automatic.predict(IMAGES), network.predict(IMAGES), atol=0.02)
+
+
+def test_few_sizes_of_batches_are_compiled(network, monkeypatch):
+  sizes = set()
+  step = network.eval_step
+
+  def record(variables, batch):
+    sizes.add(len(batch["image"]))
+    return step(variables, batch)
+
+  recorded = dataclasses.replace(network, eval_step=record)
+  for count in range(1, COUNT + 1):
+    assert len(recorded.predict(IMAGES[:count])) == count
+  assert sizes == {1, 2, 4, 8, 16}
+
+
+def test_no_images_have_no_score(network):
+  with pytest.raises(errors.UserError, match="one image or more"):
+    network.score(dataset.Split(IMAGES[:0], np.zeros(0, np.int32)))

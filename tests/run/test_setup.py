@@ -1,9 +1,15 @@
-"""Checks of a config that need no images."""
+"""Checks of a config that need no images, and what a run computes with."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flax_cifar import errors, train
 from flax_cifar.data import splits
+from flax_cifar.parallel import mesh as mesh_lib
+from flax_cifar.parallel import seeds as seeds_lib
+from flax_cifar.run import setup as setup_lib
 from tests import tiny
 
 
@@ -45,3 +51,52 @@ def test_a_value_of_an_op_is_checked_too(tiny_model, tmp_path, monkeypatch):
   changes = {"augment.ops": ("rotate",), "augment.rotate.limit": 200.0}
   with pytest.raises(errors.UserError, match=r"augment\.rotate\.limit=200\.0"):
     train.train_and_evaluate(tiny.get_config("cifar10", **changes), tmp_path / "run")
+
+
+def test_a_run_gets_what_its_config_says(tiny_model, data, monkeypatch):
+  changes = {
+    "loss.label_smoothing": 0.13,
+    "ema.decay": 0.77,
+    "mixing.name": "cutmix",
+    "schedule.name": "one_cycle",
+    "schedule.one_cycle.initial": 0.5,
+    "optimizer.name": "sgd",
+    "optimizer.weight_decay": 0.5,
+    "augment.horizontal_flip.p": 1.0,
+  }
+  config = tiny.get_config(data, **changes)
+  compile_steps, caught = seeds_lib.compile_steps, {}
+
+  def spy(step, *args, **kwargs):
+    caught.update(step.keywords)
+    return compile_steps(step, *args, **kwargs)
+
+  monkeypatch.setattr(seeds_lib, "compile_steps", spy)
+  loaded = splits.load_splits(protocol="honest", **config.data)
+  mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.3)
+  setup = setup_lib.create_setup(
+    config,
+    train.train_step,
+    loaded.train,
+    class_names=loaded.class_names,
+    mean=mean,
+    std=std,
+    mesh=mesh_lib.create_mesh(1),
+  )
+  assert (caught["label_smoothing"], caught["ema_decay"]) == (0.13, 0.77)
+  white = caught["normalize"](np.full((1, 1, 1, 3), 255, np.uint8))
+  np.testing.assert_allclose(white.ravel(), (1 - np.array(mean)) / std, rtol=1e-6)
+  images = jax.random.uniform(jax.random.key(0), (16, 8, 8, 3))
+  mixed, _ = caught["mixing"](images, jnp.eye(16), jax.random.key(1))
+  assert (mixed != images).any()
+  batch = setup.feed.batch_at(0)
+  np.testing.assert_array_equal(batch["image"], loaded.train.images[batch["example"]][:, :, ::-1])
+  # SGD takes rate times decay times weight where there is no gradient; one_cycle ends at `final`.
+  kernel = {"unit": {"conv": {"kernel": jnp.ones((3, 3, 3, 6))}}}
+  optimizer = caught["optimizer"]
+  zeros = jax.tree.map(jnp.zeros_like, kernel)
+  update, _ = optimizer.update(zeros, optimizer.init(kernel), kernel)
+  expected = -0.1 * config.schedule.one_cycle.initial * 0.5
+  np.testing.assert_allclose(update["unit"]["conv"]["kernel"], expected, rtol=1e-5)
+  assert float(setup.schedule(15)) == pytest.approx(config.schedule.one_cycle.final, abs=1e-6)
+  assert float(setup.schedule(10)) > config.schedule.one_cycle.final + 0.01

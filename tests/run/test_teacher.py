@@ -122,3 +122,7 @@ def test_what_does_not_fit_is_named(tiny_model, folder, tmp_path, changes, messa
   with pytest.raises(errors.UserError, match=message):
     runs.run(tmp_path / "run", f"npz:{folder / 'tiny.npz'}", **keys)
   assert not (tmp_path / "run").exists()
+
+
+def test_the_folder_of_a_run_is_a_teacher(folder):
+  assert teacher.find_teacher(str(folder / "run")) == folder / "run" / "weights.safetensors"

@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from flax import traverse_util
 
 import tests
 from flax_cifar import errors, files
 from flax_cifar.kernels import backend
+from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import workdir as workdir_lib
 from tests import tiny
@@ -309,3 +311,16 @@ def test_ghost_batches_of_devices_keep_the_number_of_devices(tmp_path):
   workdir_lib.check_config(tmp_path, one)
   with pytest.raises(errors.UserError, match="num_devices"):
     workdir_lib.check_config(tmp_path, two)
+
+
+def test_ghost_batches_of_all_devices_are_those_of_the_first_start(tmp_path, monkeypatch):
+  changes = {"model.norm": "ghost", "norm.ghost.num_splits": 0, "num_devices": 0}
+  config = tiny.get_config("shapes", **changes)
+  begun = config_lib.settle(config).to_dict()
+  assert begun["num_devices"] == 4  # see tests/conftest.py
+  files.write_json(tmp_path / "config.json", begun)
+  monkeypatch.setattr(mesh_lib.jax, "devices", jax.devices()[:2].copy)
+  with pytest.raises(errors.UserError, match="num_devices"):
+    workdir_lib.check_config(tmp_path, config_lib.settle(config).to_dict())
+  files.write_json(tmp_path / "config.json", {**begun, "num_devices": 0})  # as older runs have it
+  workdir_lib.check_config(tmp_path, config_lib.settle(config).to_dict())
