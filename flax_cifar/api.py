@@ -137,6 +137,10 @@ def train_network(
 ) -> Run:
   """Trains like main.py, and returns the finished run; the same call again returns it at once.
 
+  It sets the variables of XLA and JAX that main.py sets, for this process. A script that sets
+  `augment__workers` needs `if __name__ == "__main__":` around the call, because each worker imports
+  the script.
+
   Args:
     config: see `create_config`.
     workdir: the folder of the run; "" is runs/NAME-HASH.

@@ -62,10 +62,27 @@ class HostFeed:
     return {**self._batches[step], "example": self._batches.get_examples(step)}
 
   def chunks(self, steps: range) -> Iterator[batches_lib.Chunk]:
-    """Yields one step at a time; `steps` must continue where those of the last call ended."""
+    """Yields one step at a time; `steps` must continue where those of the last call ended.
+
+    Raises:
+      UserError: a worker has ended, by itself or by the system.
+    """
     self._stream = self._stream or self._open(start_step=steps.start)
     for _ in steps:
-      yield 1, mesh_lib.place_rows(next(self._stream), self._mesh)
+      yield 1, mesh_lib.place_rows(self._load(), self._mesh)
+
+  def _load(self) -> Any:
+    """The next batch of the stream."""
+    try:
+      return next(self._stream)
+    except RuntimeError as error:
+      if "process" not in str(error):
+        raise
+      raise errors.UserError(
+        f"a process of augment.workers has ended ({errors.shorten(error)}). A script that trains "
+        "needs `if __name__ == '__main__':` around its calls, because each worker imports it; or "
+        "set augment.workers=0."
+      ) from error
 
   @staticmethod
   def get_batch(key: jax.Array, step: jax.Array, inputs: batches_lib.Batch) -> batches_lib.Batch:

@@ -1,5 +1,6 @@
 """Batches made by grain: any number of workers, any start, no process left behind."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -7,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from flax_cifar import errors
 from flax_cifar.data import host_feed
+from flax_cifar.parallel import mesh as mesh_lib
 from tests.data import test_batches
 
 
@@ -50,3 +53,18 @@ def test_workers_end_with_a_killed_run(tmp_path):
   done = subprocess.run(command, capture_output=True, text=True, timeout=100)
   assert done.returncode == -signal.SIGKILL
   assert done.stdout == "(2,)\n"
+
+
+def test_a_worker_that_is_killed_is_one_line():
+  feed = host_feed.HostFeed(
+    lambda rows: test_batches.batches(epochs=200),
+    batch_size=3,
+    workers=1,
+    mesh=mesh_lib.create_mesh(1),
+  )
+  next(feed.chunks(range(600)))
+  for worker in multiprocessing.active_children():
+    worker.kill()
+  with pytest.raises(errors.UserError, match=r"augment\.workers has ended .*__name__"):
+    list(feed.chunks(range(1, 600)))
+  feed.close()
