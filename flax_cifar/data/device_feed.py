@@ -99,6 +99,12 @@ class DeviceFeed:
     """Does nothing: no process or thread is open."""
 
 
+def check_steps_per_call(steps_per_call: int) -> None:
+  """Raises a UserError unless it is a number of steps, or 0."""
+  expected = "0 (chosen for the device) or a number of steps"
+  errors.require(steps_per_call >= 0, "steps_per_call", steps_per_call, expected)
+
+
 def create_device_feed(
   split: dataset.Split,
   *,
@@ -117,8 +123,7 @@ def create_device_feed(
     UserError: a value out of range.
   """
   del total_epochs, workers  # only the host's batches need them
-  expected = "0 (chosen for the device) or a number of steps"
-  errors.require(steps_per_call >= 0, "steps_per_call", steps_per_call, expected)
+  check_steps_per_call(steps_per_call)
   return DeviceFeed(
     split,
     batch_size=batch_size,

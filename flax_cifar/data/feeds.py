@@ -101,6 +101,19 @@ def create_feed(
   )
 
 
+def check_numbers(backend: str, *, steps_per_call: int, num_seeds: int, workers: int) -> None:
+  """Checks what `backend` can do, without data.
+
+  Raises:
+    UserError: the backend is unknown, or a value is out of range or not for it.
+  """
+  errors.choose("augment.backend", backend, BACKENDS)
+  if backend == "device":
+    device_feed.check_steps_per_call(steps_per_call)
+  else:
+    host_feed.check_numbers(steps_per_call=steps_per_call, num_seeds=num_seeds, workers=workers)
+
+
 def check_seeds(seed: int, num_seeds: int) -> None:
   """Raises a UserError unless there are runs of the seeds `seed`, `seed` + 1, ..."""
   errors.require(0 < num_seeds <= MAX_SEEDS, "num_seeds", num_seeds, f"from 1 to {MAX_SEEDS:,}")

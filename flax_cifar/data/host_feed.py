@@ -96,6 +96,15 @@ class HostFeed:
       self._stream.close()
 
 
+def check_numbers(*, steps_per_call: int, num_seeds: int, workers: int) -> None:
+  """Raises a UserError for one of these keys that the host's feed cannot have."""
+  backend = "where augment.backend='albumentations'"
+  errors.require(steps_per_call in (0, 1), "steps_per_call", steps_per_call, f"0 or 1 {backend}")
+  errors.require(num_seeds == 1, "num_seeds", num_seeds, f"1 {backend}")
+  expected = f"from 0 to {MAX_WORKERS}"
+  errors.require(0 <= workers <= MAX_WORKERS, "augment.workers", workers, expected)
+
+
 def create_host_feed(
   split: dataset_lib.Split,
   *,
@@ -122,11 +131,7 @@ def create_host_feed(
       f"({errors.shorten(error)}); set augment.backend=device."
     ) from error
 
-  backend = "where augment.backend='albumentations'"
-  errors.require(steps_per_call in (0, 1), "steps_per_call", steps_per_call, f"0 or 1 {backend}")
-  errors.require(num_seeds == 1, "num_seeds", num_seeds, f"1 {backend}")
-  expected = f"from 0 to {MAX_WORKERS}"
-  errors.require(0 <= workers <= MAX_WORKERS, "augment.workers", workers, expected)
+  check_numbers(steps_per_call=steps_per_call, num_seeds=num_seeds, workers=workers)
 
   def create_batches(rows: np.ndarray | None) -> batches_lib.TrainBatches:
     return batches_lib.TrainBatches(

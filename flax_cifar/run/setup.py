@@ -68,10 +68,17 @@ def check_choices(config: ConfigDict) -> None:
   optim.create_plateau(enabled=False, **config.schedule.plateau)
   optim.create_optimizer(schedule, **config.optimizer)
   mixing.create_mixing(**config.mixing.to_dict())
-  errors.choose("augment.backend", config.augment.backend, feeds.BACKENDS)
+  feeds.check_numbers(
+    config.augment.backend,
+    steps_per_call=config.steps_per_call,
+    num_seeds=config.num_seeds,
+    workers=config.augment.workers,
+  )
+  mean, std = config.augment.mean or (0.0,) * 3, config.augment.std or (1.0,) * 3
+  normalize.check(mean, std)
   for name in config.augment.ops:
     errors.choose("augment.ops", name, arguments.RULES)
-    arguments.resolve_arguments(name, config.augment[name], config.augment.mean or (0.0,) * 3)
+    arguments.resolve_arguments(name, config.augment[name], mean)
 
 
 def create_setup(

@@ -33,6 +33,8 @@ from tests import tiny
     ("eval_batch_size", 0),
     ("checkpoint.every", 0),
     ("schedule.plateau.factor", 2.0),
+    ("steps_per_call", -1),
+    ("augment.std", (0.0, 1.0, 1.0)),
     ("loss.distillation.weight", 0.0),
     ("loss.distillation.teacher", "tiny50"),
     ("compute_dtype", "float64"),
@@ -44,6 +46,18 @@ def test_a_mistake_is_named_before_data_are_loaded(tiny_model, tmp_path, monkeyp
   with pytest.raises(errors.UserError, match=f"{key}="):
     train.train_and_evaluate(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("key", "value"), [("num_seeds", 2), ("steps_per_call", 5), ("augment.workers", -1)]
+)
+def test_what_the_host_cannot_do_is_named_before_data_are_loaded(
+  tiny_model, tmp_path, monkeypatch, key, value
+):
+  monkeypatch.setattr(splits, "load_splits", lambda **arguments: pytest.fail("data were loaded"))
+  config = tiny.get_config("cifar10", **{"augment.backend": "albumentations", key: value})
+  with pytest.raises(errors.UserError, match=f"{key}={value}"):
+    train.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_a_value_of_an_op_is_checked_too(tiny_model, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Normalization of uint8 images on the device."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,12 @@ from flax_cifar.data.augment import arguments
 MIN_STD = 1e-6  # below the standard deviation if one pixel in a million differs by one level
 
 Normalize = Callable[[Array | np.ndarray], Array]  # uint8 (N, H, W, C) -> float (N, H, W, C)
+
+
+def check(mean: Any, std: Any) -> None:
+  """Raises a UserError unless `mean` is three numbers in [0, 1], and `std` three above 0."""
+  arguments.check_channels("augment.mean", mean)
+  arguments.check_channels("augment.std", std, low=MIN_STD)
 
 
 def create_normalize(
@@ -30,8 +37,7 @@ def create_normalize(
   Raises:
     UserError: `mean` is not three numbers in [0, 1], or `std` not three in [MIN_STD, 1].
   """
-  arguments.check_channels("augment.mean", mean)
-  arguments.check_channels("augment.std", std, low=MIN_STD)
+  check(mean, std)
   scale = 1 / (255 * np.asarray(std, np.float64))
   shift = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
 
