@@ -131,10 +131,15 @@ def test_best_survives_a_restart_and_saves_within_an_epoch(tmp_path):
   assert list_kept_steps(tmp_path / "c") == [2, 6]
 
 
-def test_saving_a_step_twice_does_nothing(tmp_path):
+def test_saving_the_restored_step_again_does_nothing(tmp_path):
   save(tmp_path / "c", (1, 0.3))
-  save(tmp_path / "c", (1, 0.3))
+  before = (tmp_path / "c" / "1").stat().st_ino
+  checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
+  restored = checkpoints.restore_or(start(create()), mesh_lib.create_mesh(1))
+  checkpoints.save(restored)
+  checkpoints.close()
   assert list_kept_steps(tmp_path / "c") == [1]
+  assert (tmp_path / "c" / "1").stat().st_ino == before
 
 
 @pytest.mark.parametrize(
