@@ -58,9 +58,11 @@ def test_sgd_matches_torch(nesterov, momentum):
   np.testing.assert_allclose(params["bias"], expected, rtol=1e-6)
 
 
-def test_adamw_matches_the_paper():
-  params = run(name="adamw")
-  np.testing.assert_allclose(params["kernel"], adamw(5, decay=DECAY), rtol=1e-5)
+@pytest.mark.parametrize(("b1", "b2", "epsilon"), [(0.9, 0.999, 1e-8), (0.5, 0.8, 0.1)])
+def test_adamw_matches_the_paper(b1, b2, epsilon):
+  arguments = {"b1": b1, "b2": b2, "epsilon": epsilon}
+  params = run(name="adamw", adamw=arguments)
+  np.testing.assert_allclose(params["kernel"], adamw(5, decay=DECAY, **arguments), rtol=1e-5)
 
 
 def step_muon(params, gradients, **changes):
@@ -88,6 +90,24 @@ def test_muon_steps_by_similar_amounts_along_the_singular_vectors_of_the_gradien
   assert (diagonal > 0.65).all()
   assert (diagonal < 1.25).all()
   np.testing.assert_allclose(sizes, np.diag(diagonal), atol=2e-2)
+
+
+def test_muon_takes_momentum_and_rms():
+  """The update is linear in `rms`; momentum decides what the first gradient does to the second."""
+  gradients = [{"kernel": draw(1, 1, 8, 8)}, {"kernel": draw(8, 8).T.reshape(1, 1, 8, 8).copy()}]
+
+  def second_update(momentum, rms):
+    config = common.get_config().optimizer.to_dict() | {"name": "muon", "weight_decay": 0.0}
+    config["muon"] = {"momentum": momentum, "rms": rms}
+    optimizer = optim.create_optimizer(lambda step: 1.0, **config)
+    state = optimizer.init(gradients[0])
+    for gradient in gradients:
+      updates, state = optimizer.update(gradient, state, gradients[0])
+    return updates["kernel"]
+
+  plain = second_update(0.5, 0.2)
+  np.testing.assert_allclose(second_update(0.5, 0.6), 3 * plain, rtol=1e-4, atol=1e-7)
+  assert np.linalg.norm(second_update(0.95, 0.2) - plain) > 0.05 * np.linalg.norm(plain)
 
 
 def test_muon_uses_nadam_for_depthwise_kernels_and_vectors():
