@@ -306,6 +306,8 @@ def list_sets(x, sets):
   count, height, width, channels = x.shape
   if isinstance(sets, moments_lib.GhostBatches):
     return x.reshape(-1, sets.number, height, width, channels), (0, 2, 3)
+  if isinstance(sets, moments_lib.DeviceBatches):
+    return x.reshape(sets.number, -1, height, width, channels), (1, 2, 3)
   return x.reshape(count, height, width, sets.number, -1), (1, 2, 4)
 
 
@@ -344,6 +346,7 @@ def get_operands(shape, dtype):
     [
       *(moments_lib.GhostBatches(1), moments_lib.GhostBatches(2)),
       *(moments_lib.ChannelGroups(1), moments_lib.ChannelGroups(4)),
+      moments_lib.DeviceBatches(2),
     ],
     [jnp.float32, jnp.bfloat16],
     [False, True],
