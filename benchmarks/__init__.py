@@ -1,1 +1,1 @@
-"""Timings: each script runs as `python -m benchmarks.NAME`, prints a table and can write JSON."""
+"""Timings, `python -m benchmarks.speed.NAME`, which print tables and can write JSON."""

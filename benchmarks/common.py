@@ -103,9 +103,18 @@ def add_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a file of `add_json`."""
-  records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-  return records
+  """The records of a file of `add_json`, or the one of `write_json`.
+
+  Raises:
+    UserError: the file cannot be read, or holds none.
+  """
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+      f"{str(path)!r} holds no record ({errors.shorten(error)}); name another file."
+    ) from error
+  return content if isinstance(content, list) else [content]
 
 
 def create_record(rows: Sequence[Row]) -> dict[str, Any]:

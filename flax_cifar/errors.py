@@ -95,8 +95,9 @@ def get_path(what: str, text: str | os.PathLike[str]) -> Path:
   """`text` as a path with `~` resolved; it need not exist.
 
   Raises:
-    UserError: the path is invalid, or this user may not look it up.
+    UserError: the path is empty or invalid, or this user may not look it up.
   """
+  require(bool(os.fspath(text)), what, text, "a path")
   try:
     path = Path(text).expanduser()
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -83,6 +83,7 @@ def test_short_keys_are_those_of_variants():
   config = flax_cifar.create_config("s9", norm="layer", lr=0.5, epochs=2, augment__ops=("rotate",))
   assert (config.model.norm, config.optimizer.learning_rate) == ("layer", 0.5)
   assert (config.total_epochs, config.augment.ops) == (2, ("rotate",))
+  assert flax_cifar.create_config("s9", seed=np.int64(3)).seed == 3
 
 
 def test_a_key_that_is_set_twice_is_refused():

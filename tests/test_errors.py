@@ -32,3 +32,8 @@ def test_differences_name_changed_and_missing_keys():
     "c is 3 there and 'absent' here",
     "d is 'absent' there and 5 here",
   ]
+
+
+def test_an_empty_path_is_refused():
+  with pytest.raises(errors.UserError, match="FOLDER='' "):
+    errors.get_path("FOLDER", "")

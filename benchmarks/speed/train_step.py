@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.speed import step_worker
 from flax_cifar.run import tables
+from flax_cifar.tools import command_line
 
 NETWORKS = ("dilated", "ghost", "skip", "pyramid", "tiny50k", "wide")  # of docs/performance.md
 MATMUL = "matmul"
@@ -87,8 +88,9 @@ class Worker:
 def main() -> None:
   options = parse_options()
   if options.show:
-    for record in common.read_records(pathlib.Path(options.show)):
-      print(format_record(record))
+    with command_line.one_line_errors():
+      for record in common.read_records(pathlib.Path(options.show)):
+        print(format_record(record))
     return
   others = [mode for mode in options.modes if not mode.startswith("PyTorch")]
   if others != options.modes and not has_torch(options.torch_python):
@@ -129,14 +131,15 @@ def parse_options() -> argparse.Namespace:
 
 def format_record(record: Mapping[str, Any]) -> str:
   """A table of a record, below a line that says where it comes from."""
-  versions = {row["library"] for row in record["rows"]}
+  versions = {row["library"] for row in record["rows"] if "library" in row}
+  shown = [key for key in SHOWN if key in record["rows"][0]]  # older records have fewer
   origin = (
     f"`{record['command']}`, {record['hardware']}, {', '.join(sorted(versions))}, commit "
     f"`{record['commit'][:7]}`, {record['date'][:10]}:"
   )
-  cells = [[common.format_cell(row[key]) for key in SHOWN] for row in record["rows"]]
-  numeric = [key not in ("network", "mode") for key in SHOWN]
-  return f"{origin}\n\n{tables.format_markdown(SHOWN, cells, numeric)}"
+  cells = [[common.format_cell(row[key]) for key in shown] for row in record["rows"]]
+  numeric = [key not in ("network", "mode") for key in shown]
+  return f"{origin}\n\n{tables.format_markdown(shown, cells, numeric)}"
 
 
 def measure_network(network: str, options: argparse.Namespace) -> list[common.Row]:

@@ -36,7 +36,7 @@ def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset
   forms = (f"{kind}:PATH", f"{kind}:NAME")
   form = next((form for form in forms if path and form in LOADERS), name)
   loader = errors.choose("data.name", form, LOADERS)
-  found = errors.get_path("data.name", path)
+  found = errors.get_path("data.name", path or ".")
   try:
     dataset = loader(path=found, dir=dir, image_size=image_size)
   except OSError as error:  # no permission to read a folder or file

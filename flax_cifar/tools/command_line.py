@@ -19,6 +19,12 @@ from ml_collections import ConfigDict, config_flags
 from flax_cifar import configs, environment, errors, signals, zoo
 from flax_cifar.configs import variants
 
+# What a run leaves in its folder, besides pictures and reports.
+RUN_FILES = (
+  *("config.json", "data.json", "lock", "metrics.jsonl", "result.json", "summary.txt"),
+  zoo.WEIGHTS,
+)
+
 CONFIGS = pathlib.Path(configs.__file__).parent
 STANDARD_OUTPUT = 1  # its file descriptor
 CONFIG_HELP = "A file of configs/; variants and key=value may follow it after a colon."
@@ -39,7 +45,8 @@ def explain(error: Exception) -> str:
   """One line for an error of the command line; ml_collections wraps errors and tracebacks."""
   while error.args and isinstance(error.args[0], Exception):
     error = error.args[0]
-  text = str(error.args[0] if error.args else error).strip()
+  shown = error if isinstance(error, OSError) or not error.args else error.args[0]
+  text = str(shown).strip()
   text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
   return f"unknown config key {text}" if isinstance(error, KeyError) else text or repr(error)
 
@@ -53,13 +60,16 @@ def one_line_errors() -> Iterator[None]:
   """
   try:
     yield
-    sys.stdout.flush()  # else Python meets the closed pipe at its end, and says so
+    if sys.stdout:  # None where standard output is closed
+      sys.stdout.flush()  # else Python meets the closed pipe at its end, and says so
   except errors.UserError as error:
     leave(f"error: {explain(error)}", 2)
   except errors.Lost as error:
     leave(f"error: {error}", os.EX_TEMPFAIL)
   except signals.Interrupted as stop:
     leave(str(stop), 128 + stop.signum)
+  except PermissionError as error:
+    leave(f"error: {error.filename!r} cannot be used ({error.strerror}); check its permissions.", 2)
   except KeyboardInterrupt:
     leave("stopped at once; what was saved stays", 130)
   except BrokenPipeError:
@@ -86,7 +96,7 @@ def find_config(text: str, flag: str = "--config") -> str:
     UserError: there is none; the message lists ours.
   """
   name, colon, variant = text.partition(":")
-  path = errors.get_path(flag, name)
+  path = errors.get_path(flag, name or ".")
   if not path.is_file():
     is_ours = path.parent in (pathlib.Path(), pathlib.Path("configs"))
     ours = {key: CONFIGS / f"{key}.py" for key in list_configs()}
@@ -176,7 +186,8 @@ def get_out(flag: str, text: str, suffix: str = "") -> pathlib.Path:
   """The file that a flag asks to write, checked before any work is done for it.
 
   Raises:
-    UserError: it is a folder, lies in none that can be written to, or does not end with `suffix`.
+    UserError: it is a folder, lies in none that can be written to, does not end with `suffix`, or
+      is a file that a run has written.
   """
   path = errors.get_path(flag, text)
   is_file = not path.is_dir() and not text.endswith(os.sep)
@@ -184,6 +195,8 @@ def get_out(flag: str, text: str, suffix: str = "") -> pathlib.Path:
   folder = path.parent
   fits = folder.is_dir() and os.access(folder, os.W_OK)
   errors.require(fits, flag, text, "in a folder that exists and can be written to")
+  belongs = path.name in RUN_FILES and path.exists()
+  errors.require(not belongs, flag, text, "another file, because a run has written this one")
   named = path.suffix.lower() == suffix or not suffix
   errors.require(named, flag, text, f"a name that ends with {suffix}")
   return path

@@ -117,6 +117,8 @@ def parse(arguments: Sequence[str]) -> Options:
     UserError: something is missing or unknown.
   """
   options = create_parser().parse_args(arguments)
+  for flag in ("data", "data_dir"):
+    errors.require(vars(options)[flag] != "", f"--{flag}", "", "a name, or leave the flag out")
   options.weights = command_line.find_network(options)
   if options.model and not options.dtype:
     options.dtype = zoo.DTYPE
@@ -308,7 +310,7 @@ def _describe_seen(
 def _find_place(name: str) -> tuple[str, pathlib.Path]:
   """The kind of the data set `name` and its path, which can be written in several ways."""
   kind, _, path = name.partition(":")
-  return kind, errors.get_path("data.name", path).resolve()
+  return kind, errors.get_path("data.name", path or ".").resolve()
 
 
 def _join(data: dataset_lib.Dataset) -> dataset_lib.Split:

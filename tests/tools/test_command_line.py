@@ -272,3 +272,26 @@ def test_an_empty_name_of_a_network_is_refused(flag):
   command_line.add_network(parser)
   with pytest.raises(errors.UserError, match=f"{flag}='' is not valid"):
     command_line.find_network(parser.parse_args([f"{flag}="]))
+
+
+def test_a_file_of_a_run_is_not_overwritten(tmp_path):
+  path = tmp_path / "weights.safetensors"
+  assert command_line.get_out("--out", str(path)) == path
+  path.touch()
+  with pytest.raises(errors.UserError, match="a run has written this one"):
+    command_line.get_out("--out", str(path))
+
+
+def test_what_may_not_be_read_is_one_line(capsys):
+  with pytest.raises(SystemExit) as ended, command_line.one_line_errors():
+    raise PermissionError(13, "Permission denied", "/secret")
+  assert ended.value.code == 2
+  assert capsys.readouterr().err == (
+    "error: '/secret' cannot be used (Permission denied); check its permissions.\n"
+  )
+
+
+def test_a_closed_standard_output_is_no_error(monkeypatch):
+  monkeypatch.setattr(command_line.sys, "stdout", None)
+  with command_line.one_line_errors():
+    pass

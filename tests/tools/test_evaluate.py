@@ -326,3 +326,9 @@ def test_mirror_images_and_corruptions_are_scored_apart(tmp_path, data):
   assert lines[-1] == f"corrupted accuracy {score.corrupted_accuracy:.2%}"
   row = next(line for line in lines if line.startswith("noise"))
   assert row.split()[1:6] == [f"{100 * value:.2f}" for value in score.corrupted["noise"]]
+
+
+@pytest.mark.parametrize("flag", ["data", "data_dir"])
+def test_an_empty_flag_is_refused(flag):
+  with pytest.raises(errors.UserError, match=f"--{flag}='' "):
+    evaluate.parse(["--model=tiny50k", f"--{flag}="])

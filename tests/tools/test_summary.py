@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from flax_cifar import errors
+from flax_cifar.tools import command_line, summary
+
 
 def run(*arguments):
   program = [sys.executable, "-m", "flax_cifar.tools.summary", *arguments]
@@ -44,3 +47,11 @@ def test_a_wrong_name_is_one_line(arguments, message):
   assert done.returncode == 2
   assert done.stderr.startswith(message)
   assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [0, 40_000])
+def test_an_image_size_that_no_run_has_is_refused(size):
+  config = command_line.load_config("s9", "config")
+  config.data.image_size = size
+  with pytest.raises(errors.UserError, match=f"data.image_size={size}"):
+    summary.get_rows(config, 10)

@@ -1,6 +1,7 @@
 """The comparison of steps: turns, ratios, tables, and another commit."""
 
 import inspect
+import pathlib
 import sys
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from benchmarks import common
 from benchmarks.speed import regression, step_worker, train_step
 from flax_cifar import train
+
+RECORDS = pathlib.Path(__file__).parents[3] / "docs" / "benchmarks"
 
 
 class Clock:
@@ -101,3 +104,11 @@ def test_tables_show_numbers_to_three_digits():
   assert [common.format_cell(value) for value in (1234.5, 0.12345, None, "x")] == [
     *("1,234", "0.123", "", "x")
   ]
+
+
+@pytest.mark.parametrize(
+  "path", sorted(RECORDS.glob("train_step*.json")), ids=lambda path: path.stem
+)
+def test_every_record_can_be_shown(path):
+  for record in common.read_records(path):
+    assert record["rows"][0]["network"] in train_step.format_record(record)
