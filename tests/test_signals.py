@@ -1,7 +1,7 @@
 """The first signal is recorded, the second ends the process."""
 
-import gc
 import concurrent.futures
+import gc
 import os
 import signal
 import subprocess
