@@ -120,7 +120,7 @@ def create_config(config: str | os.PathLike[str] = "quickstart", **changes: Any)
     is_short = keyword in variants.SHORT_KEYS and not isinstance(value, Mapping)
     key = variants.SHORT_KEYS[keyword] if is_short else keyword.replace(SEPARATOR, ".")
     command_line.get_value(found, key)  # its errors
-    value = value.item() if hasattr(value, "item") else value  # a number of NumPy
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # a number of NumPy
     if key in keys:
       raise errors.UserError(
         f"{key} is set twice, the second time by {keyword}={value!r}; set one."
