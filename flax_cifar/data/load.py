@@ -30,8 +30,7 @@ def load_dataset(*, name: str, dir: str, image_size: int) -> dataset_lib.Dataset
   Raises:
     UserError: unknown name, missing or damaged data, or images of another size.
   """
-  expected = f"from 1 to {arguments.MAX_PIXELS} pixels"
-  errors.require(1 <= image_size <= arguments.MAX_PIXELS, "data.image_size", image_size, expected)
+  arguments.check_image_size(image_size)
   kind, _, path = name.partition(":")
   forms = (f"{kind}:PATH", f"{kind}:NAME")
   form = next((form for form in forms if path and form in LOADERS), name)

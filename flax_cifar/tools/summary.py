@@ -59,9 +59,7 @@ def summarize(arguments: Sequence[str]) -> None:
 def get_rows(config: ConfigDict, num_classes: int) -> list[layer_table.Row]:
   """The layer table of the config's network."""
   config = config_lib.settle(config)
-  size = config.data.image_size
-  expected = f"from 1 to {arguments.MAX_PIXELS}"
-  errors.require(1 <= size <= arguments.MAX_PIXELS, "data.image_size", size, expected)
+  arguments.check_image_size(config.data.image_size)
   model = config_lib.create_model(config, num_classes=num_classes)
   with config_lib.explain_misfit(config):
     return layer_table.get_layer_table(model, (config.data.image_size,) * 2 + (3,))

@@ -98,6 +98,12 @@ def resolve_arguments(
   return resolved
 
 
+def check_image_size(image_size: int) -> None:
+  """Raises a UserError unless it is a side that images may have, in pixels."""
+  expected = f"from 1 to {MAX_PIXELS} pixels"
+  errors.require(1 <= image_size <= MAX_PIXELS, "data.image_size", image_size, expected)
+
+
 def check_channels(key: str, values: Sequence[float], *, low: float = 0.0) -> None:
   """Raises a UserError unless `values` are a number in [low, 1] for each of the three channels."""
   valid = [isinstance(value, numbers.Real) and low <= value <= 1 for value in values]
