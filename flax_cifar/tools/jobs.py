@@ -28,7 +28,7 @@ class Job:
   log: pathlib.Path | None = None
 
 
-MISTAKE = 2  # the status of a run that refuses what it was asked for
+REFUSED = 2  # the status of a run that ends with advice: that of a mistake, or of one that diverged
 
 
 class JobFailed(Exception):
@@ -37,7 +37,7 @@ class JobFailed(Exception):
   def __init__(self, job: Job, status: int):
     where = f" ({job.log} says why)" if job.log else ""
     goes_on = "the same command goes on from there"
-    hint = "correct that and start again" if status == MISTAKE else goes_on
+    hint = "correct that and start again" if status == REFUSED else goes_on
     super().__init__(f"run {job.name} ended with status {status}{where}; {hint}")
     self.status = status
 
@@ -51,11 +51,14 @@ def split_cores(count: int) -> list[Cores]:
   return [frozenset(cores[start:end]) for start, end in itertools.pairwise(ends)]
 
 
-def run_jobs(jobs: Sequence[Job], shares: Sequence[Cores]) -> None:
+def run_jobs(jobs: Sequence[Job], shares: Sequence[Cores]) -> list[JobFailed]:
   """Runs the jobs in their order, as many at once as there are shares of the cores.
 
+  Returns:
+    The jobs that ended with REFUSED, which says nothing of the others.
+
   Raises:
-    JobFailed: the first that failed or was stopped; none is started after it, and those that run
+    JobFailed: the first that crashed or was stopped; none is started after it, and those that run
       beside it are waited for.
   """
   with _Pool(shares) as pool:
@@ -67,6 +70,7 @@ def run_jobs(jobs: Sequence[Job], shares: Sequence[Cores]) -> None:
       pool.start(job)
   if pool.failure:
     raise pool.failure
+  return pool.refused
 
 
 class _Pool:
@@ -79,6 +83,7 @@ class _Pool:
 
   def __init__(self, shares: Sequence[Cores]):
     self.failure: JobFailed | None = None
+    self.refused: list[JobFailed] = []
     self._free = list(shares)
     self._running: dict[subprocess.Popen[bytes], tuple[Job, Cores]] = {}
     self._signals: list[int] = []
@@ -126,7 +131,9 @@ class _Pool:
       job, cores = self._running.pop(process)
       self._free.append(cores)
       status = self._get_status(process.returncode)
-      if status and not self.failure:
+      if status == REFUSED:
+        self.refused.append(JobFailed(job, status))
+      elif status and not self.failure:
         self.failure = JobFailed(job, status)
         for other, _ in self._running.values():
           print(f"run {job.name} ended with status {status}; waiting for {other.name}", flush=True)

@@ -4,7 +4,7 @@
 
 Each --over names a short key that config files take after the colon (norm, seed, epochs, lr) and
 its values; the runs are the product of all --over. Any --config.KEY=VALUE of main.py is passed on.
-The same command again goes on where it stopped. The workdir gets a folder per run, table.md,
+The same command again goes on where it stopped. A run that diverges ends alone. The workdir gets a folder per run, table.md,
 table.json (accuracies in [0, 1]) and curves.png; seeds are averaged. On a CPU, --jobs=2 makes two
 runs at once, each on half of the cores and with a log in place of the screen, which takes less time
 than one after the other on all cores.
@@ -68,21 +68,27 @@ def run_sweep(sweep: Sweep) -> None:
   """Makes every run, then writes and prints the comparison.
 
   Raises:
-    JobFailed: a run failed or was stopped; those before it are kept.
+    JobFailed: a run crashed or was stopped, and those before it are kept; or one or more of them
+      were refused, as those that diverge, and the others are compared.
   """
   # Imported here, because it brings JAX, and a wrong flag need not wait for that.
   from flax_cifar.run import workdir as workdir_lib
 
   combinations = get_combinations(sweep.over)
+  refused: list[jobs_lib.JobFailed] = []
   with workdir_lib.explain_failed_writes(sweep.workdir):
     if not sweep.collects:
       check_runs(sweep, combinations)
-      make_runs(sweep, sweep.shard.select(combinations))
+      refused = make_runs(sweep, sweep.shard.select(combinations))
     is_whole = sweep.engine != "slurm" and sweep.shard == shards_lib.WHOLE
+    if len(refused) == len(combinations):
+      raise refused[0]
     if sweep.collects or is_whole:
       compare_finished(sweep, combinations)
     else:
       print(f"once they are done: {get_command_line(sweep)} --workdir={sweep.workdir} --collect")
+  if refused:
+    raise refused[0]
 
 
 def check_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
@@ -103,15 +109,17 @@ def check_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
     first_steps.check(config)
 
 
-def make_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
-  """Makes the runs of `combinations` here, or submits them."""
+def make_runs(
+  sweep: Sweep, combinations: Sequence[variants.Settings]
+) -> list[jobs_lib.JobFailed]:
+  """Makes the runs of `combinations` here, or submits them; returns those that were refused."""
   jobs = [create_job(sweep, settings) for settings in combinations]
   if sweep.num_jobs > 1 or sweep.engine != "here":  # for the logs
     sweep.workdir.mkdir(parents=True, exist_ok=True)
   if sweep.engine == "here":
-    jobs_lib.run_jobs(jobs, jobs_lib.split_cores(sweep.num_jobs))
-  else:
-    shards_lib.submit(jobs, sweep.workdir / "jobs", sweep.engine, sweep.parameters)
+    return jobs_lib.run_jobs(jobs, jobs_lib.split_cores(sweep.num_jobs))
+  shards_lib.submit(jobs, sweep.workdir / "jobs", sweep.engine, sweep.parameters)
+  return []
 
 
 def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:

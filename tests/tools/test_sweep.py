@@ -23,6 +23,7 @@ from flax_cifar.tools import sweep
 from tests import tiny as tiny_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
+CORRECT = "correct that and start again"
 CONFIG = "--config=configs/quickstart.py"
 ACCURACIES = {  # run -> train, validation of each epoch, test
   "norm=batch,seed=0": ([0.5, 0.7], [0.6, 0.5], 0.55),
@@ -353,6 +354,27 @@ def test_a_run_that_fails_stops_the_sweep(tmp_path, monkeypatch, capsys):
   )
 
 
+@pytest.mark.parametrize("diverging", [["seed=1"], ["seed=0", "seed=1"]])
+def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys, diverging):
+  def create_command(spec, settings):
+    name = variants.format_settings(settings)
+    if name not in diverging:
+      write_run(tmp_path, *create_run(name, [0.5], [0.5], 0.5, num_seeds=1))
+    return [sys.executable, "-c", f"raise SystemExit({2 * (name in diverging)})"]
+
+  monkeypatch.setattr(sweep, "get_command", create_command)
+  flags = [CONFIG, "--over=seed=0,1", f"--workdir={tmp_path}"]
+  monkeypatch.setattr(sys, "argv", ["sweep", *flags])
+  with pytest.raises(SystemExit) as stop:
+    sweep.main()
+  assert stop.value.code == 2
+  out, err = capsys.readouterr()
+  assert "run 2/2: seed=1" in out
+  assert err.endswith(f"error: run {diverging[0]} ended with status 2; {CORRECT}\n")
+  assert (tmp_path / "table.md").exists() == (diverging == ["seed=1"])
+  assert ("not finished and left out: seed=1" in err) == (diverging == ["seed=1"])
+
+
 def test_jax_is_not_needed_to_refuse_arguments():
   code = "import sys; from flax_cifar.tools import sweep; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -392,6 +414,7 @@ def test_shards_make_their_runs_and_collect_compares_what_has_finished(tmp_path,
     made.extend(job.name for job in jobs)
     for job in jobs:
       write_run(tmp_path, *create_run(job.name, [0.5], [0.5], 0.5, num_seeds=1))
+    return []
 
   with mock.patch.object(sweep.jobs_lib, "run_jobs", run_jobs):
     with pytest.raises(errors.UserError, match="has finished; start them first"):
