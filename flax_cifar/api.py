@@ -53,12 +53,15 @@ class Run:
     return float(self.result[f"{result.get_final_split_name(self.result)}_accuracy"])
 
   def load(self) -> "classifier.Classifier":
-    """Loads the network, of several seeds the first; see `Classifier.predict`."""
-    from flax_cifar.run import classifier
-    from flax_cifar.run import weights as weights_lib
+    """Loads the network, of several seeds the first; see `Classifier.predict`.
+
+    Raises:
+      UserError: its weights are missing or damaged, or those of another run.
+    """
+    from flax_cifar.run import classifier, finished
 
     environment.check_settings_of_jax()
-    weights = weights_lib.load_weights(self.workdir / "weights.safetensors")
+    weights = finished.load_weights(self.workdir, self.result)
     return classifier.create_classifier(weights, dtype=weights.config["compute_dtype"])
 
   def plot_curves(self) -> "Figure":

@@ -1,4 +1,4 @@
-"""A finished run: what result.json and metrics.jsonl of its folder hold."""
+"""A finished run: what result.json, metrics.jsonl and weights.safetensors of its folder hold."""
 
 import dataclasses
 import json
@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_cifar import errors
+from flax_cifar import errors, zoo
+from flax_cifar.run import config as config_lib
+from flax_cifar.run import weights as weights_lib
 from flax_cifar.run import workdir as workdir_lib
 
 Record = Mapping[str, Any]
@@ -47,10 +49,32 @@ def read_run(workdir: pathlib.Path) -> Run:
   return Run(result, records)
 
 
+def load_weights(workdir: pathlib.Path, result: Record) -> weights_lib.Weights:
+  """The network of the finished run in `workdir`, whose result.json holds `result`.
+
+  Raises:
+    UserError: its weights are missing or damaged, or those of another run.
+  """
+  path = workdir / zoo.WEIGHTS
+  weights = weights_lib.load_weights(path)
+  differences = errors.list_differences(
+    config_lib.flatten(weights.config),
+    config_lib.flatten(config_lib.complete(result["config"])),
+    places=("there", "in result.json"),
+  )
+  if differences:
+    raise errors.UserError(
+      f"{str(path)!r} is of another run: {errors.list_some(differences, 3)}; restore this run's."
+    )
+  return weights
+
+
 def _read_records(path: pathlib.Path) -> list[Record]:
   try:
     lines = path.read_text(encoding="utf-8").splitlines()
     return [dict(json.loads(line)) for line in lines]
+  except PermissionError as error:
+    raise errors.UserError(f"{str(path)!r} cannot be read; make it readable.") from error
   except (OSError, ValueError, TypeError) as error:
     raise errors.UserError(
       f"{str(path)!r} cannot be read ({errors.shorten(error)}); delete result.json beside it, "

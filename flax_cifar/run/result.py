@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flax_cifar import environment, errors, files, metrics
+from flax_cifar import environment, errors, files, metrics, zoo
 from flax_cifar import state as state_lib
 from flax_cifar.data import dataset, feeds
 from flax_cifar.data import splits as splits_lib
@@ -110,7 +110,7 @@ def finish_run(
     log: prints the result.
   """
   weights.save_weights(
-    workdir / "weights.safetensors",
+    workdir / zoo.WEIGHTS,
     variables,
     config=config.to_dict(),
     class_names=splits.class_names,
@@ -188,7 +188,7 @@ def report_result(log: log_lib.RunLog, result: dict[str, Any], workdir: pathlib.
     peeked = tables.PEEKED if result["protocol"] == "published" else ""
     log.print(f"best validation accuracy {best['accuracy']:.2%}{peeked}, epoch {best['epoch']}")
   log.print(f"result    {workdir / 'result.json'}")
-  log.print(f"weights   {workdir / 'weights.safetensors'}")
+  log.print(f"weights   {workdir / zoo.WEIGHTS}")
   for picture in sorted(workdir.glob("*.png")):
     log.print(f"picture   {picture}")
 

@@ -232,6 +232,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     return dict(json.loads(path.read_text(encoding="utf-8")))
   except (FileNotFoundError, NotADirectoryError):
     return None
+  except PermissionError as error:
+    raise errors.UserError(f"{str(path)!r} cannot be read; make it readable.") from error
   except (OSError, ValueError, TypeError) as error:
     raise errors.UserError(
       f"{str(path)!r} is damaged ({error}); restore it or choose another --workdir."

@@ -105,18 +105,17 @@ def write_files(run: pathlib.Path, folder: pathlib.Path, *, repo: str, force: bo
   """Writes the files of `run` for the repository `repo`, with their card, to the new `folder`.
 
   Raises:
-    UserError: there is no finished run, or it names an absolute path without `force`; or the folder
-      cannot be written.
+    UserError: there is no finished run, its weights are damaged or of another one, or it names an
+      absolute path without `force`; or the folder cannot be written.
   """
   from flax_cifar.run import finished
   from flax_cifar.run import result as result_lib
-  from flax_cifar.run import weights as weights_lib
 
   found = finished.read_run(run)
   result = {**found.result, "command": result_lib.drop_workdir(found.result["command"])}
   if not force:
     check_paths(run, result)
-  weights_lib.load_weights(run / hub.WEIGHTS)  # whole and of this program
+  finished.load_weights(run, found.result)  # whole, and of this run
   if missing := [name for name in FILES if not (run / name).is_file()]:
     raise errors.UserError(f"{str(run)!r} lacks {', '.join(missing)}; restore them first.")
   try:

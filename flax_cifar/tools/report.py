@@ -127,17 +127,17 @@ def report_run(options: argparse.Namespace) -> str:
   """The page of the run in `options.folders[0]`.
 
   Raises:
-    UserError: the folder has no finished run, or its weights or data are missing or damaged.
+    UserError: the folder has no finished run, or its weights or data are missing or damaged, or the
+      weights are those of another run.
   """
   from flax_cifar import metrics
   from flax_cifar.run import classifier as classifier_lib
   from flax_cifar.run import finished, plots, result
-  from flax_cifar.run import weights as weights_lib
   from flax_cifar.tools import evaluate
 
   (folder,) = options.folders
   run = finished.read_run(folder)
-  weights = weights_lib.load_weights(folder / "weights.safetensors")
+  weights = finished.load_weights(folder, run.result)
   network = classifier_lib.create_classifier(weights, dtype=weights.config["compute_dtype"])
   scored = result.get_final_split_name(run.result)
   _, split = evaluate.load_own_split(weights, split=scored, data_dir=options.data_dir)

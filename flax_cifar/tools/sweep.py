@@ -109,9 +109,7 @@ def check_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
     first_steps.check(config)
 
 
-def make_runs(
-  sweep: Sweep, combinations: Sequence[variants.Settings]
-) -> list[jobs_lib.JobFailed]:
+def make_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> list[jobs_lib.JobFailed]:
   """Makes the runs of `combinations` here, or submits them; returns those that were refused."""
   jobs = [create_job(sweep, settings) for settings in combinations]
   if sweep.num_jobs > 1 or sweep.engine != "here":  # for the logs

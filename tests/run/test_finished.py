@@ -1,6 +1,7 @@
 """Reading of runs that have finished, and refusal of those that have not."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -37,4 +38,19 @@ def test_a_run_that_has_gone_on_is_not_finished(tmp_path, records):
 def test_a_damaged_line_is_named_with_a_remedy(tmp_path, line):
   write_run(tmp_path, epochs=1, lines=[line])
   with pytest.raises(errors.UserError, match=r"metrics\.jsonl' cannot be read .*delete result"):
+    finished.read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl"])
+def test_a_file_that_may_not_be_read_is_no_damaged_one(tmp_path, monkeypatch, name):
+  write_run(tmp_path, epochs=1, lines=['{"epoch": 1}'])
+  read = pathlib.Path.read_text
+
+  def refuse(path, **options):  # no mode of a file keeps root from reading it
+    if path.name == name:
+      raise PermissionError(13, "Permission denied")
+    return read(path, **options)
+
+  monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+  with pytest.raises(errors.UserError, match=f"{name}' cannot be read; make it readable"):
     finished.read_run(tmp_path)

@@ -155,6 +155,16 @@ def test_a_run_that_lacks_a_file_leaves_nothing(run, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_weights_of_another_run_are_refused(run):
+  config = workdir.read_result(run)["config"]
+  set_result(run, config=config | {"seed": 12})
+  message = r"safetensors' is of another run: seed is \d+ there and 12 in result\.json; restore"
+  with pytest.raises(errors.UserError, match=message):
+    publish.publish(publish.parse([str(run), f"--to={USER}", "--force"]))
+  with pytest.raises(errors.UserError, match=message):
+    flax_cifar.load_run(run).load()
+
+
 def test_a_name_that_the_hub_does_not_know_is_one_line(server):
   with pytest.raises(errors.UserError, match=r"'hf:no/one' cannot be downloaded .*404"):
     hub.download("hf:no/one")
