@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -72,7 +72,8 @@ def get_layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> list
 
   The function traces the model with abstract values and computes nothing. It marks the input and
   output of each layer in the trace and follows receptive fields from mark to mark, so it need not
-  know the operations between layers (ReLU, padding, sums).
+  know the operations between layers (ReLU, padding, sums). A module outside LEAVES that has
+  parameters of its own, such as a scale, has a row, too: with these, without multiply-adds.
 
   Raises:
     ValueError: an operation outside the layers of LEAVES looks at several pixels at once. Some
@@ -80,16 +81,24 @@ def get_layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> list
   """
   modules: list[nn.Module] = []
   rows: list[Row] = []
+  depth = 0  # of layers: the modules within one are parts of its row
 
   def mark(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    nonlocal depth
     module = context.module
-    if context.method_name != "__call__" or not isinstance(module, LEAVES):
+    if context.method_name != "__call__" or depth:
       return next_fun(*args, **kwargs)
-    number = str(len(modules))
-    y = next_fun(checkpoint_name(args[0], READ + number), *args[1:], **kwargs)
+    if isinstance(module, LEAVES):
+      depth += 1
+      y = next_fun(checkpoint_name(args[0], f"{READ}{len(modules)}"), *args[1:], **kwargs)
+      depth -= 1
+    else:
+      y = next_fun(*args, **kwargs)
+      if not _get_own_parameters(module):
+        return y
+    rows.append(_create_row(module, args, y))
     modules.append(module)
-    rows.append(_create_row(module, args[0], y))
-    return checkpoint_name(y, WROTE + number)
+    return checkpoint_name(y, f"{WROTE}{len(rows) - 1}")
 
   def forward(images: jax.Array) -> Any:
     return model.init_with_output(jax.random.key(0), images, train=False)
@@ -127,14 +136,14 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 def _follow_receptive_fields(
   jaxpr: Any, modules: Sequence[nn.Module]
 ) -> list[ReceptiveField | None]:
-  """Returns the receptive field of each module's output.
+  """Returns the receptive field of each module's output, which is 0 if it sees no pixel.
 
   The images are the only input of `jaxpr`.
   """
   # Holds only variables that depend on the images.
   known: dict[Any, ReceptiveField | None] = {jaxpr.invars[0]: ReceptiveField()}
-  read: dict[str, ReceptiveField | None] = {}
-  written: list[ReceptiveField | None] = []
+  written: dict[int, ReceptiveField | None] = {}
+  read: dict[int, ReceptiveField | None] = {}  # by the layer whose equations come next
   for equation in jaxpr.eqns:
     inputs = [known[v] for v in equation.invars if not hasattr(v, "val") and v in known]
     if not inputs:
@@ -142,15 +151,16 @@ def _follow_receptive_fields(
     field = _join_receptive_fields(inputs)
     name = equation.params.get("name", "") if equation.primitive.name == "name" else ""
     if name.startswith(READ):
-      read[name.removeprefix(READ)] = field
+      read[int(name.removeprefix(READ))] = field
     elif name.startswith(WROTE):
-      number = name.removeprefix(WROTE)
-      field = _get_layer_field(modules[int(number)], read[number])
-      written.append(field)
-    elif len(read) == len(written):  # outside the layers
+      number = int(name.removeprefix(WROTE))
+      if number in read:
+        field = _get_layer_field(modules[number], read.pop(number))
+      written[number] = field
+    elif not read:  # outside the layers
       field = _get_operation_field(equation, field)
     known |= dict.fromkeys(equation.outvars, field)
-  return written
+  return [written.get(number, ReceptiveField((0, 0))) for number in range(len(modules))]
 
 
 def _join_receptive_fields(fields: Sequence[ReceptiveField | None]) -> ReceptiveField | None:
@@ -219,24 +229,33 @@ def _list_equations(equation: Any) -> Iterator[Any]:
       yield from _list_equations(one)
 
 
-def _create_row(module: nn.Module, x: jax.Array, y: jax.Array) -> Row:
-  parameters = jax.tree.leaves(module.variables.get("params", {}))
-  multiply_adds = 0
-  if isinstance(module, nn.Conv):
-    taps = math.prod(blocks.get_pair(module.kernel_size)) * (
-      x.shape[-1] // module.feature_group_count
-    )
-    multiply_adds = math.prod(y.shape[1:]) * taps
-  elif isinstance(module, nn.Dense):
-    multiply_adds = x.shape[-1] * y.shape[-1]
+def _create_row(module: nn.Module, inputs: Sequence[Any], outputs: Any) -> Row:
+  y = jax.tree.leaves(outputs)[0]
   return Row(
     name="/".join(module.path),
     kind=_describe(module),
     output_shape=y.shape[1:],
-    parameters=sum(leaf.size for leaf in parameters),
-    multiply_adds=multiply_adds,
+    parameters=sum(leaf.size for leaf in _get_own_parameters(module)),
+    multiply_adds=_count_multiply_adds(module, inputs, y),
     receptive_field=None,
   )
+
+
+def _get_own_parameters(module: nn.Module) -> list[jax.Array]:
+  """The parameters of a layer; of another module those that are in no module within it."""
+  parameters = module.variables.get("params", {})
+  if isinstance(module, LEAVES):
+    return jax.tree.leaves(parameters)
+  return [leaf for leaf in parameters.values() if not isinstance(leaf, Mapping)]
+
+
+def _count_multiply_adds(module: nn.Module, inputs: Sequence[Any], y: jax.Array) -> int:
+  if isinstance(module, nn.Dense):
+    return inputs[0].shape[-1] * y.shape[-1]
+  if not isinstance(module, nn.Conv):
+    return 0
+  window = math.prod(blocks.get_pair(module.kernel_size))
+  return math.prod(y.shape[1:]) * window * (inputs[0].shape[-1] // module.feature_group_count)
 
 
 def _describe(module: nn.Module) -> str:

@@ -169,6 +169,54 @@ def test_shapes_parameters_and_multiply_adds_of_a_made_up_network():
   ]
 
 
+class Position(nn.Module):
+  """A parameter per position, which sees no pixel."""
+
+  @nn.compact
+  def __call__(self):
+    return self.param("table", nn.initializers.zeros, (1, 8, 8, 4))
+
+
+class ScaledBranch(nn.Module):
+  """A convolution, and a scale of its own."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Conv(4, (3, 3), name="conv")(x)
+    return self.param("scale", nn.initializers.ones, (4,)) * y
+
+
+class OtherParameters(nn.Module):
+  """Parameters outside the layers that the table knows."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(4, (3, 3), name="first")(x) + Position(name="position")()
+    x = nn.LayerNorm(name="norm")(x + ScaledBranch(name="branch")(x))
+    x = blocks.GlobalAveragePool(name="mean")(x)
+    return nn.Conv(2, (1, 1), name="head")(x) * self.param("scale", nn.initializers.ones, ())
+
+
+def test_parameters_outside_the_layers_have_rows():
+  rows = layer_table.get_layer_table(OtherParameters(), (8, 8, 3))
+  fields = [row.receptive_field and row.receptive_field.size[0] for row in rows]
+  names = [(row.name, row.kind, row.parameters) for row in rows]
+  assert list(zip(names, fields, strict=True)) == [
+    (("first", "conv 3x3", 27 * 4 + 4), 3),
+    (("position", "Position", 8 * 8 * 4), 0),
+    (("branch/conv", "conv 3x3", 36 * 4 + 4), 5),
+    (("branch", "ScaledBranch", 4), 5),
+    (("norm", "LayerNorm", 8), 5),
+    (("mean", "GlobalAveragePool", 0), None),
+    (("head", "conv 1x1", 4 * 2 + 2), None),
+    (("", "OtherParameters", 1), None),
+  ]
+  variables = OtherParameters().init(jax.random.key(0), np.zeros((1, 8, 8, 3)), train=False)
+  total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+  assert layer_table.summarize(rows)["parameters"] == total
+  assert layer_table.get_receptive_field(rows) == (5, 5)
+
+
 def test_operations_are_described_by_kernel_dilation_stride_and_groups():
   kinds = {name: row.kind for name, row in get_rows(Skips()).items()}
   assert kinds["c"] == "conv 3x3 stride 2"
