@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import common
 from flax_cifar import files
 from flax_cifar.run import tables
+from flax_cifar.tools import command_line
 
 SHARE = 0.5  # of the time that is left, at most, for one item: each is to have a turn
 NETWORKS = ("dilated", "pyramid", "ghost", "skip", "sprint_wide", "tiny50k")
@@ -61,7 +62,8 @@ class Item:
 def main() -> None:
   options = parse_options()
   if options.collect:
-    print(collect(options.collect))
+    with command_line.one_line_errors():
+      print(collect(options.collect))
     return
   options.out.mkdir(parents=True, exist_ok=True)
   data = join_data(options.data, options.out) if options.data else find_data()
@@ -187,7 +189,7 @@ def join_data(paths: Sequence[pathlib.Path], out: pathlib.Path) -> str:
 
 def collect(folder: pathlib.Path) -> str:
   """The records of `folder` as Markdown: how the items ended, and a table for each."""
-  items = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+  items = common.read_records(folder / "items.json")
   rows = [[item["item"], item["ended"], f"{item['seconds']:.0f}"] for item in items]
   parts = [tables.format_markdown(["item", "ended", "seconds"], rows)]
   for item in items:

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import pathlib
 import sys
 import time
@@ -49,6 +50,27 @@ def positive(text: str) -> int:
   return number
 
 
+def duration(text: str) -> float:
+  """A type of argparse: finite seconds above 0."""
+  seconds = float(text)
+  if not 0 < seconds < math.inf:
+    raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+  return seconds
+
+
+def record_file(text: str) -> pathlib.Path:
+  """A type of argparse: a file that can be written, so that nothing is measured in vain."""
+  try:
+    return command_line.get_out("file", text)
+  except errors.UserError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag --json, which names a file for the record."""
+  parser.add_argument("--json", type=record_file, metavar="FILE", help="file for the record")
+
+
 def config_file(text: str) -> ConfigDict:
   """A type of argparse: the config that main.py would take, NAME or FILE, with a variant."""
   try:
@@ -85,17 +107,17 @@ def format_cell(value: Any) -> str:
   return "" if value is None else str(value)
 
 
-def write_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
+def write_record(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes the rows with versions, hardware, commit, date and command."""
-  files.write_json(pathlib.Path(path).expanduser(), create_record(rows))
+  files.write_json(path, create_record(rows))
 
 
-def add_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
+def add_record(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Adds the record of `rows` to the list of records in a file.
 
   It replaces that of the same command on the same kind of machine, and no other.
   """
-  path, record = pathlib.Path(path).expanduser(), create_record(rows)
+  record = create_record(rows)
   records = read_records(path) if path.exists() else []
   keys = ("command", "hardware")
   others = [old for old in records if any(old[key] != record[key] for key in keys)]
@@ -103,7 +125,7 @@ def add_json(path: str | pathlib.Path, rows: Sequence[Row]) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a file of `add_json`, or the one of `write_json`.
+  """The records of a file of `add_record`, or the one of `write_record`.
 
   Raises:
     UserError: the file cannot be read, or holds none.

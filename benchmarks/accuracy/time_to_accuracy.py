@@ -37,7 +37,7 @@ def main() -> None:
   rows = [describe(target, runs, options.pytorch) for target in options.targets]
   common.print_table(rows)
   if options.json:
-    common.write_json(options.json, rows)
+    common.write_record(options.json, rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_options() -> argparse.Namespace:
   )
   parser.add_argument("--targets", nargs="+", type=float, default=[85, 90, 93, 94], help="in %%")
   parser.add_argument("--pytorch", type=float, metavar="IMAGES_PER_SECOND", help="its speed")
-  parser.add_argument("--json", metavar="FILE", help="file for the record")
+  common.add_json(parser)
   parser.add_argument("flags", nargs="*", help="for main.py, after --")
   return parser.parse_args()
 
@@ -65,7 +65,8 @@ def train(config: str, flags: Sequence[str]) -> Records:
   errors.require(has_validation, "--config", config, "a config with validation images")
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder, "run")
-    command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}", *flags]
+    program = [sys.executable, "-m", "flax_cifar"]
+    command = [*program, f"--config={config}", f"--workdir={workdir}", *flags]
     if status := subprocess.run(command).returncode:
       sys.exit(status)  # main.py has said why
     return read(workdir)

@@ -127,7 +127,7 @@ def score(docs: pathlib.Path, names: Sequence[str]) -> None:
     )
     rows[name] = describe(name, evaluate.evaluate_weights(options))
     print(f"{name}: {rows[name]['accuracy']:.2%}", flush=True)
-  common.write_json(path, [rows[name] for name in zoo.list_models() if name in rows])
+  common.write_record(path, [rows[name] for name in zoo.list_models() if name in rows])
 
 
 def write_page(docs: pathlib.Path) -> list[pathlib.Path]:

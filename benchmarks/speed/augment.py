@@ -48,7 +48,7 @@ def main() -> None:
     rows += measure(ops, config, images, batch_size=options.batch, repeats=options.repeats)
   common.print_table(rows)
   if options.json:
-    common.write_json(options.json, rows)
+    common.write_record(options.json, rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -64,7 +64,7 @@ def parse_options() -> argparse.Namespace:
     default="configs/s9.py:published",
     help="whose augment.ops are measured",
   )
-  parser.add_argument("--json", metavar="FILE", help="file for the record")
+  common.add_json(parser)
   return parser.parse_args()
 
 

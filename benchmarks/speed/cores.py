@@ -23,7 +23,7 @@ def main() -> None:
   rows = [measure(network, mode, options) for network in options.networks for mode in options.modes]
   common.print_table(rows)
   if options.json:
-    common.write_json(options.json, rows)
+    common.write_record(options.json, rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -33,8 +33,8 @@ def parse_options() -> argparse.Namespace:
   common.add_names(parser, "--modes", list(step_worker.MODES), ["ours"])
   parser.add_argument("--batch", type=common.positive, default=128, help="images per batch")
   parser.add_argument("--repeats", type=common.positive, default=7, help="turns of each side")
-  parser.add_argument("--seconds", type=float, default=2.0, help="least length of a turn")
-  parser.add_argument("--json", metavar="FILE", help="file for the record")
+  parser.add_argument("--seconds", type=common.duration, default=2.0, help="least length of a turn")
+  common.add_json(parser)
   return parser.parse_args()
 
 

@@ -10,6 +10,7 @@ chooses the kernels.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -26,15 +27,14 @@ def main() -> None:
 
   environment.apply_settings()
   options = parse_options()
+  rows: list[dict[str, Any]] = []
   with command_line.one_line_errors():
     configs = [command_line.load_config(text, "configs") for text in options.configs]
-  rows = []
-  for config in configs:
-    for num_seeds in options.seeds:
+    for config, num_seeds in itertools.product(configs, options.seeds):
       rows.append(measure(change(config, num_seeds, options), options))
       print(rows[-1], flush=True)
       if options.json:
-        common.write_json(options.json, rows)
+        common.write_record(options.json, rows)
   common.print_table(rows)
 
 
@@ -53,7 +53,7 @@ def parse_options() -> argparse.Namespace:
   )
   parser.add_argument("--repeats", type=common.positive, default=3, help="epochs after the first")
   parser.add_argument("--steps-per-call", type=int, default=0, help="0 leaves it to the device")
-  parser.add_argument("--json", metavar="FILE", help="file for the record")
+  common.add_json(parser)
   return parser.parse_args()
 
 

@@ -34,14 +34,14 @@ def main() -> None:
     rows += [describe(network, "first step, cached", cached)]
   common.print_table(rows)
   if options.json:
-    common.write_json(options.json, rows)
+    common.write_record(options.json, rows)
 
 
 def parse_options() -> argparse.Namespace:
   parser = common.create_parser(__doc__)
   common.add_names(parser, "--networks", list(step_worker.NORMS), ["dilated", "pyramid"])
   parser.add_argument("--repeats", type=common.positive, default=3, help="processes of each kind")
-  parser.add_argument("--json", metavar="FILE", help="file for the record")
+  common.add_json(parser)
   return parser.parse_args()
 
 

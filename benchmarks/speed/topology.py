@@ -17,16 +17,16 @@ many images a chip needs so that 8, 64 and 256 chips spend 90 % of a step on ari
 
 import argparse
 import functools
-import json
 import math
 import os
-import pathlib
 import re
 import time
 from typing import Any, NamedTuple
 
 from benchmarks import common
 from benchmarks.speed import step_worker
+from flax_cifar import errors
+from flax_cifar.tools import command_line
 
 NETWORKS = ("pyramid", "dilated", "ghost", "skip")
 TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v6e:2x2")
@@ -83,8 +83,18 @@ COLLECTIVE = re.compile(
 def main() -> None:
   os.environ.update(VARIABLES)
   options = parse_options()
-  path = pathlib.Path(options.json) if options.json else None
-  rows = json.loads(path.read_text())["rows"] if path and path.exists() else []
+  with command_line.one_line_errors():
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+  """Makes the rows that the file of records lacks, and prints all.
+
+  Raises:
+    UserError: the file holds no record, or the compiler for a topology is missing.
+  """
+  path = options.json
+  rows = common.read_records(path)[0]["rows"] if path and path.exists() else []
   for topology in options.topologies:
     for network in options.networks:
       wanted = {"network": network, "topology": topology, "batch a chip": options.batch}
@@ -93,7 +103,7 @@ def main() -> None:
         rows.append(measure(wanted))
         print(rows[-1], flush=True)
       if path:
-        common.write_json(str(path), rows)
+        common.write_record(path, rows)
   common.print_table(rows)
   for row in rows:
     if row["topology"].endswith(":2x2"):
@@ -104,14 +114,28 @@ def parse_options() -> argparse.Namespace:
   parser = common.create_parser(__doc__)
   common.add_names(parser, "--networks", list(step_worker.NORMS), NETWORKS)
   parser.add_argument(
-    "--topologies", nargs="+", default=TOPOLOGIES, metavar="KIND:SHAPE", help="chips and their grid"
+    "--topologies",
+    nargs="+",
+    type=topology_name,
+    default=TOPOLOGIES,
+    metavar="KIND:SHAPE",
+    help="chips and their grid",
   )
   parser.add_argument("--batch", type=common.positive, default=128, help="images per chip")
   parser.add_argument(
     "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of products"
   )
-  parser.add_argument("--json", metavar="FILE", help="file for the records")
+  common.add_json(parser)
   return parser.parse_args()
+
+
+def topology_name(text: str) -> str:
+  """A type of argparse: KIND:SHAPE of known chips, as v5e:2x2."""
+  kind, _, shape = text.partition(":")
+  if kind not in {**CHIPS, **GPUS} or not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+    kinds = ", ".join([*CHIPS, *GPUS])
+    raise argparse.ArgumentTypeError(f"{text!r} is not KIND:SHAPE, as v5e:2x2, of {kinds}")
+  return text
 
 
 def measure(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -144,20 +168,28 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def create_mesh(topology: str) -> Any:
-  """The mesh of a run of one seed over all chips of `topology`."""
+  """The mesh of a run of one seed over all chips of `topology`.
+
+  Raises:
+    UserError: the compiler for these chips is missing, or knows no such grid.
+  """
   import jax
   import numpy as np
   from jax.experimental import topologies
 
   kind, shape = topology.split(":")
   jax.devices()  # JAX looks for the plug-ins of other platforms now
-  description = (
-    topologies.get_topology_desc(
-      kind, platform="cuda", topology=f"1x{shape}", target_config=GPUS[kind]
-    )
-    if kind in GPUS
-    else topologies.get_topology_desc(platform="tpu", topology_name=topology)
-  )
+  platform, name, options = "tpu", topology, {}
+  if kind in GPUS:
+    platform, name = "cuda", kind
+    options = {"topology": f"1x{shape}", "target_config": GPUS[kind]}
+  try:
+    description = topologies.get_topology_desc(name, platform=platform, **options)
+  except (RuntimeError, ValueError) as error:
+    raise errors.UserError(
+      f"{topology!r} has no compiler here ({errors.shorten(error)}); choose another grid, or "
+      f"pip install -e '.[{platform}]'."
+    ) from error
   chips: Any = np.array(description.devices).reshape(1, -1)
   return jax.sharding.Mesh(chips, ("seed", "batch"))
 

@@ -102,13 +102,17 @@ def main() -> None:
     common.print_table(rows[-len(options.modes) :])
     print(flush=True)
     if options.json:  # after each network: the next one may not end
-      common.write_json(options.json, rows)
+      common.write_record(options.json, rows)
     if options.add:
-      common.add_json(options.add, rows)
+      common.add_record(options.add, rows)
 
 
 def has_torch(python: str) -> bool:
-  return subprocess.run([python, "-c", "import torch"], stderr=subprocess.DEVNULL).returncode == 0
+  command = [python, "-c", "import torch"]
+  try:
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+  except OSError:  # there is no such program
+    return False
 
 
 def parse_options() -> argparse.Namespace:
@@ -119,12 +123,14 @@ def parse_options() -> argparse.Namespace:
   common.add_names(parser, "--modes", modes, modes)
   parser.add_argument("--batch", type=common.positive, default=128, help="images per batch")
   parser.add_argument("--repeats", type=common.positive, default=7, help="turns of each mode")
-  parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
+  parser.add_argument("--seconds", type=common.duration, default=1.0, help="least length of a turn")
   parser.add_argument(
     "--torch-python", default=sys.executable, metavar="FILE", help="a Python that has PyTorch"
   )
-  parser.add_argument("--json", metavar="FILE", help="file for the record")
-  parser.add_argument("--add", metavar="FILE", help="file of records that gets this one, too")
+  common.add_json(parser)
+  parser.add_argument(
+    "--add", type=common.record_file, metavar="FILE", help="file of records that gets this one, too"
+  )
   parser.add_argument("--show", metavar="FILE", help="file of records to print as Markdown")
   return parser.parse_args()
 

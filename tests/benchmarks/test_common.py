@@ -20,6 +20,22 @@ def test_numbers_must_be_positive(text):
     common.positive(text)
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf"])
+def test_durations_must_be_positive_and_finite(text):
+  with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is no number of seconds above 0"):
+    common.duration(text)
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):
+  parser = common.create_parser(None)
+  common.add_json(parser)
+  with pytest.raises(SystemExit):
+    parser.parse_args(["--json", str(tmp_path / "missing" / "record.json")])
+  assert "it must be in a folder that exists" in capsys.readouterr().err
+  path = tmp_path / "record.json"
+  assert parser.parse_args(["--json", str(path)]).json == path
+
+
 PROGRAMS = [
   *(f"speed.{name}" for name in ("augment", "cores", "epoch", "regression", "start_up")),
   *("speed.topology", "speed.train_step", "accuracy.results", "accuracy.time_to_accuracy"),
@@ -59,7 +75,7 @@ def test_a_record_joins_those_of_other_machines_and_replaces_its_own(tmp_path, m
   def add(hardware, command, speed):
     monkeypatch.setattr(common, "describe_hardware", lambda: hardware)
     monkeypatch.setattr(common.sys, "orig_argv", ["python", "-m", command])
-    common.add_json(path, [{"images/s": speed}])
+    common.add_record(path, [{"images/s": speed}])
 
   add("two cores", "benchmarks.x", 1)
   add("four cores", "benchmarks.x", 2)

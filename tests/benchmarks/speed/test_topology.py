@@ -1,13 +1,16 @@
 """Compiling for TPUs that are not here: what the program's text says, and one real program."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+from jax.experimental import topologies
 
 from benchmarks.speed import topology
+from flax_cifar import errors
 
 PROGRAM = """
   %all-reduce.1 = f32[16]{0:T(128)S(1)} all-reduce(%fusion.2), channel_id=1
@@ -23,6 +26,22 @@ def test_collectives_are_listed_with_their_bytes():
     ("all-reduce", 256 + 2 * 9 * 128 + 4),
     ("all-gather", 4 * 128),
   ]
+
+
+@pytest.mark.parametrize("text", ["v9:2x2", "v5e", "v5e:2", "v5e:0x2", "2x2"])
+def test_an_unknown_topology_is_refused(text):
+  with pytest.raises(argparse.ArgumentTypeError, match=rf"'{text}' is not KIND:SHAPE.*v5e, v6e"):
+    topology.topology_name(text)
+  assert topology.topology_name("v5e:16x16") == "v5e:16x16"
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch):
+  def refuse(name, **options):
+    raise RuntimeError("not installed")
+
+  monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+  with pytest.raises(errors.UserError, match=r"no compiler here \(not installed\).*\.\[tpu\]"):
+    topology.create_mesh("v5e:2x2")
 
 
 def test_the_estimate_is_a_roofline():
