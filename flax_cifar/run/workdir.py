@@ -85,7 +85,8 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Raises a UserError unless `workdir` is new or holds a run of `config`, of any length."""
   saved = _read_json(workdir / CONFIG)
   if saved is None:
-    found = [workdir] if workdir.is_file() else list(workdir.glob("*"))
+    is_folder = workdir.is_dir() or not workdir.exists()
+    found = list(workdir.glob("*")) if is_folder else [workdir]
     if any(file.name not in FIRST_FILES for file in found):
       raise errors.UserError(
         f"workdir {str(workdir)!r} holds files that are no run of ours; choose another --workdir."

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import os
 import pathlib
 import re
@@ -48,6 +49,7 @@ def explain(error: Exception) -> str:
   shown = error if isinstance(error, OSError) or not error.args else error.args[0]
   text = str(shown).strip()
   text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
+  text = re.sub(r' Other fields present: "\{.*\}"', "", text)  # all keys of the config
   return f"unknown config key {text}" if isinstance(error, KeyError) else text or repr(error)
 
 
@@ -75,8 +77,19 @@ def one_line_errors() -> Iterator[None]:
   except BrokenPipeError:
     if _has_reader(STANDARD_OUTPUT):
       raise
-    os.dup2(os.open(os.devnull, os.O_WRONLY), STANDARD_OUTPUT)  # takes what is still unwritten
+    _drop_output()
     sys.exit(128 + signal.SIGPIPE)
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    _drop_output()
+    place = repr(error.filename) if error.filename else "the file that takes the output"
+    leave(f"error: no space is left for {place}; make room, and start again.", 2)
+
+
+def _drop_output() -> None:
+  """Lets nothing take what is still unwritten: Python's end would meet the same error."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), STANDARD_OUTPUT)
 
 
 def _has_reader(descriptor: int) -> bool:

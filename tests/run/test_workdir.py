@@ -101,6 +101,14 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     check(tmp_path, config())
 
 
+@pytest.mark.parametrize("name", ["file", "device"])
+def test_a_workdir_that_is_no_folder_is_refused(tmp_path, name):
+  path = pathlib.Path(os.devnull) if name == "device" else tmp_path / "file"
+  path.touch()
+  with pytest.raises(errors.UserError, match="no run of ours"):
+    check(path, config())
+
+
 def test_a_damaged_config_is_named(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": ')
   with pytest.raises(errors.UserError, match=r"config.json' is damaged"):

@@ -134,6 +134,32 @@ def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(text):
   assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
+def test_a_full_disk_that_takes_the_output_is_one_line():
+  code = "with command_line.one_line_errors(): print('x' * 100_000)"
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      [sys.executable, "-c", f"from flax_cifar.tools import command_line\n{code}"],
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+  message = (
+    "error: no space is left for the file that takes the output; make room, and start again.\n"
+  )
+  assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_an_unknown_key_in_a_file_is_named_without_all_others(tmp_path):
+  path = tmp_path / "own.py"
+  text = "from flax_cifar.configs import s9\ndef get_config(arg=''):\n  config = s9.get_config()\n"
+  path.write_text(text + "  config.optimizer.learning_rte = 1\n  return config\n")
+  with pytest.raises(errors.UserError, match='unknown config key .*"learning_rte"') as caught:
+    command_line.load_config(str(path), "--config")
+  assert 'Did you mean "learning_rate"' in str(caught.value)
+  assert "nesterov" not in str(caught.value)
+
+
 def test_another_broken_pipe_is_not_hidden(capsys):
   with pytest.raises(BrokenPipeError), command_line.one_line_errors():
     raise BrokenPipeError
