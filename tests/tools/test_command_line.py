@@ -154,7 +154,7 @@ def test_an_unknown_key_in_a_file_is_named_without_all_others(tmp_path):
   path = tmp_path / "own.py"
   text = "from flax_cifar.configs import s9\ndef get_config(arg=''):\n  config = s9.get_config()\n"
   path.write_text(text + "  config.optimizer.learning_rte = 1\n  return config\n")
-  with pytest.raises(errors.UserError, match='unknown config key .*"learning_rte"') as caught:
+  with pytest.raises(errors.UserError, match=r'unknown config key .*"learning_rte"') as caught:
     command_line.load_config(str(path), "--config")
   assert 'Did you mean "learning_rate"' in str(caught.value)
   assert "nesterov" not in str(caught.value)
