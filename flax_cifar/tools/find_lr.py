@@ -28,6 +28,7 @@ SMOOTHING = 0.9  # per step
 BORDER = 5  # steps at the start, where the average has few values, and at the end
 ROWS = 12  # printed
 LEAST = 20  # steps
+LOWEST = 1e-30  # rate
 NOISE = 1.0  # least fall of the smoothed loss, in standard deviations of the losses around it
 
 
@@ -82,8 +83,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     UserError: something is missing, unknown or out of range.
   """
   options, config = command_line.parse_with_config(create_parser(), arguments)
-  errors.require(options.steps >= LEAST, "--steps", options.steps, f"{LEAST} or more")
-  errors.require(options.low > 0, "--low", options.low, "positive")
+  is_possible = LEAST <= options.steps <= errors.MAX_STEPS
+  errors.require(is_possible, "--steps", options.steps, f"from {LEAST} to {errors.MAX_STEPS}")
+  for name in ("low", "high"):
+    rate = getattr(options, name)
+    is_possible = LOWEST <= rate <= errors.MAX_NUMBER
+    expected = f"from {LOWEST:g} to {errors.MAX_NUMBER:g}, which float32 can hold"
+    errors.require(is_possible, f"--{name}", rate, expected)
   options.out = command_line.get_out("--out", options.out, ".png") if options.out else None
   return options, config
 

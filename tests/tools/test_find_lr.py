@@ -76,6 +76,21 @@ def test_rates_out_of_order_or_too_far_apart_are_refused(low, high):
     find_lr.find(tiny.get_config("shapes"), low=low, high=high, num_steps=20)
 
 
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--steps=19", "--steps=19 is not valid.*from 20 to"),
+    ("--steps=3000000000", "--steps=3000000000"),
+    ("--low=0", "--low=0.0 is not valid.*from 1e-30 to 1e\\+38"),
+    ("--low=nan", "--low=nan"),
+    ("--high=1e39", r"--high=1e\+39"),
+  ],
+)
+def test_numbers_out_of_range_are_refused(flag, message):
+  with pytest.raises(errors.UserError, match=message):
+    find_lr.parse(["--config=quickstart", flag])
+
+
 @pytest.fixture
 def command(tiny_model, data, tmp_path, monkeypatch):
   """Calls the program with a config of the tiny network."""
