@@ -43,6 +43,21 @@ def get_error(actual, expected):
   return np.sqrt(difference / sum(np.square(e).sum() for _, e in pairs))
 
 
+def get_leaf_errors(actual, expected):
+  """The largest error of each leaf beside its largest value; one near 0 has a least value."""
+  sizes = jax.tree.map(lambda e: np.abs(e).max(), expected)
+  least = 1e-3 * max(jax.tree.leaves(sizes))
+  return {
+    jax.tree_util.keystr(path): np.abs(np.asarray(a, np.float64) - e).max() / max(size, least)
+    for (path, a), e, size in zip(
+      jax.tree_util.tree_leaves_with_path(actual),
+      jax.tree.leaves(expected),
+      jax.tree.leaves(sizes),
+      strict=True,
+    )
+  }
+
+
 def draw(*shape, seed=0, mean=0.0):
   return np.random.default_rng(seed).normal(mean, 1, shape).astype(np.float32)
 
@@ -287,6 +302,9 @@ def test_a_whole_step_of_each_network(name):
   assert bool(sums["finite"])
   assert float(sums["loss_sum"]) == pytest.approx(loss_sum, rel=1e-5)
   assert get_error(update, gradients) < 1e-2
+  leaf_errors = get_leaf_errors(update, gradients)
+  worst = max(leaf_errors, key=leaf_errors.get)
+  assert leaf_errors[worst] < 5e-2, worst
   assert get_error(after.ema, average) < 1e-4
   if batch_stats:
     assert get_error(after.batch_stats, batch_stats) < 1e-5
