@@ -1,8 +1,10 @@
 """Corruptions against formulas in float64 and the standard library."""
 
 import colorsys
+import io
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from flax_cifar import errors
@@ -26,6 +28,24 @@ def test_the_last_severity_is_stronger_and_each_repeats(name):
     np.testing.assert_array_equal(corrupt(name, severity, SMOOTH), corrupted)
     distances.append(np.abs(corrupted.astype(float) - SMOOTH).mean())
   assert 0 < distances[0] < distances[-1]
+
+
+def test_the_strengths_are_those_of_the_source():
+  """The numbers of its program for CIFAR-10; every name is one of ours."""
+  assert {name: strengths for name, (_, strengths) in corruptions.CORRUPTIONS.items()} == {
+    "noise": (0.04, 0.06, 0.08, 0.09, 0.10),
+    "blur": (0.4, 0.6, 0.7, 0.8, 1.0),
+    "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
+    "jpeg": (80, 65, 58, 50, 40),
+    "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),
+  }
+
+
+def test_jpeg_has_the_quality_of_its_severity():
+  file = io.BytesIO()
+  PIL.Image.fromarray(IMAGES[1]).save(file, "JPEG", quality=58)
+  np.testing.assert_array_equal(corrupt("jpeg", 3)[1], np.asarray(PIL.Image.open(file)))
 
 
 def test_noise_has_the_standard_deviation_of_the_source():

@@ -135,6 +135,19 @@ def test_ricap_puts_crops_of_four_examples_together():
   assert len(borders) > 5
 
 
+def test_a_large_alpha_halves_the_images(batch):
+  """Its shares are one half: ricap has four equal parts, a whole box of cutmix half of the area."""
+  images, targets = batch[0], np.eye(N, dtype=np.float32)
+  shares, kept = [], []
+  for seed in range(12):
+    key = jax.random.key(seed)
+    shares.append(create("ricap", 1e6)(images, targets, key)[1])
+    kept.append(np.diag(create("cutmix", 1e6)(images, targets, key)[1]))
+  np.testing.assert_array_equal(np.unique(4 * np.asarray(shares) % 1), 0)
+  box = 2 * (int(16 * 0.5**0.5) // 2) * 2 * (int(8 * 0.5**0.5) // 2)
+  assert np.min(kept) == pytest.approx(1 - box / (16 * 8))
+
+
 @jax.jit
 @jax.vmap
 def draw_boxes(key, share):
