@@ -133,6 +133,7 @@ class _Pool:
       status = self._get_status(process.returncode)
       if status == REFUSED:
         self.refused.append(JobFailed(job, status))
+        print(f"run {job.name} ended with status {status}; the others go on", flush=True)
       elif status and not self.failure:
         self.failure = JobFailed(job, status)
         for other, _ in self._running.values():

@@ -370,6 +370,7 @@ def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys, di
   assert stop.value.code == 2
   out, err = capsys.readouterr()
   assert "run 2/2: seed=1" in out
+  assert "run seed=1 ended with status 2; the others go on\n" in out
   assert err.endswith(f"error: run {diverging[0]} ended with status 2; {CORRECT}\n")
   assert (tmp_path / "table.md").exists() == (diverging == ["seed=1"])
   assert ("not finished and left out: seed=1" in err) == (diverging == ["seed=1"])
