@@ -23,6 +23,7 @@ import numpy as np
 
 from flax_cifar import errors, metrics
 from flax_cifar.configs import variants
+from flax_cifar.data.augment import arguments
 from flax_cifar.run import config as config_lib
 from flax_cifar.run import finished, plots, tables, workdir
 from flax_cifar.tools import command_line
@@ -279,10 +280,14 @@ def _drop_seed(name: str) -> str:
 
 
 def get_recipe(result: finished.Record) -> dict[str, Any]:
-  """The flat config of a run without what repetitions may differ in."""
-  return config_lib.without(
-    config_lib.flatten(config_lib.complete(result["config"])), REPETITION_KEYS
-  )
+  """The flat config of a run without what repetitions may differ in.
+
+  Settings of augmentations that the run does not use are left out, too: they change nothing, and an
+  older run may lack some.
+  """
+  config = config_lib.complete(result["config"])
+  unused = (f"augment.{op}" for op in arguments.RULES if op not in config["augment"]["ops"])
+  return config_lib.without(config_lib.flatten(config), (*REPETITION_KEYS, *unused))
 
 
 def collect_scores(runs: Sequence[finished.Run], score: str) -> dict[int, float]:

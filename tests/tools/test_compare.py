@@ -69,6 +69,14 @@ def test_one_pair_has_no_interval(tmp_path, monkeypatch, capsys):
   assert (content["n"], content["interval"], content["a"]) == (1, None, [0.8])
 
 
+def test_settings_of_augmentations_that_no_run_uses_make_no_difference(tmp_path):
+  write_run(tmp_path / "a", 0, 0.8, **{"augment.ops": ("random_crop",)})
+  changes = {"augment.ops": ("random_crop",), "augment.rotate.limit": 3.0}
+  write_run(tmp_path / "b", 0, 0.9, **changes, **{"augment.random_crop.padding": 1})
+  difference = compare.compare(tmp_path / "a", tmp_path / "b", "test")
+  assert difference.changes == ["augment.random_crop.padding is 4 in A and 1 in B"]
+
+
 def write_sweep(folder, rates=("0.1", "0.12")):
   """The runs of a sweep over the rate and the seed, which lie in one folder."""
   for number, rate in enumerate(rates):
