@@ -335,18 +335,22 @@ def test_values_that_do_not_fit_together_are_refused_before_the_first_run(tmp_pa
   assert not (tmp_path / "sweep").exists()
 
 
+def fail_main(monkeypatch, workdir, over, create_command):
+  """Calls the program, whose runs are those of `create_command`; returns its status."""
+  monkeypatch.setattr(sweep, "get_command", create_command)
+  monkeypatch.setattr(sys, "argv", ["sweep", CONFIG, f"--over={over}", f"--workdir={workdir}"])
+  with pytest.raises(SystemExit) as stop:
+    sweep.main()
+  return stop.value.code
+
+
 def test_a_run_that_fails_stops_the_sweep(tmp_path, monkeypatch, capsys):
   def create_command(spec, settings):
     name = settings["norm"]
     code = f"open({str(spec.workdir / name)!r}, 'w'); raise SystemExit({3 * (name == 'layer')})"
     return [sys.executable, "-c", code]
 
-  monkeypatch.setattr(sweep, "get_command", create_command)
-  flags = [CONFIG, "--over=norm=batch,layer,group", f"--workdir={tmp_path}"]
-  monkeypatch.setattr(sys, "argv", ["sweep", *flags])
-  with pytest.raises(SystemExit) as stop:
-    sweep.main()
-  assert stop.value.code == 3
+  assert fail_main(monkeypatch, tmp_path, "norm=batch,layer,group", create_command) == 3
   assert {path.name for path in tmp_path.iterdir()} == {"batch", "layer"}
   stderr = capsys.readouterr().err
   assert (
@@ -362,12 +366,7 @@ def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys, di
       write_run(tmp_path, *create_run(name, [0.5], [0.5], 0.5, num_seeds=1))
     return [sys.executable, "-c", f"raise SystemExit({2 * (name in diverging)})"]
 
-  monkeypatch.setattr(sweep, "get_command", create_command)
-  flags = [CONFIG, "--over=seed=0,1", f"--workdir={tmp_path}"]
-  monkeypatch.setattr(sys, "argv", ["sweep", *flags])
-  with pytest.raises(SystemExit) as stop:
-    sweep.main()
-  assert stop.value.code == 2
+  assert fail_main(monkeypatch, tmp_path, "seed=0,1", create_command) == 2
   out, err = capsys.readouterr()
   assert "run 2/2: seed=1" in out
   assert "run seed=1 ended with status 2; the others go on\n" in out
