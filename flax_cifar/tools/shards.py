@@ -153,7 +153,7 @@ def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
 
 def submit(
   jobs: Sequence[jobs_lib.Job], folder: pathlib.Path, engine: str, parameters: Mapping[str, Any]
-) -> None:
+) -> list[jobs_lib.JobFailed]:
   """Submits a task per job as one array; "local" makes them here, and waits.
 
   Args:
@@ -162,9 +162,11 @@ def submit(
     engine: a key of ENGINES, but "here".
     parameters: of `submitit.AutoExecutor.update_parameters`.
 
+  Returns:
+    The local runs that failed.
+
   Raises:
     UserError: submitit is missing, there is no SLURM here, or a parameter is unknown.
-    JobFailed: a local run failed.
   """
   try:
     import submitit
@@ -184,12 +186,14 @@ def submit(
     ) from error
   for job, task in zip(jobs, submitted, strict=True):
     print(f"submitted {job.name} as job {task.job_id}, log {task.paths.stdout}", flush=True)
-  if engine == "local":
-    _wait(jobs, submitted)
+  return _wait(jobs, submitted) if engine == "local" else []
 
 
-def _wait(jobs: Sequence[jobs_lib.Job], submitted: Sequence[Any]) -> None:
+def _wait(jobs: Sequence[jobs_lib.Job], submitted: Sequence[Any]) -> list[jobs_lib.JobFailed]:
+  """Waits for all tasks; returns those that failed."""
+  failed = []
   for job, task in zip(jobs, submitted, strict=True):
     task.wait()
     if task.exception():
-      raise jobs_lib.JobFailed(dataclasses.replace(job, log=task.paths.stderr), 1)
+      failed.append(jobs_lib.JobFailed(dataclasses.replace(job, log=task.paths.stderr), 1))
+  return failed

@@ -68,27 +68,27 @@ def run_sweep(sweep: Sweep) -> None:
   """Makes every run, then writes and prints the comparison.
 
   Raises:
-    JobFailed: a run crashed or was stopped, and those before it are kept; or one or more of them
-      were refused, as those that diverge, and the others are compared.
+    JobFailed: a run crashed or was stopped, and those before it are kept; or runs were refused, as
+      those that diverge, or failed under --engine=local, and the others are compared.
   """
   # Imported here, because it brings JAX, and a wrong flag need not wait for that.
   from flax_cifar.run import workdir as workdir_lib
 
   combinations = get_combinations(sweep.over)
-  refused: list[jobs_lib.JobFailed] = []
+  failed: list[jobs_lib.JobFailed] = []
   with workdir_lib.explain_failed_writes(sweep.workdir):
     if not sweep.collects:
       check_runs(sweep, combinations)
-      refused = make_runs(sweep, sweep.shard.select(combinations))
+      failed = make_runs(sweep, sweep.shard.select(combinations))
     is_whole = sweep.engine != "slurm" and sweep.shard == shards_lib.WHOLE
-    if len(refused) == len(combinations):
-      raise refused[0]
+    if len(failed) == len(combinations):
+      raise failed[0]
     if sweep.collects or is_whole:
       compare_finished(sweep, combinations)
     else:
       print(f"once they are done: {get_command_line(sweep)} --workdir={sweep.workdir} --collect")
-  if refused:
-    raise refused[0]
+  if failed:
+    raise failed[0]
 
 
 def check_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
@@ -110,14 +110,17 @@ def check_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
 
 
 def make_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> list[jobs_lib.JobFailed]:
-  """Makes the runs of `combinations` here, or submits them; returns those that were refused."""
+  """Makes the runs of `combinations` here, or submits them.
+
+  Returns:
+    The runs that failed, where the others were made all the same.
+  """
   jobs = [create_job(sweep, settings) for settings in combinations]
   if sweep.num_jobs > 1 or sweep.engine != "here":  # for the logs
     sweep.workdir.mkdir(parents=True, exist_ok=True)
   if sweep.engine == "here":
     return jobs_lib.run_jobs(jobs, jobs_lib.split_cores(sweep.num_jobs))
-  shards_lib.submit(jobs, sweep.workdir / "jobs", sweep.engine, sweep.parameters)
-  return []
+  return shards_lib.submit(jobs, sweep.workdir / "jobs", sweep.engine, sweep.parameters)
 
 
 def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:

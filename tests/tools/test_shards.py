@@ -93,20 +93,21 @@ def create_job(name, code):
 SUBMIT = """
 import pathlib, sys
 from flax_cifar.tools import jobs, shards
-codes = {"good": "open('done', 'w')", "bad": "raise SystemExit(3)"}
+codes = {"bad": "raise SystemExit(3)", "good": "open('done', 'w')"}
 made = [jobs.Job(name, [sys.executable, "-c", code]) for name, code in codes.items()]
-shards.submit(made, pathlib.Path("jobs"), "local", {"timeout_min": 5})
+print(*shards.submit(made, pathlib.Path("jobs"), "local", {"timeout_min": 5}))
 """
 
 
-def test_submitted_tasks_run_and_a_failure_names_its_log(tmp_path):
+def test_submitted_tasks_run_and_one_that_failed_names_its_log(tmp_path):
   pytest.importorskip("submitit")
   command, root = [sys.executable, "-c", SUBMIT], str(pathlib.Path(__file__).parents[2])
   environment = os.environ | {"PYTHONPATH": root}
   ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert (tmp_path / "done").exists()
   assert "submitted good as job" in ended.stdout
-  assert re.search(r"JobFailed: run bad .*\.err says why", ended.stderr)
+  assert re.search(r"^run bad ended with status 1 .*\.err says why\);", ended.stdout, re.MULTILINE)
+  assert ended.stdout.count("ended with status") == 1
 
 
 @pytest.mark.parametrize(
