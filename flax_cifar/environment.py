@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,8 @@ def find_cache(kind: str) -> str:
   XDG_CACHE_HOME takes the place of ~/.cache, as its specification says.
 
   A container may run as a user without one. A folder in /tmp would be no substitute: another user
-  could put programs there.
+  could put programs there. For the same reason a folder of another user is none, and so is one that
+  all users may write to.
   """
   root = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
   try:
@@ -50,7 +52,15 @@ def find_cache(kind: str) -> str:
   cache = root / PACKAGE / kind
   # os.path, because Path.is_dir raises an error below a folder that may not be read.
   existing = next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))
-  return str(cache) if os.access(existing, os.W_OK) else ""
+  return str(cache) if os.access(existing, os.W_OK) and _is_ours(existing) else ""
+
+
+def _is_ours(folder: pathlib.Path) -> bool:
+  """Whether no other user but root can replace what this user puts into `folder`."""
+  status, user = os.stat(folder), os.geteuid()
+  open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
+  is_root = user == 0  # in a container, often with folders of the user who started it
+  return is_root or (status.st_uid in (0, user) and not open_to_all)
 
 
 VARIABLES = {

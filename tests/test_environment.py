@@ -5,8 +5,10 @@ import os
 import pathlib
 import platform
 import shlex
+import stat
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -212,6 +214,32 @@ def test_a_home_that_may_not_be_read_has_no_cache(monkeypatch):
   monkeypatch.setattr(os, "stat", refuse)
   monkeypatch.setattr(os, "access", lambda path, mode: False)
   assert environment_lib.find_cache("xla") == ""
+
+
+@pytest.mark.parametrize(
+  ("user", "owner", "mode", "is_used"),
+  [
+    (1000, 1000, 0o775, True),
+    (1000, 1001, 0o777, False),  # another user made it, and could put programs there
+    (1000, 1000, 0o777, False),
+    (1000, 0, 0o1777, True),  # /tmp, where nobody replaces a folder of this user
+    (0, 1000, 0o755, True),  # a container that runs as root, and has a folder of its user
+  ],
+)
+def test_a_cache_is_not_where_other_users_could_write(
+  monkeypatch, tmp_path, user, owner, mode, is_used
+):
+  stat_of_all = os.stat
+
+  def fake_stat(path, *args, **kwargs):
+    if str(path) == str(tmp_path):
+      return types.SimpleNamespace(st_uid=owner, st_mode=stat.S_IFDIR | mode)
+    return stat_of_all(path, *args, **kwargs)
+
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setattr(os, "geteuid", lambda: user)
+  monkeypatch.setattr(os, "stat", fake_stat)
+  assert bool(environment_lib.find_cache("xla")) == is_used
 
 
 def test_the_cache_follows_xdg_cache_home(monkeypatch, tmp_path):

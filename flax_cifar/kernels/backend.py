@@ -4,6 +4,7 @@ The environment variable FLAX_CIFAR_KERNELS holds a key of BACKENDS.
 """
 
 import contextlib
+import contextvars
 import os
 import platform
 import sys
@@ -25,6 +26,7 @@ BACKENDS = {
   "gpu": "operations of XLA, put together for GPUs",
   "definition": "the plain operations of JAX",
 }
+_selected: contextvars.ContextVar[str] = contextvars.ContextVar(VARIABLE, default="")
 PLAIN = ("definition", "gpu")  # without the detours that make XLA faster on CPUs
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # instruction sets
 
@@ -47,7 +49,7 @@ def select_backend() -> str:
   Raises:
     UserError: the variable holds another value, or asks for what is missing here.
   """
-  name = os.environ.get(VARIABLE) or "auto"
+  name = _selected.get() or os.environ.get(VARIABLE) or "auto"
   errors.choose(VARIABLE, name, BACKENDS)
   on_cpu = jax.default_backend() == "cpu"
   if name == "auto":
@@ -64,16 +66,12 @@ def select_backend() -> str:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-  """Selects the backend `name` for what is traced within it."""
-  before = os.environ.get(VARIABLE)
-  os.environ[VARIABLE] = name
+  """Selects the backend `name` for what this thread traces within it."""
+  token = _selected.set(name)
   try:
     yield
   finally:
-    if before is None:
-      del os.environ[VARIABLE]
-    else:
-      os.environ[VARIABLE] = before
+    _selected.reset(token)
 
 
 def uses_onednn(dtype: jnp.dtype) -> bool:

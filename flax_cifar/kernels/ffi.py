@@ -6,9 +6,11 @@ Python function releases it, as calls through `ctypes` do.
 """
 
 import ctypes
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ import numpy as np
 # (the integers given to `call`, the addresses of the operands and then of the results) -> None
 Function = Callable[[tuple[int, ...], list[int]], None]
 Results = jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The version of the interface that the structs below belong to: that of jaxlib 0.10.2, which
 # jaxlib 0.12 (version 0.5) still accepts. XLA refuses a handler of a version it does not support.
@@ -85,6 +89,21 @@ class _Error(ctypes.Structure):
 
 _Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_CallFrame))
 _registered: list[Any] = []  # handlers must outlive the programs that call them
+
+
+def once(function: Callable[P, R]) -> Callable[P, R]:
+  """Like functools.cache; but of threads that call it at once, one computes and the others wait.
+
+  XLA takes a target once, and refuses the second registration.
+  """
+  lock, cached = threading.RLock(), functools.cache(function)
+
+  @functools.wraps(function)
+  def call_locked(*args: P.args, **kwargs: P.kwargs) -> R:
+    with lock:
+      return cached(*args, **kwargs)  # type: ignore[arg-type]
+
+  return call_locked
 
 
 def register(target: str, function: Function) -> bool:

@@ -1,5 +1,6 @@
 """The choice of a kernel backend."""
 
+import concurrent.futures
 import types
 
 import jax.numpy as jnp
@@ -56,6 +57,14 @@ def test_auto_is_bfloat16_where_the_device_is_fast_at_it(
   assert backend.settle_dtype("float32") == "float32"
   monkeypatch.setattr(backend, "uses_onednn", lambda dtype: False)
   assert backend.settle_dtype("auto") == ("float32" if platform == "cpu" else expected)
+
+
+def test_a_selection_ends_with_its_block_and_is_of_one_thread(monkeypatch):
+  monkeypatch.setenv(backend.VARIABLE, "xla")
+  with backend.use("definition"), concurrent.futures.ThreadPoolExecutor() as pool:
+    assert backend.select_backend() == "definition"
+    assert pool.submit(backend.select_backend).result() == "xla"
+  assert backend.select_backend() == "xla"
 
 
 def test_auto_is_float32_where_onednn_is_not_selected(monkeypatch):

@@ -1,6 +1,8 @@
 """Python functions called by XLA: operands, results, keys and errors."""
 
+import concurrent.futures
 import ctypes
+import time
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,21 @@ def test_vmap_calls_for_each_member():
   first, second = jnp.arange(12.0).reshape(3, 4), jnp.arange(3.0)[:, None] * jnp.ones(4)
   got = jax.vmap(lambda a, b: call(a, b, 2))(first, second)
   np.testing.assert_array_equal(got, first + 2 * second)
+
+
+def test_of_threads_that_ask_at_once_one_computes():
+  started = []
+
+  @ffi.once
+  def compute(value):
+    started.append(value)
+    time.sleep(0.1)
+    return object()
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    first, second, third, other = pool.map(compute, [1, 1, 1, 2])
+  assert first is second is third is not other
+  assert sorted(started) == [1, 2]
 
 
 def test_calls_from_several_devices_at_once():

@@ -2,7 +2,6 @@
 
 import html.parser
 import json
-import os
 import re
 import shutil
 import sys
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors, models
-from flax_cifar.kernels import backend
 from flax_cifar.models import blocks
 from flax_cifar.run import classifier, weights
 from flax_cifar.tools import report
@@ -246,17 +244,6 @@ def test_the_program_writes_the_page_or_one_line(finished, monkeypatch, capsys, 
   assert capsys.readouterr().out == f"report    {out}\n"
   with pytest.raises(errors.UserError, match="holds no finished run"):
     report.create_page(report.parse([str(tmp_path)]))
-
-
-def test_the_kernels_of_before_are_used_again(monkeypatch):
-  monkeypatch.setenv(backend.VARIABLE, "xla")
-  with backend.use("definition"):
-    assert backend.select_backend() == "definition"
-  assert backend.select_backend() == "xla"
-  monkeypatch.delenv(backend.VARIABLE)
-  with backend.use("definition"):
-    assert backend.select_backend() == "definition"
-  assert backend.VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])

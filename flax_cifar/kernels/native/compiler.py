@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import tempfile
 
-from flax_cifar import environment, errors
+from flax_cifar import environment, errors, files
 
 # Calls of memcpy, which GCC puts in the place of short loops, are slower than these.
 OPTIMIZE = ("-std=c++17", "-O3", "-fno-tree-loop-distribute-patterns")
@@ -23,6 +23,7 @@ BUILD = ("-shared", "-fPIC", "-pthread")
 # GCC takes -mcpu on x86 too, and makes code for processors of twenty years ago.
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 PROCESSORS = ("-march=native", "-mcpu=native") if IS_ARM else ("-march=native",)
+SECONDS = 600  # that a compiler may take, where ten are usual
 
 
 def load(source: pathlib.Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL | None:
@@ -54,20 +55,21 @@ def _try_to_load(source: pathlib.Path, macros: tuple[str, ...]) -> tuple[ctypes.
         return _load([*compiler, *options], source), ""
       except subprocess.CalledProcessError as error:
         failures.append(errors.shorten(error.stderr.decode(errors="replace") or error))
-      except OSError as error:
-        failures.append(errors.shorten(error))
+      except subprocess.TimeoutExpired:
+        return None, f"{compiler[0]} did not end within {SECONDS} s"
+      except OSError as error:  # whatever the options
+        return None, errors.shorten(error)
   return None, failures[0]  # the later ones may complain of an option alone
 
 
 def _load(command: list[str], source: pathlib.Path) -> ctypes.CDLL:
-  name = f"{source.stem}-{_get_digest(command, source)}.so"
-  if not (cache := environment.find_cache("kernels")):
-    with tempfile.TemporaryDirectory() as folder:
-      return _compile(command, source, pathlib.Path(folder, name))
-  path = pathlib.Path(cache, name)
-  with contextlib.suppress(OSError):  # it is missing, or damaged
-    return ctypes.CDLL(str(path))
-  return _compile(command, source, path)
+  name = f"{source.stem}-{_get_digest(command, source)}"
+  if cache := environment.find_cache("kernels"):
+    folder = pathlib.Path(cache)
+    with contextlib.suppress(OSError):  # a full disk, or one whose files may not be executed
+      return ctypes.CDLL(str(_find(folder, name) or _compile(command, source, folder, name)))
+  with tempfile.TemporaryDirectory() as temporary:
+    return ctypes.CDLL(str(_compile(command, source, pathlib.Path(temporary), name)))
 
 
 def _get_digest(command: list[str], source: pathlib.Path) -> str:
@@ -76,19 +78,50 @@ def _get_digest(command: list[str], source: pathlib.Path) -> str:
   macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
   sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
   content = (shlex.join(command).encode(), macros, *sources)
-  return hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
+  return _shorten(hashlib.sha256(b"\0".join(content)).hexdigest())
 
 
-def _compile(command: list[str], source: pathlib.Path, path: pathlib.Path) -> ctypes.CDLL:
-  """Compiles to `path`, whole or not at all: other processes may compile the same at this time."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-    part = os.path.join(folder, path.name)
-    _run([*command, "-o", part, str(source)])
-    os.replace(part, path)
-  return ctypes.CDLL(str(path))
+def _find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+  """The machine code that `_compile` has left in `folder`; None if there is none, or it is damaged.
+
+  Code that was cut would kill the process that loads it.
+  """
+  return next((path for path in folder.glob(f"{name}-*.so") if _is_whole(path)), None)
+
+
+def _compile(
+  command: list[str], source: pathlib.Path, folder: pathlib.Path, name: str
+) -> pathlib.Path:
+  """Compiles into `folder`, whole or not at all: other processes may compile the same at this time.
+
+  The digest of the machine code ends the name of its file.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder) as parts:
+    part = pathlib.Path(parts, "part.so")
+    _run([*command, "-o", str(part), str(source)])
+    path = folder / f"{name}-{_shorten(files.digest(part))}.so"
+    if not _is_whole(path):  # else another process may run it, from a network drive that forgets it
+      os.replace(part, path)
+  return path
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+  return path.exists() and path.stem.endswith(_shorten(files.digest(path)))
+
+
+def _shorten(digest: str) -> str:
+  return digest[:16]
 
 
 def _run(command: list[str]) -> bytes:
-  """Returns what `command` prints; raises an OSError or a CalledProcessError if it fails."""
-  return subprocess.run(command, check=True, capture_output=True).stdout
+  """Returns what `command` prints.
+
+  Raises:
+    OSError: it cannot be started.
+    subprocess.SubprocessError: it fails, or takes too long.
+  """
+  done = subprocess.run(
+    command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS
+  )
+  return done.stdout

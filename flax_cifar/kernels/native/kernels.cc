@@ -1,7 +1,7 @@
 // The functions that Python calls.
 //
 // Images are NHWC, in float, or in bfloat16 if the macro BFLOAT16 is defined: compiled apart,
-// because a run needs one of them. All sums are in float.
+// because most runs need float alone. All sums are in float.
 
 #include "direct.h"
 #include "finish.h"
@@ -90,8 +90,11 @@ void run(Index function, const int64_t* fields, void** arrays) {
 
 }  // namespace
 
-// Starts `threads` threads for the functions; once in a process.
-extern "C" void flax_cifar_start(int threads) { pool = new Pool(threads); }
+// Starts `threads` threads for the functions, unless the library of the other type has: the linker
+// gives both the same `pool`.
+extern "C" void flax_cifar_start(int threads) {
+  if (!pool) pool = new Pool(threads);
+}
 
 // Runs a function on arrays: its operands, then its results. `key` has the function's number and
 // the fields of the struct that describes the arrays.

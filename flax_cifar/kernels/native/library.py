@@ -1,7 +1,6 @@
 """The functions in C++, compiled for this machine, as functions of JAX."""
 
 import ctypes
-import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +41,7 @@ def get_failure() -> str:
   return compiler.get_failure(SOURCE)
 
 
-@functools.cache
+@ffi.once
 def _register(dtype: jnp.dtype) -> bool:
   library = compiler.load(SOURCE, DTYPES[dtype])
   if library is None:

@@ -221,7 +221,7 @@ def is_available() -> bool:
   return library.load_library() is not None and _register()
 
 
-@functools.cache
+@ffi.once
 def _register() -> bool:
   return ffi.register(TARGET, _execute)
 

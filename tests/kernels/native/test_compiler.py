@@ -42,9 +42,9 @@ def test_it_is_compiled_once_and_again_when_the_source_changes(load, tmp_path):
   assert len(list_kept(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"damaged"])
-def test_a_damaged_library_is_compiled_again_for_this_processor(
-  load, tmp_path, monkeypatch, content
+@pytest.mark.parametrize("part", [0, 0.5])
+def test_a_library_that_was_cut_is_compiled_again_for_this_processor(
+  load, tmp_path, monkeypatch, part
 ):
   source = write(tmp_path, 41)
   assert load(source).answer() == 41
@@ -53,7 +53,7 @@ def test_a_damaged_library_is_compiled_again_for_this_processor(
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
   kept = tmp_path / "other" / whole.relative_to(tmp_path / "cache")
   kept.parent.mkdir(parents=True)
-  kept.write_bytes(content)
+  kept.write_bytes(whole.read_bytes()[: int(part * whole.stat().st_size)])
   assert load(source).answer() == 41
   assert list(kept.parent.glob("*.so")) == [kept]
   assert kept.stat().st_size == whole.stat().st_size
@@ -69,6 +69,25 @@ def test_without_a_cache_it_is_compiled_each_time(load, tmp_path, monkeypatch):
   monkeypatch.setattr("flax_cifar.environment.find_cache", lambda kind: "")
   assert load(write(tmp_path, 43)).answer() == 43
   assert list_kept(tmp_path) == []
+
+
+def test_where_the_cache_cannot_be_used_it_is_compiled_elsewhere(load, tmp_path):
+  kernels = tmp_path / "cache" / "flax_cifar" / "kernels"
+  kernels.parent.mkdir(parents=True)
+  kernels.write_text("a file, where a folder should be")
+  assert load(write(tmp_path, 48)).answer() == 48
+  assert list_kept(tmp_path) == []
+
+
+def test_a_compiler_that_hangs_is_none(load, tmp_path, monkeypatch):
+  script = tmp_path / "c++"
+  script.write_text("#!/bin/sh\nexec sleep 60\n")
+  script.chmod(0o755)
+  monkeypatch.setenv("CXX", str(script))
+  monkeypatch.setattr(compiler, "SECONDS", 0.1)
+  source = write(tmp_path, 49)
+  assert load(source) is None
+  assert compiler.get_failure(source) == f"{script} did not end within 0.1 s"
 
 
 @pytest.mark.parametrize("command", ["no-such-compiler", "false", "true", "c++ '", "/"])
