@@ -1,1 +1,1 @@
-"""One file per published system and for the quick start; `common.py` holds every key."""
+"""One file per network and for the quick start; `common.py` holds every key."""

@@ -37,7 +37,7 @@ html_title = f"{project} {version}"
 smartquotes = False  # they would turn the two dashes of a flag into one
 highlight_language = "none"  # of indented blocks, most of which are commands
 
-myst_heading_anchors = 4  # headings have the anchors that a forge gives them
+myst_heading_anchors = 4  # headings have the anchors that GitHub gives them
 nb_execution_mode = "off"  # tests/test_notebook.py executes the notebook
 
 default_role = "code"  # of `single backticks` in docstrings

@@ -49,7 +49,7 @@ on the 10,000 test images of CIFAR-10, each once, without test-time augmentation
 single run (n = 1); its card has the hardware and the commit. All are scored in float32. Those that
 were trained in bfloat16 were scored in it at the end of their run, where a few images get another
 class, and [results.md](results.md) has that accuracy. [recipes.md](recipes.md) describes how the
-recipes were chosen, and names the three that were revised after a test score.
+recipes were chosen, and names those that were revised after a test score.
 
     python -m flax_cifar.tools.evaluate --model=NAME --split=test
 

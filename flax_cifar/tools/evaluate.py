@@ -3,7 +3,7 @@
   python -m flax_cifar.tools.evaluate --weights=runs/NAME/weights.safetensors
   python -m flax_cifar.tools.evaluate --model=NAME --split=test
 
-The file names its data set, protocol and normalisation, so the images are those of the run. The
+The file names its data set, protocol and normalization, so the images are those of the run. The
 test split is to be read once, when all has been chosen: the run itself has done so, and this
 program reads it only for --split=test, or where the run held no images out. With --data it scores
 other data of the same classes: their test split, or all images where they have none. The

@@ -2,7 +2,7 @@
 
   python -m flax_cifar.tools.profile --config=configs/s9.py --out=trace
 
-It trains as many steps to compile, then the steps of which it shows the times. "(rest)" is what
+It trains --steps steps to compile, then as many again, whose times it shows. "(rest)" is what
 belongs to no layer: data, augmentation, loss, optimizer, average of the weights. --out keeps the
 trace of JAX's profiler: open its perfetto_trace.json.gz at ui.perfetto.dev, or the folder with
 TensorBoard and xprof. The profiler costs time itself, so benchmarks/speed measures without it.

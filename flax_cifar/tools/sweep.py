@@ -4,10 +4,10 @@
 
 Each --over names a short key that config files take after the colon (norm, seed, epochs, lr) and
 its values; the runs are the product of all --over. Any --config.KEY=VALUE of main.py is passed on.
-The same command again goes on where it stopped. A run that diverges ends alone. The workdir gets a
-folder per run, table.md, table.json (accuracies in [0, 1]) and curves.png; seeds are averaged. On a
-CPU, --jobs=2 makes two runs at once, each on half of the cores and with a log in place of the
-screen, which takes less time than one after the other on all cores.
+The same command again goes on where it stopped. A run that diverges leaves the others. The workdir
+gets a folder per run, table.md, table.json (accuracies in [0, 1]) and curves.png; seeds are
+averaged. On a CPU, --jobs=2 makes two runs at once, each on half of the cores and with a log in
+place of the screen, which takes less time than one after the other on all cores.
 
 On many machines that share the workdir, --shard=I/N makes every N-th run from the I-th on; a SLURM
 array, SLURM tasks or an indexed job tell it by themselves. --engine=slurm submits a job per run.
