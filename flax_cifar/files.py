@@ -17,7 +17,7 @@ def replace(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
   If the block raises, `path` stays as it was.
   """
-  part = path.with_name(f".{path.name}.part")
+  part = path.with_name(f".{path.name}.{os.getpid()}.part")  # other processes may write it too
   try:
     yield part
     os.replace(part, path)

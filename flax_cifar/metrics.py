@@ -143,6 +143,7 @@ def create_record(
   learning_rate: np.ndarray | float,
   train: Totals,
   validation: Mapping[str, np.ndarray | float] | None,
+  commit: str,
 ) -> Record:
   """The record of an epoch; values with an axis for the seeds as `describe_seeds` gives them.
 
@@ -153,6 +154,7 @@ def create_record(
     learning_rate: of the epoch's last step, () or (seeds,).
     train: totals of the epoch.
     validation: `loss` and `accuracy`, () or (seeds,); None without a validation split.
+    commit: of the code that trained it.
   """
   values = {
     "learning_rate": learning_rate,
@@ -164,13 +166,19 @@ def create_record(
   record: Record = {"epoch": epoch, "step": step, "total_epochs": total_epochs}
   for name, value in values.items():
     record |= describe_seeds(name, value)
-  return record
+  return record | {"commit": commit}
 
 
-def get_earlier_totals(records: Sequence[Record], total_epochs: int) -> list[int]:
-  """The other totals of epochs under which a run was trained before it was extended, in order."""
-  totals = (record.get("total_epochs", total_epochs) for record in records)
-  return [total for total in dict.fromkeys(totals) if total != total_epochs]
+def list_earlier(records: Sequence[Mapping[str, Any]], name: str, now: Any) -> list[Any]:
+  """The other values than `now` of a field, in their order; older runs may lack it.
+
+  The `total_epochs` of a run change when it is extended, and its `commit` when it is resumed.
+
+  >>> list_earlier([{"epoch": 1}, {"commit": "a"}, {"commit": "b"}], "commit", "b")
+  ['a']
+  """
+  values = (record.get(name, now) for record in records)
+  return [value for value in dict.fromkeys(values) if value != now]
 
 
 def describe_seeds(name: str, values: Any) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         learning_rate=config.optimizer.learning_rate * factor,
         train=progress.totals,
         validation=validation,
+        commit=facts["commit"],
       )
       if setup.plateau.enabled and validation:
         seen = setup.observe(progress.state.plateau, validation["loss"])

@@ -29,10 +29,11 @@ def run(workdir, data, **changes):
 
 
 def lines(workdir):
-  """The records of metrics.jsonl without times."""
+  """The records of metrics.jsonl without times and commit: numbers that a repetition has too."""
   records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   return [
-    {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records
+    {k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "commit")}
+    for r in records
   ]
 
 

@@ -253,11 +253,18 @@ def test_fewer_epochs_than_a_finished_run_has_are_refused(tmp_path, data):
     runs.run(tmp_path / "run", data, total_epochs=1)
 
 
-def test_more_epochs_continue_a_finished_run(tmp_path, data):
-  runs.run(tmp_path / "run", data)
+def test_more_epochs_continue_a_finished_run(tmp_path, data, monkeypatch):
+  """The result tells how long the run was before, and which code has trained it."""
+  commits = iter(["first", "second"])
+  monkeypatch.setattr("flax_cifar.environment.get_commit", lambda: next(commits))
+  result = runs.run(tmp_path / "run", data)
+  assert (result["commit"], result["earlier_commits"]) == ("first", [])
+  assert result["earlier_total_epochs"] == []
   first = runs.lines(tmp_path / "run")
   result = runs.run(tmp_path / "run", data, total_epochs=5)
   assert result["epochs"] == 5
+  assert (result["commit"], result["earlier_commits"]) == ("second", ["first"])
+  assert result["earlier_total_epochs"] == [3]
   assert runs.lines(tmp_path / "run")[:3] == first
   assert [line["epoch"] for line in runs.lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
 

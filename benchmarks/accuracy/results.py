@@ -156,10 +156,15 @@ def check_content(folder: pathlib.Path, content: Mapping[str, Any], *, force: bo
   """Raises a UserError for a trial, what cannot be repeated, or a path of this machine."""
   if content["protocol"] == "trial":
     raise errors.UserError(f"{str(folder)!r} is a trial: it has no test accuracy.")
-  commit = content["commit"]
-  if not force and (commit.endswith("+") or commit == "unknown"):
+  for commit in [] if force else result_lib.list_commits(content):
+    if commit.endswith("+") or commit == "unknown":
+      raise errors.UserError(
+        f"{str(folder)!r} is of code that was not committed ({commit!r}); run it again, or --force."
+      )
+  if earlier := metrics_lib.list_earlier(content["metrics"], "total_epochs", content["epochs"]):
     raise errors.UserError(
-      f"{str(folder)!r} is of code that was not committed ({commit!r}); run it again, or --force."
+      f"{str(folder)!r} was extended from {errors.list_some(earlier)} epochs, so its command does "
+      "not repeat it; run it in one piece."
     )
   for key, value in result_lib.list_paths(content):
     raise errors.UserError(f"{key} of {str(folder)!r} has an absolute path: {value!r}.")
@@ -220,7 +225,7 @@ def _check_pair(one: Run, other: Run) -> None:
       f"results/ has seed {other.seeds[0]} of {one.name} twice; delete one file."
     )
   changes = errors.list_differences(
-    compare_lib.get_recipe(one.content), compare_lib.get_recipe(other.content)
+    *(compare_lib.get_recipe(finished.Run(run.content, run.records)) for run in (one, other))
   )
   if changes:
     seeds = f"{one.seeds[0]} and {other.seeds[0]}"
@@ -340,7 +345,7 @@ def format_runs(runs: Sequence[Run]) -> str:
 def describe_run(run: Run) -> list[str]:
   """The cells of a run."""
   content, seeds = run.content, run.seeds
-  commit = content["commit"][:7] + "+" * content["commit"].endswith("+")
+  commits = result_lib.list_commits(content)
   validation = tables.format_percent(collect([run], "validation_accuracy"))
   return [
     run.name,
@@ -354,7 +359,7 @@ def describe_run(run: Run) -> list[str]:
     f"{content['train_seconds'] / 60:.1f}",
     content["hardware"],
     content["date"][:10],
-    commit,
+    ", ".join(commit[:7] + "+" * commit.endswith("+") for commit in commits),
     content["versions"]["jax"],
   ]
 

@@ -24,6 +24,7 @@ from benchmarks.accuracy import published, results
 from flax_cifar import errors, files, zoo
 from flax_cifar.models import layer_table
 from flax_cifar.run import plots, tables
+from flax_cifar.run import result as result_lib
 from flax_cifar.run import weights as weights_lib
 from flax_cifar.tools import command_line, evaluate
 
@@ -191,6 +192,7 @@ def format_card(row: Mapping[str, Any], content: Mapping[str, Any], field: str) 
     field: the receptive field, in words.
   """
   name, config = row["model"], content["config"]
+  commits = ", ".join(f"`{commit[:7]}`" for commit in result_lib.list_commits(content))
   facts = {
     "network": f"`{config['model']['name']}`, {config['model']['norm']} norm; layers.txt has its "
     f"layers, and its receptive field is {field}",
@@ -207,7 +209,7 @@ def format_card(row: Mapping[str, Any], content: Mapping[str, Any], field: str) 
     f"out; {content['epochs']} epochs, computed in {config['compute_dtype']}",
     "training took": f"{content['train_seconds'] / 60:.0f} minutes on {content['hardware']}",
     "command": f"`{content['command']}`",
-    "commit": f"`{content['commit'][:7]}`, JAX {content['versions']['jax']}",
+    "commit": f"{commits}, JAX {content['versions']['jax']}",
   }
   lines = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
   return f"""\

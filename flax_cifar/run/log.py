@@ -92,7 +92,7 @@ class RunLog:
     if progress.step:
       epoch = progress.step / steps_per_epoch
       self.print(f"resumed at step {progress.step:,}, epoch {epoch:.2f}")
-    earlier = metrics.get_earlier_totals(progress.records, self._total_epochs)
+    earlier = metrics.list_earlier(progress.records, "total_epochs", self._total_epochs)
     if earlier:
       self.print(
         f"extended from {errors.list_some(earlier)} to {self._total_epochs} epochs; the earlier "
@@ -199,7 +199,7 @@ def _open_events(folder: pathlib.Path, step: int) -> EventsWriter:
 
 def _list_points(record: metrics.Record) -> dict[str, float]:
   """The means of a record, called "train/loss" and so on."""
-  names = [name for name in record if name not in ("epoch", "step", "total_epochs")]
+  names = [name for name in record if name not in ("epoch", "step", "total_epochs", "commit")]
   means = {name: record[name] for name in names if not isinstance(record[name], list)}
   return {name.replace("_", "/", 1): mean for name, mean in means.items()}
 

@@ -33,9 +33,16 @@ LOCAL_KEYS = ("data.dir", "augment.workers")  # may differ from process to proce
 
 
 def get_facts(params: Any, num_seeds: int, mesh: Mesh) -> dict[str, Any]:
-  """The number of `parameters` of one seed, and the `hardware`."""
-  parameters = state_lib.count_parameters(params) // num_seeds
-  return {"parameters": parameters, "hardware": environment.get_hardware(mesh.size)}
+  """The number of `parameters` of one seed, `hardware`, `versions` and `commit`.
+
+  They are found at the start, because a checkout may change while a run trains.
+  """
+  return {
+    "parameters": state_lib.count_parameters(params) // num_seeds,
+    "hardware": environment.get_hardware(mesh.size),
+    "versions": environment.get_versions(),
+    "commit": agreement.by_first(environment.get_commit)(),
+  }
 
 
 def list_shared(config: ConfigDict, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def finish_run(
     logits: float32 (N, classes) of the final split, or (seeds, N, classes).
     mean: that normalization subtracts, per channel in [0, 1].
     std: that normalization divides by.
-    facts: further entries of result.json.
+    facts: further entries of result.json, see `get_facts`.
     log: prints the result.
   """
   weights.save_weights(
@@ -120,7 +127,14 @@ def finish_run(
     data=splits.fingerprint,
   )
   scores = score(splits.final_split_name, splits.final_split, logits)
-  result = {**scores, **summarize(config, records), **facts, "data": splits.fingerprint}
+  result = {
+    **scores,
+    **summarize(config, records),
+    **facts,
+    "earlier_total_epochs": metrics.list_earlier(records, "total_epochs", config.total_epochs),
+    "earlier_commits": metrics.list_earlier(records, "commit", facts["commit"]),
+    "data": splits.fingerprint,
+  }
   if config.log.pictures:
     first = seeds_lib.select(logits, config.num_seeds)
     augmented, curves, rate, misclassified = (workdir / name for name in PICTURES)
@@ -172,11 +186,14 @@ def summarize(config: ConfigDict, records: Sequence[metrics.Record]) -> dict[str
     "num_seeds": config.num_seeds,
     "kernels": backend.select_backend(),
     "config": json.loads(config.to_json()),
-    "versions": environment.get_versions(),
     "command": environment.get_command(),
-    "commit": environment.get_commit(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
+
+
+def list_commits(result: Mapping[str, Any]) -> list[str]:
+  """The commits whose code trained a run, in their order; older results know the last one alone."""
+  return [*result.get("earlier_commits", []), result["commit"]]
 
 
 def report_result(log: log_lib.RunLog, result: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -186,7 +203,10 @@ def report_result(log: log_lib.RunLog, result: dict[str, Any], workdir: pathlib.
   if result["best_validation"]:
     best = result["best_validation"]
     peeked = tables.PEEKED if result["protocol"] == "published" else ""
-    log.print(f"best validation accuracy {best['accuracy']:.2%}{peeked}, epoch {best['epoch']}")
+    mean = " of the seeds' mean" if result["num_seeds"] > 1 else ""
+    log.print(
+      f"best validation accuracy {best['accuracy']:.2%}{peeked}, epoch {best['epoch']}{mean}"
+    )
   log.print(f"result    {workdir / 'result.json'}")
   log.print(f"weights   {workdir / zoo.WEIGHTS}")
   for picture in sorted(workdir.glob("*.png")):

@@ -21,8 +21,8 @@ from flax_cifar.run import config as config_lib
 from flax_cifar.run import tables
 
 CONFIG, DATA, LOCK = "config.json", "data.json", "lock"
-# The only files of a run that was killed right after its start; version 0.1.0 had config.part.
-FIRST_FILES = (LOCK, f".{CONFIG}.part", "config.part")
+# The only files of a run that was killed right after its start; older ones had no process number.
+FIRST_FILES = re.compile(rf"{LOCK}|\.{re.escape(CONFIG)}(\.\d+)?\.part|config\.part")
 # Of a disk or folder that cannot be written to.
 WRITE_ERRORS = (
   *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG),
@@ -67,7 +67,7 @@ def find_workdir(config: Mapping[str, Any]) -> pathlib.Path:
       saved = _read_json(path) or {}
       epochs = saved.get("total_epochs")
       is_shorter = isinstance(epochs, int) and epochs <= config["total_epochs"]
-      if is_shorter and not _compare_configs(saved, config):
+      if is_shorter and not list_changes(saved, config):
         shorter.append((epochs, path.parent))
   return max(shorter, default=(0, own))[1]
 
@@ -87,19 +87,19 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   if saved is None:
     is_folder = workdir.is_dir() or not workdir.exists()
     found = list(workdir.glob("*")) if is_folder else [workdir]
-    if any(file.name not in FIRST_FILES for file in found):
+    if not all(FIRST_FILES.fullmatch(file.name) for file in found):
       raise errors.UserError(
         f"workdir {str(workdir)!r} holds files that are no run of ours; choose another --workdir."
       )
     return
-  if changes := _compare_configs(saved, config):
+  if changes := list_changes(saved, config):
     raise errors.UserError(
       f"workdir {str(workdir)!r} holds a run of another config: {'; '.join(changes[:5])}. "
       "Choose another --workdir, or delete this one to start again."
     )
 
 
-def _compare_configs(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+def list_changes(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
   """A line for each key in which a resumed run may not differ, but does."""
   old, new = (config_lib.flatten(config_lib.complete(one)) for one in (saved, config))
   free = config_lib.list_resume_keys(old)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_cifar import errors, metrics
+from flax_cifar import environment, errors, metrics
 from flax_cifar.configs import variants
 from flax_cifar.data.augment import arguments
 from flax_cifar.run import config as config_lib
@@ -144,7 +144,7 @@ def compare(a: pathlib.Path, b: pathlib.Path, score: str) -> Difference:
     a=[scores_a[seed] for seed in seeds],
     b=[scores_b[seed] for seed in seeds],
     changes=errors.list_differences(
-      get_recipe(runs_a[0].result), get_recipe(runs_b[0].result), places=("in A", "in B")
+      get_recipe(runs_a[0]), get_recipe(runs_b[0]), places=("in A", "in B")
     ),
   )
 
@@ -182,7 +182,7 @@ def find_runs(folder: pathlib.Path) -> list[finished.Run]:
   """
   first, *others = find_groups(folder).values()
   if others:
-    changes = errors.list_differences(get_recipe(first[0].result), get_recipe(others[0][0].result))
+    changes = errors.list_differences(get_recipe(first[0]), get_recipe(others[0][0]))
     raise errors.UserError(
       f"the runs in {str(folder)!r} are of several recipes: {'; '.join(changes[:3])}; name those "
       "of one recipe, as SWEEP/norm=batch does in a sweep, or put them into a folder of their own."
@@ -205,7 +205,7 @@ def find_groups(folder: pathlib.Path) -> dict[pathlib.Path, list[finished.Run]]:
   groups: list[tuple[dict[str, Any], dict[pathlib.Path, finished.Run]]] = []
   for path in list_folders(folder):
     run = finished.read_run(path)
-    recipe = get_recipe(run.result)
+    recipe = get_recipe(run)
     same = next((runs for known, runs in groups if known == recipe), None)
     if same is None:
       groups.append((recipe, same := {}))
@@ -279,15 +279,18 @@ def _drop_seed(name: str) -> str:
   return ",".join(parts) or name
 
 
-def get_recipe(result: finished.Record) -> dict[str, Any]:
+def get_recipe(run: finished.Run) -> dict[str, Any]:
   """The flat config of a run without what repetitions may differ in.
 
   Settings of augmentations that the run does not use are left out, too: they change nothing, and an
-  older run may lack some.
+  older run may lack some. A run that was extended has its earlier lengths besides, because it is no
+  repetition of one that had its length from the start.
   """
-  config = config_lib.complete(result["config"])
+  config = config_lib.complete(run.result["config"])
   unused = (f"augment.{op}" for op in arguments.RULES if op not in config["augment"]["ops"])
-  return config_lib.without(config_lib.flatten(config), (*REPETITION_KEYS, *unused))
+  recipe = config_lib.without(config_lib.flatten(config), (*REPETITION_KEYS, *unused))
+  earlier = metrics.list_earlier(run.records, "total_epochs", config["total_epochs"])
+  return recipe | ({"extended from epochs": earlier} if earlier else {})
 
 
 def collect_scores(runs: Sequence[finished.Run], score: str) -> dict[int, float]:
@@ -471,4 +474,5 @@ def _draw_metric(
 
 
 if __name__ == "__main__":
+  environment.apply_settings()
   main()

@@ -64,11 +64,12 @@ def main() -> None:
   with command_line.one_line_errors():
     options = parse(sys.argv[1:])
     environment.check_devices()
-    example = export(options)
+    export(options)
     if options.json:
-      print(json.dumps({"program": str(options.out), "example": str(example)}, indent=2))
+      written = {"program": str(options.out), "example": str(options.example)}
+      print(json.dumps(written, indent=2))
     else:
-      print(f"program   {options.out}\nexample   {example}")
+      print(f"program   {options.out}\nexample   {options.example}")
 
 
 def create_parser() -> command_line.Parser:
@@ -91,12 +92,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """
   options = create_parser().parse_args(arguments)
   options.out = command_line.get_out("--out", options.out)
+  options.example = options.out.with_name(f"{options.out.name}.py")
+  check_example(options.example)
   options.weights = command_line.find_network(options)
   return options
 
 
-def export(options: argparse.Namespace) -> pathlib.Path:
-  """Writes the program and the example; returns the example's path.
+def check_example(path: pathlib.Path) -> None:
+  """Raises a UserError where the example would replace a program that is none."""
+  start = EXAMPLE.partition("{")[0].encode()
+  if path.exists() and not (path.is_file() and path.read_bytes().startswith(start)):
+    raise errors.UserError(
+      f"{str(path)!r}, where the example belongs, is another file; choose another --out."
+    )
+
+
+def export(options: argparse.Namespace) -> None:
+  """Writes the program and the example.
 
   Raises:
     UserError: the weights are missing or damaged, or the files cannot be written.
@@ -109,7 +121,6 @@ def export(options: argparse.Namespace) -> pathlib.Path:
   weights = weights_lib.load_weights(options.weights)
   weights = dataclasses.replace(weights, config={**weights.config, "compute_dtype": zoo.DTYPE})
   program = create_program(weights_lib.create_network(weights), weights, options.platforms)
-  example = options.out.with_name(f"{options.out.name}.py")
   text = EXAMPLE.format(
     version=jax.__version__,
     platforms=", ".join(options.platforms),
@@ -120,12 +131,11 @@ def export(options: argparse.Namespace) -> pathlib.Path:
   )
   try:
     files.write_bytes(options.out, program)
-    files.write_text(example, text)
+    files.write_text(options.example, text)
   except OSError as error:
     raise errors.UserError(
       f"--out={str(options.out)!r} cannot be written ({error.strerror}); choose another file."
     ) from error
-  return example
 
 
 def create_program(

@@ -161,11 +161,10 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 def smooth(losses: Sequence[float]) -> np.ndarray:
   """The moving average of some values, in which the first ones weigh no more than others."""
-  total, averages = 0.0, []
-  for number, loss in enumerate(losses):
-    total = SMOOTHING * total + (1 - SMOOTHING) * loss
-    averages.append(total / (1 - SMOOTHING ** (number + 1)))
-  return np.array(averages)
+  from scipy import signal
+
+  totals = signal.lfilter([1 - SMOOTHING], [1, -SMOOTHING], losses)
+  return np.asarray(totals / (1 - SMOOTHING ** np.arange(1, len(losses) + 1)))
 
 
 def analyze(rates: np.ndarray, losses: Sequence[float]) -> RangeTest:

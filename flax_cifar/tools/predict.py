@@ -106,7 +106,7 @@ def save_picture(path: pathlib.Path, images: Any, predictions: Sequence[Predicti
   """Writes the images with what they show; a UserError where that is not possible."""
   from flax_cifar.run import plots
 
-  titles = [f"{one.classes[0]} {one.probabilities[0]:.0%}" for one in predictions]
+  titles = [f"{one.classes[0]}\n{one.probabilities[0]:.0%}" for one in predictions]
   try:
     plots.save_images(path, images, titles)
   except OSError as error:

@@ -89,7 +89,7 @@ def profile_run(config: ConfigDict, *, num_steps: int, folder: pathlib.Path) -> 
     folder: for the trace.
 
   Raises:
-    UserError: as a run of `config` would.
+    UserError: as a run of `config` would; or the profiler has seen no operation.
   """
   from flax_cifar.tools import first_steps  # it brings JAX
 
@@ -111,6 +111,11 @@ def profile_run(config: ConfigDict, *, num_steps: int, folder: pathlib.Path) -> 
     lowered = setup.steps_fn.lower(setup.state, setup.feed.example_inputs(), length)
     program = lowered.compile().as_text() or ""
   operations = [event for event in events if "hlo_op" in event.get("args", {})]
+  if not operations:
+    raise errors.UserError(
+      "JAX's profiler has seen no operation of the devices; on a GPU it needs CUPTI, and the "
+      "permission to use it."
+    )
   return {
     "config": config.name,
     "steps": num_steps,

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_cifar import errors, files
+from flax_cifar import environment, errors, files
 from flax_cifar.tools import command_line
 from flax_cifar.zoo import hub
 
@@ -40,9 +40,9 @@ An image classifier trained with flax_cifar.
 | {split} accuracy | {accuracy} |
 | protocol | {protocol} |
 | weights | {scored_weights}, seed {seed} |
-| training | {epochs} epochs in {minutes:,.1f} minutes on {hardware} |
+| training | {epochs} epochs{extended} in {minutes:,.1f} minutes on {hardware} |
 | command | `{command}` |
-| commit | `{commit}` |
+| commit | {commits} |
 
     import flax_cifar
     network = flax_cifar.load_pretrained("hf:{repo}")
@@ -155,6 +155,12 @@ def format_accuracy(result: Mapping[str, Any]) -> str:
   return f"{first:.2%}; of all seeds {every}"
 
 
+def format_extended(result: Mapping[str, Any]) -> str:
+  """The lengths under which a run was trained before it was extended."""
+  earlier = result.get("earlier_total_epochs")
+  return f", extended from {errors.list_some(earlier)}," if earlier else ""
+
+
 def format_card(result: Mapping[str, Any], repo: str) -> str:
   """The card of a run for the repository `repo`."""
   from flax_cifar.run import result as result_lib
@@ -172,10 +178,13 @@ def format_card(result: Mapping[str, Any], repo: str) -> str:
     split=split,
     accuracy=format_accuracy(result),
     minutes=result["train_seconds"] / 60,
+    extended=format_extended(result),
+    commits=", ".join(f"`{commit}`" for commit in result_lib.list_commits(result)),
     **{key: result[key] for key in ("parameters", "protocol", "scored_weights", "seed", "epochs")},
-    **{key: result[key] for key in ("hardware", "command", "commit")},
+    **{key: result[key] for key in ("hardware", "command")},
   )
 
 
 if __name__ == "__main__":
+  environment.apply_settings()
   main()

@@ -80,9 +80,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """
   options = create_parser().parse_args(arguments)
   options.folders = [errors.get_path("FOLDER", name) for name in options.folders]
-  options.out = (
-    command_line.get_out("--out", options.out) if options.out else get_default_out(options.folders)
-  )
+  out = options.out or str(get_default_out(options.folders))
+  options.out = command_line.get_out("--out", out)
   return options
 
 
@@ -292,7 +291,7 @@ def compare_runs(options: argparse.Namespace) -> str:
   from flax_cifar.tools import compare
 
   groups = find_groups(options.folders)
-  recipes = {name: compare.get_recipe(runs[0].result) for name, runs in groups.items()}
+  recipes = {name: compare.get_recipe(runs[0]) for name, runs in groups.items()}
   keys = {key for recipe in recipes.values() for key in recipe}
   missing = object()
   varied = sorted(

@@ -87,4 +87,5 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+  environment.apply_settings()
   main()

@@ -26,13 +26,18 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
 
 from flax_cifar import environment, errors, files
 from flax_cifar.configs import common, variants
 from flax_cifar.tools import command_line
 from flax_cifar.tools import jobs as jobs_lib
 from flax_cifar.tools import shards as shards_lib
+
+if TYPE_CHECKING:
+  from flax_cifar.run import finished as finished_lib
 
 RANGES = {
   "seed": (0, errors.SEEDS - 1),
@@ -86,7 +91,8 @@ def run_sweep(sweep: Sweep) -> None:
     if sweep.collects or is_whole:
       compare_finished(sweep, combinations)
     else:
-      print(f"once they are done: {get_command_line(sweep)} --workdir={sweep.workdir} --collect")
+      place = shlex.quote(f"--workdir={sweep.workdir}")
+      print(f"once they are done: {get_command_line(sweep)} {place} --collect")
   if failed:
     raise failed[0]
 
@@ -101,10 +107,8 @@ def check_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
   from flax_cifar.tools import first_steps
 
   jax.config.update("jax_platforms", "cpu")
-  parser = command_line.create_parser("sweep", None)
   for settings in combinations:
-    flags = [f"--config={get_config(sweep.config, settings)}", *sweep.overrides]
-    _, config = command_line.parse_with_config(parser, flags)
+    config = load_config(sweep, settings)
     config.num_devices = 0
     first_steps.check(config)
 
@@ -129,22 +133,48 @@ def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) ->
   Raises:
     UserError: none has.
   """
-  from flax_cifar.run import finished as finished_lib
   from flax_cifar.tools import compare
 
-  finished = [s for s in combinations if (get_workdir(sweep, s) / "result.json").exists()]
-  missing = [variants.format_settings(s) for s in combinations if s not in finished]
+  begun = [s for s in combinations if (get_workdir(sweep, s) / "result.json").exists()]
+  missing = [variants.format_settings(s) for s in combinations if s not in begun]
+  finished = [(s, run) for s in begun if (run := read_run(sweep, s))]
   if not finished:
     raise errors.UserError(f"no run of {str(sweep.workdir)!r} has finished; start them first.")
   if missing:
     errors.warn(f"not finished and left out: {errors.list_some(missing)}")
-  groups = compare.group_runs((s, finished_lib.read_run(get_workdir(sweep, s))) for s in finished)
+  groups = compare.group_runs(finished)
   rows = [compare.summarize(name, group) for name, group in groups.items()]
   text = write_table(sweep, rows, compare.format_table(rows))
   drawn = compare.save_curves(sweep.workdir / "curves.png", groups)
   print(text)
   for name in ("table.md", "table.json", *(["curves.png"] if drawn else [])):
     print(f"written   {sweep.workdir / name}")
+
+
+def read_run(sweep: Sweep, settings: variants.Settings) -> "finished_lib.Run | None":
+  """Reads a finished run; None, with a warning, where its folder has a run of another config."""
+  from flax_cifar.run import finished as finished_lib
+  from flax_cifar.run import workdir as workdir_lib
+
+  folder = get_workdir(sweep, settings)
+  config = load_config(sweep, settings)
+  try:
+    run = finished_lib.read_run(folder)
+  except errors.UserError as error:  # it is damaged, or it is being extended
+    errors.warn(f"left out: {error}")
+    return None
+  saved = run.result["config"]
+  # What the machine of the run has decided, this one need not know.
+  config.num_devices = config.num_devices or saved["num_devices"]
+  if config.compute_dtype == "auto":
+    config.compute_dtype = saved["compute_dtype"]
+  changes = workdir_lib.list_changes(saved, config.to_dict())
+  if run.result["epochs"] != config.total_epochs:
+    changes.append(f"epochs are {run.result['epochs']} there and {config.total_epochs} here")
+  if not changes:
+    return run
+  errors.warn(f"left out: {str(folder)!r} has another config: {errors.list_some(changes, 3)}")
+  return None
 
 
 def write_table(sweep: Sweep, rows: Sequence[Mapping[str, Any]], table: str) -> str:
@@ -336,6 +366,13 @@ def get_config(config: str, settings: variants.Settings) -> str:
   return f"{config}{',' if ':' in config else ':'}{variants.format_settings(settings)}"
 
 
+def load_config(sweep: Sweep, settings: variants.Settings) -> ConfigDict:
+  """The config of one run, as its own process will load it."""
+  parser = command_line.create_parser("sweep", None)
+  flags = [f"--config={get_config(sweep.config, settings)}", *sweep.overrides]
+  return command_line.parse_with_config(parser, flags)[1]
+
+
 def get_command(sweep: Sweep, settings: variants.Settings) -> list[str]:
   """The command line of one run."""
   config = get_config(sweep.config, settings)
@@ -367,4 +404,5 @@ def get_command_line(sweep: Sweep) -> str:
 
 
 if __name__ == "__main__":
+  environment.apply_settings()
   main()

@@ -48,18 +48,26 @@ def upload(folder: pathlib.Path, repo: str, *, private: bool) -> str:
   The repository is created, `private` or public, if there is none.
 
   Raises:
-    UserError: it is not allowed, cannot be reached, or huggingface_hub is not installed.
+    UserError: it is to be `private` and is public already; it is not allowed, cannot be reached, or
+      huggingface_hub is not installed.
   """
   library = _import_library(repo)
   try:
     api = library.HfApi()
     address = api.create_repo(repo, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a run of flax_cifar")
+    is_exposed = private and not api.repo_info(repo).private
+    if not is_exposed:
+      text = "Upload a run of flax_cifar"
+      api.upload_folder(repo_id=repo, folder_path=folder, commit_message=text)
   except Exception as error:  # of the name, the network or the server
     raise errors.UserError(
       f"{repo!r} cannot be uploaded to the Hugging Face Hub ({errors.shorten(error)}); check the "
       "name, USER/NAME, and log in with `hf auth login`."
     ) from error
+  if is_exposed:
+    raise errors.UserError(
+      f"{repo!r} is there already, and public; make it private on the Hub, or leave --private out."
+    )
   return str(address)
 
 

@@ -33,6 +33,7 @@ def write(log, epoch, validation=None):
     learning_rate=0.1,
     train=TRAIN,
     validation=validation,
+    commit="abc",
   )
   log.write(record)
 
@@ -73,6 +74,7 @@ def test_a_line_has_the_means(tmp_path):
       "validation_accuracy": 0.8,
       "seconds": 4.0,
       "images_per_second": 5.0,
+      "commit": "abc",
     }
   ]
 
@@ -84,7 +86,13 @@ def test_seeds_are_averaged_and_listed(tmp_path, capsys):
   train["correct"] = np.array([15.0, 10.0])
   rates, validation = np.array([0.1, 0.3]), {"loss": np.ones(2), "accuracy": np.array([0.5, 0.9])}
   record = metrics.create_record(
-    epoch=1, step=10, total_epochs=12, learning_rate=rates, train=train, validation=validation
+    epoch=1,
+    step=10,
+    total_epochs=12,
+    learning_rate=rates,
+    train=train,
+    validation=validation,
+    commit="abc",
   )
   log.write(record)
   with log.progress(2, done=0, total=8) as report:

@@ -269,7 +269,14 @@ def test_a_config_written_meanwhile_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "left", [["lock"], ["lock", ".config.json.part"], ["lock", "config.part"], []]
+  "left",
+  [
+    ["lock"],
+    ["lock", ".config.json.7.part"],
+    ["lock", ".config.json.part"],
+    ["lock", "config.part"],
+    [],
+  ],
 )
 def test_a_run_killed_at_its_start_may_start_again(tmp_path, left):
   for name in left:

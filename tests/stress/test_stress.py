@@ -19,12 +19,12 @@ from tests.stress.faults import __main__, bench, compare, damages, kills, worker
     ("rename", "run/checkpoints/12.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp", None),
     (
       "write_text",
-      "run/checkpoints/12.orbax-checkpoint-tmp/.digests.json.part",
+      "run/checkpoints/12.orbax-checkpoint-tmp/.digests.json.7.part",
       ("writing the digests", "writing the digests", None),
     ),
     (
       "replace",
-      "run/checkpoints/12.orbax-checkpoint-tmp/.digests.json.part",
+      "run/checkpoints/12.orbax-checkpoint-tmp/.digests.json.7.part",
       ("writing the digests", "before the rename", None),
     ),
     (
@@ -35,7 +35,7 @@ from tests.stress.faults import __main__, bench, compare, damages, kills, worker
     ("rmtree", "run/checkpoints/9", ("deleting an old one",) * 2 + ("between saves",)),
     ("rmtree", "run/checkpoints/9.orbax-checkpoint-tmp", None),
     ("rename", "run/checkpoints/12", None),  # retired
-    ("replace", "run/.metrics.jsonl.part", None),
+    ("replace", "run/.metrics.jsonl.7.part", None),
   ],
 )
 def test_each_call_belongs_to_a_phase(call, path, phases):

@@ -77,6 +77,15 @@ def test_settings_of_augmentations_that_no_run_uses_make_no_difference(tmp_path)
   assert difference.changes == ["augment.random_crop.padding is 4 in A and 1 in B"]
 
 
+def test_a_run_that_was_extended_is_no_repetition(tmp_path):
+  for name in "ab":
+    write_run(tmp_path / name, 0, 0.8, total_epochs=1)
+  path = tmp_path / "b" / "metrics.jsonl"
+  path.write_text(json.dumps({**json.loads(path.read_text()), "total_epochs": 8}))
+  difference = compare.compare(tmp_path / "a", tmp_path / "b", "test")
+  assert difference.changes == ["extended from epochs is 'absent' in A and [8] in B"]
+
+
 def write_sweep(folder, rates=("0.1", "0.12")):
   """The runs of a sweep over the rate and the seed, which lie in one folder."""
   for number, rate in enumerate(rates):

@@ -82,6 +82,14 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monk
     export.parse([f"--out={name}", "--weights=missing"])
 
 
+def test_a_program_of_the_user_is_not_replaced_by_the_example(exported, tmp_path):
+  example = exported.with_name(f"{exported.name}.py")
+  assert export.parse(["--model=tiny50k", f"--out={exported}"]).example == example
+  (tmp_path / "main.py").write_text("print('mine')")
+  with pytest.raises(errors.UserError, match=r"main.py', where the example belongs, is another"):
+    export.parse(["--model=tiny50k", f"--out={tmp_path / 'main'}"])
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
   def fail(path, content):
     raise OSError(28, "No space left on device")

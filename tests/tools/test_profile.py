@@ -56,6 +56,13 @@ def test_a_profile_has_the_layers_of_the_network(tiny_model, data, tmp_path, fee
   json.dumps(summary)
 
 
+def test_a_trace_without_operations_is_one_line(tiny_model, data, tmp_path, monkeypatch):
+  monkeypatch.setattr(profile, "trace", lambda run, folder: ([], 1.0))
+  config = tiny.get_config(data, total_epochs=1)
+  with pytest.raises(errors.UserError, match=r"has seen no operation .* CUPTI"):
+    profile.profile_run(config, num_steps=2, folder=tmp_path)
+
+
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(errors.UserError, match=r"--out=.*file.* cannot be made a folder"):

@@ -33,8 +33,10 @@ def server(tmp_path, monkeypatch):
   class HfApi:
     def create_repo(self, repo, *, private, exist_ok):
       assert exist_ok
-      assert not private
       return f"https://hub/{repo}"
+
+    def repo_info(self, repo):
+      return types.SimpleNamespace(private="secret" in repo)
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
       shutil.copytree(folder_path, server / repo_id)
@@ -168,6 +170,14 @@ def test_weights_of_another_run_are_refused(run):
 def test_a_name_that_the_hub_does_not_know_is_one_line(server):
   with pytest.raises(errors.UserError, match=r"'hf:no/one' cannot be downloaded .*404"):
     hub.download("hf:no/one")
+
+
+def test_a_private_run_is_not_put_into_a_public_repository(server, tmp_path):
+  (tmp_path / "run").mkdir()
+  with pytest.raises(errors.UserError, match="'me/open' is there already, and public"):
+    hub.upload(tmp_path / "run", "me/open", private=True)
+  hub.upload(tmp_path / "run", "me/secret", private=True)
+  assert [path.name for path in (server / "me").iterdir()] == ["secret"]
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -62,6 +62,13 @@ def create_runs():
   return [create_run(name, *values) for name, values in ACCURACIES.items()]
 
 
+def write_own_run(spec, name, *values):
+  """Writes a run as that of a `spec`'s settings `name` would."""
+  settings = dict(part.split("=") for part in name.split(","))
+  config = sweep.load_config(spec, settings).to_dict()
+  write_run(spec.workdir, *create_run(name, *values, config=config, num_seeds=1))
+
+
 def write_run(workdir, settings, run):
   folder = workdir / variants.format_settings(settings)
   folder.mkdir(parents=True)
@@ -181,11 +188,10 @@ def test_flags_that_would_have_no_effect_are_refused(flags, message):
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch, capsys):
-  for settings, run in create_runs():
-    write_run(tmp_path, settings, run)
+  flags = [CONFIG, "--over=seed=0", f"--workdir={tmp_path}", "--collect", "--config.total_epochs=1"]
+  write_own_run(sweep.parse(flags), "seed=0", [0.5], [0.5], 0.5)
   (tmp_path / "table.json").mkdir()
-  over = ["--over=norm=batch,layer", "--over=seed=0,1,2"]
-  monkeypatch.setattr(sys, "argv", ["sweep", CONFIG, *over, f"--workdir={tmp_path}", "--collect"])
+  monkeypatch.setattr(sys, "argv", ["sweep", *flags])
   with pytest.raises(SystemExit) as end:
     sweep.main()
   assert end.value.code == 2
@@ -363,7 +369,7 @@ def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys, di
   def create_command(spec, settings):
     name = variants.format_settings(settings)
     if name not in diverging:
-      write_run(tmp_path, *create_run(name, [0.5], [0.5], 0.5, num_seeds=1))
+      write_own_run(spec, name, *[[0.5] * 3] * 2, 0.5)
     return [sys.executable, "-c", f"raise SystemExit({2 * (name in diverging)})"]
 
   assert fail_main(monkeypatch, tmp_path, "seed=0,1", create_command) == 2
@@ -407,13 +413,13 @@ def test_a_log_folder_that_cannot_be_created_is_named(tmp_path):
 
 
 def test_shards_make_their_runs_and_collect_compares_what_has_finished(tmp_path, capsys):
-  flags = [CONFIG, "--over=seed=0,1,2", f"--workdir={tmp_path}"]
+  flags = [CONFIG, "--over=seed=0,1,2", f"--workdir={tmp_path}", "--config.total_epochs=1"]
   made = []
 
   def run_jobs(jobs, shares):
     made.extend(job.name for job in jobs)
     for job in jobs:
-      write_run(tmp_path, *create_run(job.name, [0.5], [0.5], 0.5, num_seeds=1))
+      write_own_run(sweep.parse(flags), job.name, [0.5], [0.5], 0.5)
     return []
 
   with mock.patch.object(sweep.jobs_lib, "run_jobs", run_jobs):
@@ -422,12 +428,30 @@ def test_shards_make_their_runs_and_collect_compares_what_has_finished(tmp_path,
     sweep.run_sweep(sweep.parse([*flags, "--shard=0/2"]))
   assert made == ["seed=0", "seed=2"]
   out = capsys.readouterr().out
-  assert f"--over=seed=0,1,2 --workdir={tmp_path} --collect" in out
+  assert f"--config.total_epochs=1 --workdir={tmp_path} --collect" in out
   assert not (tmp_path / "table.md").exists()
   sweep.run_sweep(sweep.parse([*flags, "--collect"]))
   assert "not finished and left out: seed=1" in capsys.readouterr().err
   (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
   assert row["test_accuracy"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+  ("flag", "reason"),
+  [
+    ("--config.batch_size=64", "has another config: batch_size is 32 there and 64 here"),
+    ("--config.total_epochs=2", "has another config: epochs are 1 there and 2 here"),
+  ],
+)
+def test_runs_of_another_config_are_left_out(tmp_path, capsys, flag, reason):
+  flags = [CONFIG, "--over=seed=0,1", f"--workdir={tmp_path}", "--config.total_epochs=1"]
+  write_own_run(sweep.parse(flags), "seed=0", [0.5], [0.5], 0.5)
+  changed = sweep.parse([*flags, "--collect", flag])
+  write_own_run(changed, "seed=1", *([[0.5] * (1 + ("epochs" in flag))] * 2), 0.6)
+  sweep.run_sweep(changed)
+  assert reason in capsys.readouterr().err
+  (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+  assert row["test_accuracy"] == {"mean": 0.6, "sd": None, "n": 1}
 
 
 def test_a_sweep_trains_runs_in_parallel(tmp_path):

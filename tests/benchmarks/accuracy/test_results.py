@@ -285,6 +285,8 @@ def test_the_table_of_runs_shows_how_to_repeat_each(tmp_path, add):
   ]
   cells = read_cells(tmp_path, "pyramid")
   assert (cells[2], cells[6], cells[-2]) == ("", "85.00 (n = 1)", "0123456+")
+  add(name="skip", earlier_commits=["abcdefgh"])
+  assert read_cells(tmp_path, "skip")[-2] == "abcdefg, 0123456"
 
 
 def test_runs_with_different_configs_are_not_averaged(tmp_path, add):
@@ -322,6 +324,7 @@ def test_a_file_holds_the_result_and_a_line_for_each_epoch(tmp_path, add):
   [
     ({"commit": COMMIT + "+"}, "code that was not committed"),
     ({"commit": "unknown"}, "code that was not committed"),
+    ({"earlier_commits": [COMMIT + "+"]}, "code that was not committed"),
     ({"command": "python /opt/main.py"}, "command of .* has an absolute path"),
     ({"command": "python main.py --config.model.name=skip"}, "no plain run of .*model.name"),
     ({"config": {"name": "x", "data": {"name": "npz:/home/x.npz"}}}, r"data\.name of"),
@@ -334,6 +337,14 @@ def test_a_run_that_cannot_be_repeated_is_refused(tmp_path, add, changes, messag
   with pytest.raises(errors.UserError, match=message):
     add(**changes)
   assert not (tmp_path / "results").exists()
+
+
+def test_a_run_that_was_extended_is_refused(tmp_path):
+  content, records = create_content()
+  records[0]["total_epochs"] = 1
+  folder = write_folder(tmp_path / "run", content, records)
+  with pytest.raises(errors.UserError, match="was extended from 1 epochs"):
+    results.add([folder], tmp_path, force=False)
 
 
 def test_force_accepts_any_commit_but_no_absolute_path(add):

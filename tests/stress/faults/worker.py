@@ -17,6 +17,7 @@ import functools
 import os
 import pathlib
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -29,7 +30,7 @@ from typing import Any
 from flax_cifar import environment
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-DIGESTS = ("digests.json", ".digests.json.part")
+DIGESTS = re.compile(r"digests\.json|\.digests\.json\.\d+\.part")
 CALLS = (  # the functions that pathlib, shutil and Orbax call
   *((os, name) for name in ("mkdir", "rename", "replace", "unlink", "remove", "fsync")),
   *((shutil, "rmtree"), (pathlib.Path, "write_text")),
@@ -148,7 +149,7 @@ def name_phases(name: str, path: pathlib.PurePath) -> Phases | None:
   top = path.parent.name == "checkpoints"  # the folder of a checkpoint, not one in it
   if name == "mkdir" and top and TEMPORARY in path.name:
     return WRITING, WRITING, None
-  if path.name in DIGESTS:
+  if DIGESTS.fullmatch(path.name):
     after = BEFORE_RENAME if name in ("rename", "replace") else WRITING_DIGESTS
     return WRITING_DIGESTS, after, None
   if name in ("rename", "replace") and top and TEMPORARY in path.name:
