@@ -1,5 +1,6 @@
 """Order and batches on the host; both are pure functions of (seed, epoch, step)."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,9 +60,12 @@ class TrainBatches:
     return order[position * self._batch_size :][: self._batch_size]
 
 
+@functools.lru_cache(maxsize=2)  # every step asks for that of its epoch; some steps are made ahead
 def epoch_permutation(*, seed: int, epoch: int, num_examples: int) -> np.ndarray:
-  """Returns the order of the examples in `epoch` (from 0): int64 (num_examples,)."""
-  return np.random.default_rng([seed, epoch]).permutation(num_examples)
+  """Returns the order of the examples in `epoch` (from 0): int64 (num_examples,), read-only."""
+  order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+  order.flags.writeable = False
+  return order
 
 
 def count_steps(split: dataset.Split, batch_size: int) -> int:

@@ -70,8 +70,14 @@ def _count(environment: Mapping[str, str], name: str) -> int:
 
 
 def _is_slurm(environment: Mapping[str, str]) -> bool:
-  """A shell of `salloc`, or ssh to a node of a job, has some of the variables only."""
-  return all(name in environment for name in SLURM) and _count(environment, "SLURM_NTASKS") > 1
+  """Whether this is a task of several of a step.
+
+  A shell of `salloc` may have the variables of the job, but is a step of one task; ssh to a node of
+  a job has some of them only.
+  """
+  step = "SLURM_STEP_NUM_TASKS"
+  tasks = _count(environment, step if step in environment else "SLURM_NTASKS")
+  return all(name in environment for name in SLURM) and tasks > 1
 
 
 def _is_open_mpi(environment: Mapping[str, str]) -> bool:
@@ -80,16 +86,18 @@ def _is_open_mpi(environment: Mapping[str, str]) -> bool:
 
 def _is_tpu(environment: Mapping[str, str]) -> bool:
   names = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
-  return any("," in environment.get(name, "") for name in names)
+  several = any("," in environment.get(name, "") for name in names)
+  return several or _count(environment, "MEGASCALE_NUM_SLICES") > 1
 
 
 def _is_kubernetes(environment: Mapping[str, str]) -> bool:
   return "JOB_COMPLETION_INDEX" in environment and "KUBERNETES_SERVICE_HOST" in environment
 
 
+# Open MPI first: on other nodes its ranks inherit the variables of the SLURM task that starts them.
 CLUSTERS: dict[str, Callable[[Mapping[str, str]], bool]] = {
-  "slurm": _is_slurm,
   "openmpi": _is_open_mpi,
+  "slurm": _is_slurm,
   "tpu": _is_tpu,
   "kubernetes": _is_kubernetes,
 }
@@ -185,7 +193,7 @@ def _join(launch: Launch, found: str, environment: Mapping[str, str]) -> None:
       f"the processes did not find each other within {launch.initialization_timeout} s "
       f"({errors.shorten(error)}); start all of them again, or raise --initialization_timeout"
     ) from error
-  except (ValueError, RuntimeError, LookupError) as error:
+  except Exception as error:  # of the packages that JAX asks, too
     reason = f"{type(error).__name__}: {errors.shorten(error)}"
     raise errors.UserError(
       f"the cluster {found!r} cannot be joined ({reason}); pass --coordinator, "

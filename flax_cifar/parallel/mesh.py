@@ -137,7 +137,7 @@ def _check_batch_size(name: str, batch_size: int, mesh: Mesh, num_examples: int)
   parts, most = mesh.shape["batch"], min(num_examples, MAX_BATCH_SIZE)
   reason = ", the number of training images" if most < MAX_BATCH_SIZE else ""
   expected = f"from 1 to {most:,}{reason}"
-  if parts > 1:
+  if 1 < parts <= most:
     nearest = _list_nearest_multiples(batch_size, parts, most)
     expected = f"a multiple of the {parts} devices that share a batch, {expected}; {nearest}"
   fits = 0 < batch_size <= most and batch_size % parts == 0

@@ -14,7 +14,8 @@ FACTOR = 50  # times the median between two calls
 HISTORY = 100  # the latest calls, of which the median is taken
 STUCK = (
   "error: no call has finished for {seconds:.0f} s, so a process of the run is stuck; above are "
-  "the stacks of this one. Start all of them again, and they go on from the last checkpoint"
+  "the stacks of this one. Start all of them again, and they go on from the last checkpoint; or "
+  "raise --stall_timeout if a call takes that long"
 )
 
 

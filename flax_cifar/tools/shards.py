@@ -52,7 +52,9 @@ def find_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
   number = {name: _to_int(value) for name, value in environment.items() if name.isupper()}
   if "SLURM_ARRAY_TASK_ID" in environment:
     return _find_in_array(number)
-  if number.get("SLURM_NTASKS", 1) > 1 and "SLURM_STEP_ID" in environment:
+  # A shell of `salloc` is a step of one task, and may have the number of tasks of its job.
+  tasks = number.get("SLURM_STEP_NUM_TASKS", number.get("SLURM_NTASKS", 1))
+  if tasks > 1 and "SLURM_STEP_ID" in environment:
     return _create_shard(number, "SLURM_PROCID", "SLURM_NTASKS")
   if "JOB_COMPLETION_INDEX" in environment:
     if number.get("JOB_COMPLETIONS", 0) < 1:

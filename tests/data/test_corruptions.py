@@ -55,6 +55,14 @@ def test_noise_has_the_standard_deviation_of_the_source():
   assert noise.mean() == pytest.approx(-0.5, abs=0.3)  # it truncates
 
 
+@pytest.mark.parametrize("name", corruptions.CORRUPTIONS)
+def test_images_are_corrupted_in_blocks_as_all_at_once(monkeypatch, name):
+  images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+  whole = corrupt(name, 3, images)
+  monkeypatch.setattr(corruptions, "BLOCK", 2)
+  np.testing.assert_array_equal(corrupt(name, 3, images), whole)
+
+
 def test_blur_is_a_gaussian_with_a_repeated_rim():
   sd, reach = 1.0, 4
   taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sd) ** 2)

@@ -44,12 +44,15 @@ FLAGS = {"coordinator": "host:1234", "num_processes": 2, "process_id": 0}
     ({}, {}, None),
     ({}, SLURM, "slurm"),
     ({}, {**SLURM, "SLURM_NTASKS": "1"}, None),
+    ({}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),  # an interactive step
     # A shell of salloc and ssh to a node have some of the variables.
     *(({}, {k: v for k, v in SLURM.items() if k != left_out}, None) for left_out in SLURM),
     ({}, OPEN_MPI, "openmpi"),
     ({}, {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}, None),
+    ({}, {**SLURM, **OPEN_MPI}, "openmpi"),  # whose daemon is a task of SLURM
     ({}, TPU, "tpu"),
     ({}, {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ({}, {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, "tpu"),
     ({}, KUBERNETES, "kubernetes"),
     ({}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook in a pod
     ({"cluster": "none"}, SLURM, None),
@@ -101,6 +104,16 @@ def test_open_mpi_without_mpi4py_says_what_to_do(monkeypatch):
   monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(errors.UserError, match="without the package mpi4py; pip install mpi4py"):
     cluster._get_arguments(create(), "openmpi", OPEN_MPI)
+
+
+def test_an_error_of_a_package_that_jax_asks_is_one_line(monkeypatch):
+  def fail(**arguments):
+    raise FileNotFoundError(2, "No such file", "/var/run/secrets/namespace")
+
+  monkeypatch.setattr(cluster.jax.distributed, "initialize", fail)
+  message = r"'tpu' cannot be joined \(FileNotFoundError: .*namespace.*--cluster=none"
+  with pytest.raises(errors.UserError, match=message):
+    cluster._join(create(cluster="tpu"), "tpu", {})
 
 
 def test_a_cluster_that_is_not_here_is_one_line():

@@ -34,6 +34,7 @@ TASKS = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_ID": "0"}
     (None, ARRAY, (2, 5)),
     (None, TASKS, (3, 4)),
     (None, {**TASKS, "SLURM_NTASKS": "1"}, (0, 1)),
+    (None, {**TASKS, "SLURM_STEP_NUM_TASKS": "1"}, (0, 1)),  # an interactive step
     (None, {"SLURM_NTASKS": "4"}, (0, 1)),  # an allocation, not a step of it
     (None, {"JOB_COMPLETION_INDEX": "1", "JOB_COMPLETIONS": "3"}, (1, 3)),
   ],

@@ -103,7 +103,8 @@ def _quantize(
 ) -> device_pixels.Channels:
   """Posterizes and solarizes."""
   size = jnp.abs(level)
-  step = jnp.exp2(jnp.rint(arguments.TRIVIAL_BITS * size))
+  bits = jnp.rint(arguments.TRIVIAL_BITS * size).astype(jnp.int32)
+  step = jnp.ldexp(jnp.float32(1), bits)  # exact everywhere, as exp2 need not be
   step = device_pixels.per_image(jnp.where(kind == KIND["posterize"], step, 1))
   # Above 255 no pixel is inverted.
   threshold = jnp.where(kind == KIND["solarize"], 255 * (1 - size), 256)
