@@ -431,7 +431,8 @@ class ResidualSeparableUnit(Unit):
     y = self.create_depthwise(channels, stride=self.stride)(x)
     y = self.norm(relu=False, name="depthwise_norm")(y, train)
     if self.squeeze_excite:
-      factors = self._create_squeeze_excite(channels)(GlobalAveragePool()(y))
+      means = GlobalAveragePool()(y.astype(jnp.float32))
+      factors = self._create_squeeze_excite(channels)(means)
       y = y * factors.astype(y.dtype)
     features = self._get_pointwise_features()
     y = self.create_conv(features, (1, 1), fan_in=channels, use_bias=False, name="pointwise")(y)
@@ -456,7 +457,9 @@ class ResidualSeparableUnit(Unit):
     if not self._keeps_shape(x):
       return y
     leave_out = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), name="drop_path")
-    return x + leave_out(y, deterministic=not train)
+    # In bfloat16 it would divide by a rounded share.
+    y = leave_out(y.astype(jnp.float32), deterministic=not train).astype(y.dtype)
+    return x + y
 
   def _keeps_shape(self, x: Array) -> bool:
     return self.stride == 1 and x.shape[-1] == self.features

@@ -34,6 +34,7 @@ class Checkpoints:
 
   def __init__(self, folder: pathlib.Path, *, keep: int):
     self._saved: tuple[int, int] | None = None
+    self._replaces = False  # whether the latest save did
     self._folder = folder
     agreement.by_first(integrity.finish_replacements)(folder)
     damaged = folder.parent / "damaged"
@@ -79,7 +80,11 @@ class Checkpoints:
     )
     means = validation and {name: float(np.mean(value)) for name, value in validation.items()}
     with self._explain_failure():
-      if step == self.latest_step:
+      if self._replaces:  # before Orbax deletes the replacement, too, as an old checkpoint
+        self._manager.wait_until_finished()
+        agreement.by_first(integrity.finish_replacements)(self._folder)
+      self._replaces = step == self.latest_step
+      if self._replaces:
         self._manager.wait_until_finished()
         agreement.by_first(integrity.retire)(self._folder / str(step))
         self._manager.reload()

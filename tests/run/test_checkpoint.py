@@ -266,6 +266,17 @@ def test_the_end_of_an_epoch_replaces_the_save_before_its_validation(tmp_path):
     np.testing.assert_array_equal(saved, loaded)
 
 
+def test_a_checkpoint_that_was_replaced_does_not_come_back(tmp_path):
+  """Even where later ones have pushed its replacement out."""
+  checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
+  checkpoints.save(progress(1, create()))
+  for step in (1, 2, 3, 4):
+    scores = {"loss": 1.0, "accuracy": 0.1 * step}
+    checkpoints.save(progress(step, create(), records=[{"step": step}]), scores)
+  checkpoints.close()
+  assert list_kept_steps(tmp_path / "c") == [4]
+
+
 def test_a_failed_replacement_brings_back_what_it_was_to_replace(tmp_path, monkeypatch):
   def fail(path):
     raise OSError(28, "No space left on device")
