@@ -18,7 +18,7 @@ from flax_cifar.data.augment import arguments as arguments_lib
 from flax_cifar.data.sources import shapes
 from flax_cifar.run import config as config_lib
 from flax_cifar.tools import command_line
-from tests import fuzz, mirror, tiny
+from tests import fuzz, mirror, reference, tiny
 
 ROOT = Path(__file__).parents[2]
 KEYS = config_lib.flatten(common.get_config().to_dict())
@@ -192,7 +192,7 @@ def test_the_number_of_workers_is_bounded(prepared_run):
     train.train_and_evaluate(tiny.get_config(data, **changed), workdir)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", reference.DISTINCT)
 @pytest.mark.parametrize("size", [1, 2, 6, 21])
 def test_images_too_small_for_a_network_are_refused(name, size):
   config = common.get_config()

@@ -1,5 +1,6 @@
 """Checkpoints are restored exactly; the latest and best stay; other networks are refused."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -26,6 +27,7 @@ TOTALS = {
 }
 
 
+@functools.cache
 def create(seed=0, **network):
   return state_lib.create_train_states(
     model=tiny.TinyNet(**network),
@@ -87,7 +89,7 @@ def test_state_may_be_donated_right_after_save(tmp_path):
   scramble = jax.jit(
     lambda params: jax.tree.map(lambda x: x * 0 - 7, params), donate_argnums=0, keep_unused=True
   )
-  state = jax.device_put(create(features=600))
+  state = jax.device_put(create.__wrapped__(features=600))
   expected = leaves(state)
   checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=1)
   checkpoints.save(progress(1, state))

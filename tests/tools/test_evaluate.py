@@ -1,6 +1,7 @@
 """The tool that evaluates saved weights: it gives the scores of their run, and checks requests."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -94,17 +95,22 @@ def test_weights_of_several_seeds_have_the_scores_of_the_first(tmp_path, data, m
   assert test.loss == pytest.approx(result["test_loss_per_seed"][0], rel=1e-5)
 
 
+@functools.cache
+def create_variables():
+  shape = (1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
+  init = jax.jit(lambda key: tiny.TinyNet().init(key, jnp.zeros(shape), train=False))
+  return init(jax.random.key(0))
+
+
 def make_weights(path, data, *, split=None, fingerprint=None, **changes):
   """Saves weights without training; returns the options that evaluate them."""
   config = tiny.get_config(data, **changes)
-  shape = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
-  init = jax.jit(lambda key: tiny.TinyNet().init(key, jnp.zeros((1, *shape)), train=False))
   weights.save_weights(
     path,
-    init(jax.random.key(0)),
+    create_variables(),
     config=config.to_dict(),
     class_names=("0", "1", "2"),
-    image_shape=shape,
+    image_shape=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3),
     mean=(0.5,) * 3,
     std=(0.25,) * 3,
     data=fingerprint or {},

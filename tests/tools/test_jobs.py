@@ -149,8 +149,10 @@ def test_a_log_that_cannot_be_opened_leaves_nothing_running(tmp_path):
   assert done.exists()
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+  ("signum", "send"),
+  [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill), (signal.SIGUSR1, os.killpg)],
+)
 def test_a_signal_reaches_each_run_once_and_is_waited_for(tmp_path, signum, send):
   """Sent to the parent or, as terminals do, to its group; a second one would prevent the save."""
   paths = [tmp_path / name for name in "abc"]

@@ -54,19 +54,23 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, _registered):
   """A finished run on images whose classes have awkward names."""
   folder = tmp_path_factory.mktemp("report")
   arrays = dict(np.load(tiny.write_data(folder / "plain.npz").removeprefix("npz:")))
   np.savez(folder / "data.npz", **arrays, class_names=np.array(NAMES))
-  with tiny.registered():
-    runs.run(folder / "run", f"npz:{folder / 'data.npz'}", **{"log.pictures": True, "name": "s9-x"})
+  runs.run(folder / "run", f"npz:{folder / 'data.npz'}", **{"log.pictures": True, "name": "s9-x"})
   return folder / "run"
 
 
-@pytest.fixture
-def text(finished, tiny_model):
-  del tiny_model
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+  with tiny.registered():
+    yield
+
+
+@pytest.fixture(scope="module")
+def text(finished):
   return report.create_page(report.parse([str(finished)]))
 
 
@@ -98,8 +102,7 @@ def test_the_page_is_whole_and_harmless(text):
   assert "niharikavadapalli/ERA-V1" not in text  # its name is s9-x, its network that of no config
 
 
-def test_a_page_has_the_text_of_the_config_whose_network_it_is(finished, tiny_model, monkeypatch):
-  del tiny_model
+def test_a_page_has_the_text_of_the_config_whose_network_it_is(finished, monkeypatch):
   assert "niharikavadapalli/ERA-V1" in report.describe_config(get_named("s9-x", "dilated"))
   for name, network in (
     ("s9-mine", "five_convs"),
@@ -152,7 +155,6 @@ def test_mistakes_come_with_the_most_confident_first(text):
   assert shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.usefixtures("tiny_model")
 def test_several_folders_are_compared(finished, tmp_path):
   data = f"npz:{finished.parent / 'data.npz'}"
   runs.run(tmp_path / "slow", data, **{"optimizer.learning_rate": 0.001})
@@ -232,7 +234,6 @@ def test_a_frame_is_drawn_around_the_middle():
   assert not outside[3:7, 3:7].any()
 
 
-@pytest.mark.usefixtures("tiny_model")
 def test_the_program_writes_the_page_or_one_line(finished, monkeypatch, capsys, tmp_path):
   out = tmp_path / "new" / "page.html"
   monkeypatch.setattr(sys, "argv", ["report", str(finished), f"--out={out}"])

@@ -1,7 +1,6 @@
 """The layer table of one network, and the sums of several side by side."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -10,14 +9,21 @@ from flax_cifar import errors
 from flax_cifar.tools import command_line, summary
 
 
-def run(*arguments):
-  program = [sys.executable, "-m", "flax_cifar.tools.summary", *arguments]
-  return subprocess.run(program, capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+  """Calls the program; returns what it prints."""
+
+  def call(*arguments):
+    monkeypatch.setattr(sys, "argv", ["summary", *arguments])
+    summary.main()
+    return capsys.readouterr().out
+
+  return call
 
 
-def test_networks_stand_side_by_side():
-  done = run("--config=pyramid", "--beside=skip:norm=layer", "--beside=tiny50k")
-  header, *rows = (line.split() for line in done.stdout.splitlines())
+def test_networks_stand_side_by_side(run):
+  text = run("--config=pyramid", "--beside=skip:norm=layer", "--beside=tiny50k")
+  header, *rows = (line.split() for line in text.splitlines())
   assert header[:3] == ["config", "layers", "parameters"]
   assert [(row[0], row[2], row[-1]) for row in rows] == [
     ("pyramid", "48,656", "44x44"),
@@ -26,8 +32,8 @@ def test_networks_stand_side_by_side():
   ]
 
 
-def test_json_has_the_sums_and_the_layers():
-  (row,) = json.loads(run("--config=pyramid", "--json").stdout)
+def test_json_has_the_sums_and_the_layers(run):
+  (row,) = json.loads(run("--config=pyramid", "--json"))
   assert (row["parameters"], row["receptive field"]) == (48_656, "44x44")
   assert len(row["table"]) == row["layers"]
   assert sum(layer["parameters"] for layer in row["table"]) == 48_656
@@ -42,11 +48,13 @@ def test_json_has_the_sums_and_the_layers():
     (["--beside=skip:odd"], "error: --beside='skip:odd': config variant 'odd' is unknown"),
   ],
 )
-def test_a_wrong_name_is_one_line(arguments, message):
-  done = run("--config=pyramid", *arguments)
-  assert done.returncode == 2
-  assert done.stderr.startswith(message)
-  assert done.stderr.count("\n") == 1
+def test_a_wrong_name_is_one_line(run, capsys, arguments, message):
+  with pytest.raises(SystemExit) as end:
+    run("--config=pyramid", *arguments)
+  assert end.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith(message)
+  assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("size", [0, 40_000])
