@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def check_example(path: pathlib.Path) -> None:
-  """Raises a UserError where the example would replace a program that is none."""
+  """Raises a UserError where a file that is no such example has its place."""
   start = EXAMPLE.partition("{")[0].encode()
   if path.exists() and not (path.is_file() and path.read_bytes().startswith(start)):
     raise errors.UserError(

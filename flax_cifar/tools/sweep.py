@@ -153,17 +153,17 @@ def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) ->
 
 def read_run(sweep: Sweep, settings: variants.Settings) -> "finished_lib.Run | None":
   """Reads a finished run; None, with a warning, where its folder has a run of another config."""
+  from flax_cifar.run import config as config_lib
   from flax_cifar.run import finished as finished_lib
   from flax_cifar.run import workdir as workdir_lib
 
-  folder = get_workdir(sweep, settings)
-  config = load_config(sweep, settings)
+  folder, config = get_workdir(sweep, settings), load_config(sweep, settings)
   try:
     run = finished_lib.read_run(folder)
   except errors.UserError as error:  # it is damaged, or it is being extended
     errors.warn(f"left out: {error}")
     return None
-  saved = run.result["config"]
+  saved = config_lib.complete(run.result["config"])
   # What the machine of the run has decided, this one need not know.
   config.num_devices = config.num_devices or saved["num_devices"]
   if config.compute_dtype == "auto":
