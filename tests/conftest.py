@@ -1,6 +1,7 @@
 """Settings that must precede the first import of JAX."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -65,6 +66,11 @@ if importlib.util.find_spec("beartype"):
   import jaxtyping
 
   jaxtyping.install_import_hook(CHECKED, f"{__name__}.check_types")
+
+
+def pytest_sessionfinish():
+  """At its end pytest-xdist interrupts a process, which JAX's callback would tell in a traceback."""
+  gc.callbacks.clear()
 
 
 @pytest.fixture
