@@ -69,7 +69,7 @@ if importlib.util.find_spec("beartype"):
 
 
 def pytest_sessionfinish():
-  """At its end pytest-xdist interrupts a process, which JAX's callback would tell in a traceback."""
+  """At its end pytest-xdist interrupts a process, where JAX's callback would print a traceback."""
   gc.callbacks.clear()
 
 
