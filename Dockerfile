@@ -8,8 +8,8 @@ FROM python:3.12-slim
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY . /src
 RUN pip install --no-cache-dir /src && rm -rf /src
-# Any user may write here: results, and compiled programs.
-RUN mkdir -p -m 777 /work/runs /work/.cache
+# Any user may write here: results, and compiled programs, which nobody else may replace.
+RUN mkdir -p -m 1777 /work/runs /work/.cache
 ENV HOME=/work XDG_CACHE_HOME=/work/.cache MPLCONFIGDIR=/tmp/matplotlib
 WORKDIR /work
 ENTRYPOINT ["flax_cifar"]
