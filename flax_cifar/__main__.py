@@ -3,8 +3,8 @@
   python main.py --config=configs/s9.py [--workdir=DIR] [--config.KEY=VALUE ...]
 
 It trains. Where the first argument names a tool, it runs that: flax_cifar predict --help. There are
-compare, completion, evaluate, export, find_lr, predict, profile, publish, report, summary and
-sweep; each is also a module, python -m flax_cifar.tools.predict.
+compare, completion, evaluate, export, extract, find_lr, predict, profile, publish, report, summary
+and sweep; each is also a module, python -m flax_cifar.tools.predict.
 
 Several processes train one run together where each is started with --coordinator, --num_processes
 and --process_id, or by a cluster that tells them; see docs/clusters.md.

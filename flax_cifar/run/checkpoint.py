@@ -1,9 +1,10 @@
 """Checkpoints by Orbax: the latest ones and the best one, saved in the background with digests."""
 
 import contextlib
+import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from flax_cifar import errors, signals
+from flax_cifar import errors, metrics, signals
 from flax_cifar import state as state_lib
 from flax_cifar.parallel import agreement, cluster
 from flax_cifar.parallel import mesh as mesh_lib
@@ -46,11 +47,7 @@ class Checkpoints:
       cleanup_tmp_directories=True,
       async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
     )
-    self._manager = ocp.CheckpointManager(
-      folder.absolute(),
-      item_handlers={"state": ocp.StandardCheckpointHandler(), "log": ocp.JsonCheckpointHandler()},
-      options=options,
-    )
+    self._manager = _open(folder, options)
 
   @property
   def latest_step(self) -> int | None:
@@ -169,7 +166,7 @@ class Checkpoints:
     try:
       restored = self._manager.restore(step, args=items)
     except Exception as error:  # Orbax raises ValueError, JSONDecodeError and plain Exception
-      raise self._unreadable(step, error) from error
+      raise _unreadable(self._folder / str(step), error) from error
     totals = {name: np.asarray(value) for name, value in restored["log"]["totals"].items()}
     records = restored["log"]["records"]
     self._saved = (step, len(records))
@@ -180,23 +177,76 @@ class Checkpoints:
       params = self._manager.item_metadata(step)["state"]["params"]
       saved = {name: tuple(leaf.shape) for name, leaf in state_lib.name_leaves(params).items()}
     except Exception as error:
-      raise self._unreadable(step, error) from error
+      raise _unreadable(self._folder / str(step), error) from error
     expected = {name: leaf.shape for name, leaf in state_lib.name_leaves(state.params).items()}
     mismatches = errors.list_differences(saved, expected)
     if mismatches:
       raise errors.UserError(
-        f"checkpoint {self._path(step)!r} is of another network: {'; '.join(mismatches[:3])} "
-        f"({len(mismatches)} differ). Choose another --workdir or the config it was made with."
+        f"checkpoint {str(self._folder / str(step))!r} is of another network: "
+        f"{'; '.join(mismatches[:3])} ({len(mismatches)} differ). Choose another --workdir or the "
+        "config it was made with."
       )
 
-  def _unreadable(self, step: int, error: Exception) -> errors.UserError:
-    return errors.UserError(
-      f"checkpoint {self._path(step)!r} is whole but cannot be read ({errors.shorten(error)}); it "
-      "may be of another version. Move it elsewhere to go on from an older one."
-    )
 
-  def _path(self, step: int) -> str:
-    return str(self._folder / str(step))
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+  """The network of a checkpoint.
+
+  Attributes:
+    step: steps done.
+    variables: to evaluate, on the first device; of several seeds stacked.
+    records: of the finished epochs.
+  """
+
+  step: int
+  variables: Mapping[str, Any]
+  records: Sequence[metrics.Record]
+
+
+def read(folder: pathlib.Path, *, best: bool) -> Snapshot:
+  """Reads a checkpoint of a run, and writes nothing.
+
+  Args:
+    folder: of the checkpoints; the run may still train.
+    best: read the one with the highest validation accuracy (of equal ones the last), and not the
+      newest.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  options = ocp.CheckpointManagerOptions(best_fn=_accuracy, read_only=True)
+  if not folder.is_dir():
+    raise errors.UserError(f"{str(folder)!r} does not exist; name the folder of a run.")
+  with contextlib.closing(_open(folder, options)) as manager:
+    step = manager.best_step() if best else manager.latest_step()
+    if step is None:
+      raise errors.UserError(
+        f"{str(folder)!r} holds no checkpoint{' of a validated epoch' if best else ''} yet."
+      )
+    if damage := integrity.find_damage(folder / str(step)):
+      raise errors.UserError(f"checkpoint {str(folder / str(step))!r} is damaged ({damage}).")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    items = ocp.args.Composite(
+      state=ocp.args.StandardRestore(fallback_sharding=device), log=ocp.args.JsonRestore()
+    )
+    try:
+      restored = manager.restore(step, args=items)
+      state = state_lib.TrainState(**restored["state"])
+    except Exception as error:  # as in restore_or
+      raise _unreadable(folder / str(step), error) from error
+  return Snapshot(step, state.eval_variables, restored["log"]["records"])
+
+
+def _open(folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+  handlers = {"state": ocp.StandardCheckpointHandler(), "log": ocp.JsonCheckpointHandler()}
+  return ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> errors.UserError:
+  return errors.UserError(
+    f"checkpoint {str(path)!r} is whole but cannot be read ({errors.shorten(error)}); it may be of "
+    "another version. Move it elsewhere to go on from an older one."
+  )
 
 
 def create_policy(options: Mapping[str, Any]) -> "SavePolicy":

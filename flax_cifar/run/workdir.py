@@ -190,6 +190,21 @@ def write_start(
   files.write_text(workdir / "summary.txt", tables.format_layer_table(layers))
 
 
+def read_start(workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The config, with every key, and the fingerprint of the data of the run in `workdir`.
+
+  Raises:
+    UserError: it holds no run, or one that has not begun to train.
+  """
+  config, fingerprint = _read_json(workdir / CONFIG), _read_json(workdir / DATA)
+  if config is None or fingerprint is None:
+    raise errors.UserError(
+      f"{str(workdir)!r} holds no run that has begun to train: it lacks {CONFIG} or {DATA}; name "
+      "another folder."
+    )
+  return config_lib.complete(config), fingerprint
+
+
 def _lock(workdir: pathlib.Path) -> TextIO:
   """The open lock file; closing it ends the lock."""
   file = (workdir / LOCK).open("a+", encoding="utf-8")

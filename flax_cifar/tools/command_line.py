@@ -31,8 +31,8 @@ STANDARD_OUTPUT = 1  # its file descriptor
 CONFIG_HELP = "A file of configs/; variants and key=value may follow it after a colon."
 NO_CONFIGS = ("__init__", "common", "recipes", "variants")  # shared by the configs
 TOOLS = (
-  *("compare", "completion", "evaluate", "export", "find_lr", "predict", "profile", "publish"),
-  *("report", "summary", "sweep"),
+  *("compare", "completion", "evaluate", "export", "extract", "find_lr", "predict", "profile"),
+  *("publish", "report", "summary", "sweep"),
 )
 
 

@@ -380,3 +380,28 @@ class TestSavePolicy:
         policy.mark_saved()
         due.append(seconds)
     assert due == [150, 300, 450]
+
+
+@pytest.mark.parametrize(("best", "step"), [(True, 2), (False, 5)])
+def test_the_best_or_the_newest_is_read_while_the_run_goes_on(tmp_path, best, step):
+  """The newest one was saved within an epoch; nothing is moved or deleted."""
+  checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=2)
+  for number, accuracy in [(1, 0.3), (2, 0.9), (3, 0.5), (4, 0.7), (5, None)]:
+    scores = None if accuracy is None else {"loss": 1.0, "accuracy": accuracy}
+    records = [{"step": number}]
+    checkpoints.save(progress(number, create(seed=number), records=records), scores)
+  checkpoints.wait()
+  before = sorted((tmp_path / "c").rglob("*"))
+  found = checkpoint.read(tmp_path / "c", best=best)
+  assert sorted((tmp_path / "c").rglob("*")) == before
+  checkpoints.close()
+  assert (found.step, found.records) == (step, [{"step": step}])
+  jax.tree.map(np.testing.assert_array_equal, create(seed=step).eval_variables, found.variables)
+
+
+def test_a_folder_without_checkpoints_has_none_to_read(tmp_path):
+  with pytest.raises(errors.UserError, match=r"does not exist; name the folder of a run"):
+    checkpoint.read(tmp_path / "c", best=True)
+  save(tmp_path / "c", (1, None))
+  with pytest.raises(errors.UserError, match=r"holds no checkpoint of a validated epoch yet"):
+    checkpoint.read(tmp_path / "c", best=True)
