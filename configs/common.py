@@ -65,8 +65,9 @@ def get_config() -> ConfigDict:
       },
       "loss": {
         "label_smoothing": 0.0,
-        # Learns from a trained network too: a weights file or the name of one of the package; ""
-        # from none. `weight` is that of its part of the loss, in (0, 1].
+        # Learns from a trained network too: a weights file, the folder of a run, the name of a
+        # network of the package or hf:USER/NAME; "" from none. `weight` is that of its part of the
+        # loss, in (0, 1].
         "distillation": {"teacher": "", "weight": 0.5, "temperature": 4.0},
       },
       "optimizer": {

@@ -97,11 +97,13 @@ def apply_settings(*, restart: bool = True) -> None:
   """Sets the variables that the user has not set, and restarts Python where one needs that.
 
   glibc reads GLIBC_TUNABLES when a process starts; only Linux has glibc. A letter that the screen
-  cannot show, such as the ± of a result, becomes a question mark.
+  cannot show, such as the ± of a result, becomes a question mark. Standard output and error that
+  are closed become the null device.
 
   Args:
     restart: False goes on in this process, without what needs a new one.
   """
+  _open_closed_streams()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="replace")
@@ -119,6 +121,18 @@ def apply_settings(*, restart: bool = True) -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _open_closed_streams() -> None:
+  """Opens the null device in place of a closed standard output or error.
+
+  The next file that is opened would else get its number, and what libraries print.
+  """
+  for number, name in ((1, "stdout"), (2, "stderr")):
+    if getattr(sys, name) is None:
+      null = os.open(os.devnull, os.O_RDWR)
+      os.dup2(null, number)
+      setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+
+
 def _has_glibc() -> bool:
   return platform.libc_ver()[0] == "glibc"
 
@@ -134,7 +148,7 @@ def check_settings_of_jax() -> None:
     name = variable.lower()
     value = getattr(jax.config, name, default)
     shown = str(int(value)) if isinstance(value, bool) else str(value)
-    proper: Any = bool(int(default)) if isinstance(value, bool) else default
+    proper: Any = type(value)(int(default)) if isinstance(value, int) else default
     errors.require(
       shown == default,
       name,

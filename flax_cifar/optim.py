@@ -19,7 +19,7 @@ Schedule = Callable[[Any], Any]  # step -> learning rate, as a factor of the pea
 Mask = Callable[[Any], Any] | None
 
 FIXED = (norms.FIXED_SCALE, blocks.FIXED_KERNEL)  # names of parameters that training keeps
-MAX_EPOCHS = 1_000_000  # of plateau's patience and cooldown
+MAX_PATIENCE = 1_000_000  # of plateau's patience and cooldown
 
 
 # ---- Schedules
@@ -171,12 +171,12 @@ def create_plateau(
     UserError: an argument out of range.
   """
   errors.require(0 < factor < 1, "schedule.plateau.factor", factor, "a fraction in (0, 1)")
-  epochs = f"from 0 to {MAX_EPOCHS:,} epochs"
-  errors.require(0 <= patience <= MAX_EPOCHS, "schedule.plateau.patience", patience, epochs)
+  epochs = f"from 0 to {MAX_PATIENCE:,} epochs"
+  errors.require(0 <= patience <= MAX_PATIENCE, "schedule.plateau.patience", patience, epochs)
   errors.require(
     0 < threshold <= 1, "schedule.plateau.threshold", threshold, "a fraction in (0, 1]"
   )
-  errors.require(0 <= cooldown <= MAX_EPOCHS, "schedule.plateau.cooldown", cooldown, epochs)
+  errors.require(0 <= cooldown <= MAX_PATIENCE, "schedule.plateau.cooldown", cooldown, epochs)
   errors.require(0 <= final < 1, "schedule.plateau.final", final, "a fraction in [0, 1)")
   transform = optax.contrib.reduce_on_plateau(
     factor, patience=patience + 1, rtol=threshold, atol=0.0, cooldown=cooldown, min_scale=final

@@ -82,7 +82,8 @@ class Progress:
 
 def choose_init_images(images: np.ndarray) -> np.ndarray:
   """At most INIT_IMAGES of `images`, evenly spaced, because a data set may be sorted by class."""
-  return images[:: max(1, len(images) // INIT_IMAGES)][:INIT_IMAGES]
+  count = min(len(images), INIT_IMAGES)
+  return images[np.linspace(0, len(images) - 1, count).astype(int)]
 
 
 def create_train_states(

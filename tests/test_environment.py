@@ -92,6 +92,8 @@ def run(**given):
 def test_all_variables_are_set_without_importing_jax_and_arguments_survive_the_restart():
   state = run()
   expected = {k: v for k, v in environment_lib.VARIABLES.items() if GLIBC or k != "GLIBC_TUNABLES"}
+  # Without pytest-xdist this process has imported the module before conftest moved the cache.
+  expected["JAX_COMPILATION_CACHE_DIR"] = environment_lib.find_cache("xla")
   assert expected.items() <= state["environ"].items()
   assert all(
     f"{flag}={value}" in state["environ"]["XLA_FLAGS"]
@@ -149,6 +151,40 @@ def test_what_a_notebook_has_set_is_named(monkeypatch):
     message = r"jax_enable_x64=True .*must be False: call jax\.config\.update\('jax_enable_x64', Fa"
     with pytest.raises(errors.UserError, match=message):
       environment_lib.check_settings_of_jax()
+
+
+@pytest.mark.parametrize(
+  ("name", "wrong"), [("jax_random_seed_offset", 1), ("jax_threefry_partitionable", False)]
+)
+def test_what_the_message_tells_to_call_mends_it(name, wrong):
+  import jax
+
+  before = getattr(jax.config, name)
+  jax.config.update(name, wrong)
+  try:
+    with pytest.raises(errors.UserError, match=name) as refused:
+      environment_lib.check_settings_of_jax()
+    call = str(refused.value).partition("call ")[2].removesuffix(" first.")
+    eval(call, {"jax": jax})
+    environment_lib.check_settings_of_jax()
+  finally:
+    jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_a_closed_stream_is_none_that_a_file_takes(tmp_path, closed):
+  """As by `main.py >&-`, or under a service that closes them."""
+  code = (
+    "import os, sys; from flax_cifar import environment\n"
+    "environment.apply_settings(restart=False)\n"
+    "for stream in (sys.stdout, sys.stderr): stream.isatty(); print('lost', file=stream)\n"
+    "with open(sys.argv[1], 'w') as file: os.write(1, b'!'), os.write(2, b'!'), file.write('kept')"
+  )
+  shell = " ".join(f"{number}>&-" for number in closed)
+  path = tmp_path / "file"
+  command = shlex.join([sys.executable, "-c", code, str(path)])
+  subprocess.run(f"{command} {shell}", shell=True, check=True, capture_output=True)
+  assert path.read_text() == "kept"
 
 
 def test_a_precision_that_a_notebook_has_set_is_named():

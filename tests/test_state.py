@@ -57,5 +57,6 @@ def test_ema_ramps_up_to_its_decay(decay):
 def test_the_first_values_come_from_images_of_all_classes(count, expected):
   chosen = state_lib.choose_init_images(np.arange(count))
   assert len(chosen) == expected
-  if count == 2999:  # they lie evenly
-    assert chosen[-1] > 2000
+  assert (chosen[0], chosen[-1]) == (0, count - 1)
+  gaps = np.diff(chosen)  # they lie evenly
+  assert 1 <= gaps.min() <= gaps.max() <= gaps.min() + 1

@@ -1,6 +1,7 @@
 """A run of a tiny network learns, repeats, resumes, shards, and stops at non-finite numbers."""
 
 import concurrent.futures
+import errno
 import functools
 import json
 import os
@@ -401,6 +402,18 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_looked_at(
   np.testing.assert_array_equal(dump["label"], split.labels[dump["example"]])
   flipped = np.stack([dump["image"], dump["image"][:, :, ::-1]])
   assert (flipped == split.images[dump["example"]]).all((2, 3, 4)).any(0).all()
+
+
+def test_a_full_disk_does_not_hide_that_a_run_has_diverged(tmp_path, data, monkeypatch):
+  def fill(file, **arrays):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  spoil_step(monkeypatch, "loss")
+  monkeypatch.setattr(np, "savez", fill)
+  message = r"not finite at step 8\. .*nonfinite-step-8.npz' could not be written \(No space left"
+  with pytest.raises(errors.UserError, match=message):
+    runs.run(tmp_path / "run", data)
+  assert not list((tmp_path / "run").glob("*nonfinite*"))
 
 
 def test_a_learning_rate_far_too_high_is_reported(tmp_path, data):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_cifar import errors
+from flax_cifar import errors, files
 from flax_cifar import state as state_lib
 from flax_cifar.data import feeds
 from flax_cifar.parallel import agreement
@@ -40,14 +40,18 @@ def dump_and_explain(
   except NonFinite as error:
     state = mesh_lib.fetch(error.state.replace(key=jax.random.key_data(error.state.key)), mesh)
     path = workdir / f"nonfinite-step-{error.step + 1}.npz"
-    save_nonfinite_dump(
-      path,
-      state=seeds_lib.select(state, num_seeds, error.number),
-      batch=feed.batch_at(error.step, error.number),
-    )
+    holds = "has the state before that step and its batch"
+    try:
+      save_nonfinite_dump(
+        path,
+        state=seeds_lib.select(state, num_seeds, error.number),
+        batch=feed.batch_at(error.step, error.number),
+      )
+    except OSError as failure:  # a full disk is not what ends this run
+      holds = f"could not be written ({failure.strerror})"
     raise errors.UserError(
-      f"{error}. The checkpoints are kept, and {str(path)!r} has the state before that step and "
-      "its batch. Lower optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
+      f"{error}. The checkpoints are kept, and {str(path)!r} {holds}. Lower "
+      "optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
     ) from error
 
 
@@ -55,7 +59,7 @@ def dump_and_explain(
 def save_nonfinite_dump(
   path: pathlib.Path, *, state: state_lib.TrainState, batch: dict[str, np.ndarray]
 ) -> None:
-  """Writes the step to `path`, an npz file.
+  """Writes the step to `path`, an npz file, whole or not at all.
 
   Args:
     path: of the file.
@@ -64,4 +68,5 @@ def save_nonfinite_dump(
   """
   arrays = {f"state/{name}": leaf for name, leaf in state_lib.name_leaves(state).items()}
   contents: dict[str, Any] = {**arrays, **batch}
-  np.savez(path, **contents)
+  with files.replace(path) as part, part.open("wb") as file:
+    np.savez(file, **contents)

@@ -62,8 +62,14 @@ def check_choices(config: ConfigDict) -> None:
   mesh_lib.check_batch_sizes(mesh, *sizes, num_examples=mesh_lib.MAX_BATCH_SIZE)
   teacher.check_options(config)
   config_lib.create_model(config, num_classes=2)
+  is_possible = 1 <= config.total_epochs <= errors.MAX_STEPS
+  errors.require(
+    is_possible, "total_epochs", config.total_epochs, f"from 1 to {errors.MAX_STEPS:,}"
+  )
   schedule = optim.create_schedule(
-    steps_per_epoch=STEPS, total_epochs=config.total_epochs, **config.schedule
+    steps_per_epoch=STEPS,
+    total_epochs=min(config.total_epochs, errors.MAX_STEPS // STEPS),
+    **config.schedule,
   )
   optim.create_plateau(enabled=False, **config.schedule.plateau)
   optim.create_optimizer(schedule, **config.optimizer)
@@ -124,7 +130,9 @@ def create_setup(
       ema_decay=config.ema.decay,
       seeds=range(config.seed, config.seed + config.num_seeds),
     )
-  distillation = teacher.create_distillation(config, class_names=class_names, mean=mean, std=std)
+  distillation = teacher.create_distillation(
+    config, split, class_names=class_names, mean=mean, std=std
+  )
   step = functools.partial(
     train_step,
     model=model,

@@ -5,7 +5,7 @@ Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_cifar import errors, files, metrics, zoo
-from flax_cifar.data import splits
+from flax_cifar.data import dataset, splits
 from flax_cifar.run import weights as weights_lib
 
 KEY = "loss.distillation.teacher"
@@ -50,6 +50,7 @@ def find_teacher(name: str) -> pathlib.Path:
 
 def create_distillation(
   config: ConfigDict,
+  train: dataset.Split,
   *,
   class_names: tuple[str, ...],
   mean: Sequence[float],
@@ -61,6 +62,8 @@ def create_distillation(
 
   Args:
     config: of the student's run.
+    train: its training images; a warning tells where the teacher may have seen the validation
+      images.
     class_names: of the student; a warning tells where the teacher's have other names.
     mean: that the student's normalization subtracts, per channel in [0, 1].
     std: that it divides by.
@@ -69,14 +72,14 @@ def create_distillation(
     UserError: the teacher is missing or damaged, or has another number of classes or images of
       another size; or a number is out of range.
   """
-  check_options(config)
   options = config.loss.distillation
   weight, temperature = options.weight, options.temperature
+  _check_numbers(weight, temperature)
   if not options.teacher:
     return None
   weights = weights_lib.load_weights(find_teacher(options.teacher))
   _check_fits(weights, class_names, config.data.image_size)
-  _warn_of_leak(weights.config, config)
+  _warn_of_leak(weights, config, train)
   predict = _create_predict(weights, mean=mean, std=std, dtype=config.compute_dtype)
 
   def add_teacher(losses: jax.Array, logits: jax.Array, images: jax.Array) -> jax.Array:
@@ -87,9 +90,13 @@ def create_distillation(
 
 def check_options(config: ConfigDict) -> None:
   """Raises a UserError for a weight or temperature out of range, or a teacher that is not there."""
-  if config.loss.distillation.teacher:
-    find_teacher(config.loss.distillation.teacher)
-  weight, temperature = config.loss.distillation.weight, config.loss.distillation.temperature
+  options = config.loss.distillation
+  if options.teacher:
+    find_teacher(options.teacher)
+  _check_numbers(options.weight, options.temperature)
+
+
+def _check_numbers(weight: float, temperature: float) -> None:
   errors.require(0 < weight <= 1, "loss.distillation.weight", weight, "above 0 and at most 1")
   # Above, the differences of the classes would vanish in float32.
   fits = 1e-2 <= temperature <= 100
@@ -114,13 +121,16 @@ def _check_fits(
     )
 
 
-def _warn_of_leak(teacher: Mapping[str, Any], student: ConfigDict) -> None:
+def _warn_of_leak(teacher: weights_lib.Weights, student: ConfigDict, train: dataset.Split) -> None:
   """Warns if the teacher was trained on images on which its student is validated."""
   if student.protocol == "published":  # it validates on the test split
     return
-  theirs, own = teacher["data"], student.data
-  held_out = 0 if teacher["protocol"] == "published" else theirs["validation_size"]
-  if theirs["name"] == own.name and held_out < own.validation_size != 0:
+  theirs, own = teacher.config["data"], student.data
+  held_out = 0 if teacher.config["protocol"] == "published" else theirs["validation_size"]
+  if theirs["name"] != own.name or held_out >= own.validation_size:
+    return
+  # The same images trained both where the data set has validation images of its own.
+  if teacher.data.get("train_sha256") != splits.compute_digest(train):
     errors.warn(
       f"{KEY}={student.loss.distillation.teacher!r} was trained on images of this run's validation "
       "split, so its validation accuracy is too high; choose nothing by it"

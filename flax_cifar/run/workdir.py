@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from flax_cifar import errors, files
+from flax_cifar import errors, files, models
 from flax_cifar.models import layer_table
 from flax_cifar.parallel import agreement
 from flax_cifar.run import config as config_lib
@@ -48,12 +48,19 @@ def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
 def choose(config: ConfigDict, given: str | os.PathLike[str] | None, what: str) -> pathlib.Path:
   """The folder that the user has `given`, as `what`; else see `find_workdir`.
 
+  A run whose type is "auto" may have begun on another processor, with the type that is fast there.
+
   Raises:
     UserError: the path is invalid, or a value of the config is.
   """
   if given:
     return errors.get_path(what, given)
-  return find_workdir(config_lib.settle(config).to_dict())
+  settled = config_lib.settle(config).to_dict()
+  here = find_workdir(settled)
+  if config.compute_dtype != "auto" or here.exists():
+    return here
+  others = (find_workdir(settled | {"compute_dtype": dtype}) for dtype in models.DTYPES)
+  return next((folder for folder in others if folder.exists()), here)
 
 
 def find_workdir(config: Mapping[str, Any]) -> pathlib.Path:
@@ -140,12 +147,23 @@ def check_writable(workdir: pathlib.Path) -> None:
     )
   if (workdir / LOCK).exists():
     with explain_failed_writes(workdir):  # it may belong to another user
-      _lock(workdir).close()
+      _lock(workdir, warns=False).close()
 
 
 def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """The content of result.json; None before the end of the run."""
-  return _read_json(workdir / "result.json")
+  """The content of result.json; None before the end of the run.
+
+  Raises:
+    UserError: it is damaged, or cannot be read.
+  """
+  path = workdir / "result.json"
+  result = _read_json(path)
+  if result is not None and not isinstance(result.get("epochs"), int):
+    raise errors.UserError(
+      f"{str(path)!r} is damaged (it has no number of epochs); restore it or choose another "
+      "--workdir."
+    )
+  return result
 
 
 @contextlib.contextmanager
@@ -167,7 +185,7 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[N
 @contextlib.contextmanager
 def _create_and_lock(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[None]:
   workdir.mkdir(parents=True, exist_ok=True)
-  with _lock(workdir) as file:
+  with _lock(workdir, warns=True) as file:
     check_config(workdir, config)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -205,17 +223,18 @@ def read_start(workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   return config_lib.complete(config), fingerprint
 
 
-def _lock(workdir: pathlib.Path) -> TextIO:
-  """The open lock file; closing it ends the lock."""
+def _lock(workdir: pathlib.Path, *, warns: bool) -> TextIO:
+  """The open lock file; closing it ends the lock. `warns` where the file system has no locks."""
   file = (workdir / LOCK).open("a+", encoding="utf-8")
   try:
     if files.lock(file, wait=False):
       return file
   except OSError as error:  # some file systems of clusters have no locks
-    errors.warn(
-      f"{str(workdir)!r} cannot be locked ({error.strerror}); make sure that no other process "
-      "trains there"
-    )
+    if warns:
+      errors.warn(
+        f"{str(workdir)!r} cannot be locked ({error.strerror}); make sure that no other process "
+        "trains there"
+      )
     return file
   with file:
     file.seek(0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors
+from flax_cifar.data import dataset, splits
 from flax_cifar.data.augment import normalize
 from flax_cifar.run import classifier, teacher
 from flax_cifar.run import weights as weights_lib
@@ -26,6 +27,9 @@ def folder(tmp_path_factory):
   return folder
 
 
+TRAIN = dataset.Split(
+  np.zeros((4, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3), np.uint8), np.zeros(4, np.int32)
+)
 STUDENT = {"class_names": ("0", "1", "2"), "mean": (0,) * 3, "std": (1,) * 3}
 
 
@@ -47,7 +51,7 @@ def test_the_teacher_gets_the_images_in_its_own_normalization(tiny_model, folder
 def test_without_a_teacher_there_is_none(folder):
   config = get_config(folder, **{"loss.distillation.teacher": ""})
   assert teacher.get_fingerprint(config) == {}
-  assert teacher.create_distillation(config, **STUDENT) is None
+  assert teacher.create_distillation(config, TRAIN, **STUDENT) is None
 
 
 def test_a_run_follows_its_teacher_and_stays_with_it(tiny_model, folder, tmp_path):
@@ -74,7 +78,7 @@ def test_a_run_follows_its_teacher_and_stays_with_it(tiny_model, folder, tmp_pat
 
 def test_a_teacher_is_no_array_that_a_device_would_send_back(tiny_model, folder):
   config = get_config(folder)
-  distill = teacher.create_distillation(config, **STUDENT)
+  distill = teacher.create_distillation(config, TRAIN, **STUDENT)
   images = jnp.zeros((4, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3))
   jaxpr = jax.make_jaxpr(distill)(jnp.zeros(4), jnp.zeros((4, 3)), images)
   assert not [value for value in jaxpr.consts if isinstance(value, jax.Array)]
@@ -94,16 +98,27 @@ def test_a_teacher_that_knows_the_validation_images_is_a_warning(
 ):
   """The teacher held 16 images out."""
   config = get_config(folder, **{"data.validation_size": size, "protocol": protocol})
-  teacher.create_distillation(config, **STUDENT)
+  teacher.create_distillation(config, TRAIN, **STUDENT)
   assert ("was trained on images of this run's validation" in capsys.readouterr().err) is warns
+
+
+def test_a_teacher_of_the_same_training_images_is_none_that_knows_others(
+  tiny_model, folder, capsys
+):
+  """As where the data set has validation images of its own, whatever the protocol."""
+  config = get_config(folder, **{"data.validation_size": 20})
+  held_out = {**config.data.to_dict(), "validation_size": 16}
+  train = splits.load_splits(protocol="honest", **held_out).train
+  teacher.create_distillation(config, train, **STUDENT)
+  assert "was trained on images" not in capsys.readouterr().err
 
 
 def test_a_teacher_whose_classes_have_other_names_is_a_warning(tiny_model, folder, capsys):
   names = weights_lib.load_weights(folder / "weights").class_names
   config = get_config(folder)
-  teacher.create_distillation(config, **STUDENT | {"class_names": names})
+  teacher.create_distillation(config, TRAIN, **STUDENT | {"class_names": names})
   assert "its classes are called" not in capsys.readouterr().err
-  teacher.create_distillation(config, **STUDENT | {"class_names": ("x", "y", "z")})
+  teacher.create_distillation(config, TRAIN, **STUDENT | {"class_names": ("x", "y", "z")})
   assert "those of this run x, y, z; both must have the same order" in capsys.readouterr().err
 
 

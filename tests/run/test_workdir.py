@@ -95,6 +95,27 @@ def test_a_run_keeps_its_type_on_another_processor(tmp_path, monkeypatch):
     check(tmp_path / "run", config(compute_dtype="float32"))
 
 
+def test_a_run_goes_on_in_its_default_folder_on_another_processor(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  automatic = tiny.get_config("shapes", compute_dtype="auto")
+  monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: True)
+  monkeypatch.setattr(backend, "uses_onednn", lambda dtype: True)
+  folder = workdir_lib.choose(automatic, None, "--workdir")
+  folder.parent.mkdir()
+  start(folder, workdir_lib.settle(automatic, folder).to_dict())
+  monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: False)
+  assert workdir_lib.choose(automatic, None, "--workdir") == folder
+  given = tiny.get_config("shapes", compute_dtype="float32")
+  assert workdir_lib.choose(given, None, "--workdir") != folder
+
+
+@pytest.mark.parametrize("content", ["{}", '{"epochs": null}', '{"epochs": "3"}'])
+def test_a_result_without_epochs_is_damaged(tmp_path, content):
+  (tmp_path / "result.json").write_text(content)
+  with pytest.raises(errors.UserError, match=r"result\.json' is damaged .* no number of epochs"):
+    workdir_lib.read_result(tmp_path)
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
   (tmp_path / "thesis.tex").write_text("precious")
   with pytest.raises(errors.UserError, match="no run of ours"):

@@ -98,7 +98,7 @@ def convolve_pointwise(
   affine: moments_lib.Affine,
   kernel: Float32[Array, "1 1 c o"],
 ) -> tuple[Float[Array, "n h w o"], moments_lib.Moments]:
-  """Convolves `affine.apply(x)` with a 1x1 kernel.
+  """Convolves `x`, normalized by `affine`, with a 1x1 kernel.
 
   Args:
     x: (N, H, W, C).
