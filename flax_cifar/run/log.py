@@ -209,7 +209,7 @@ def _create_text(tag: str, text: str) -> Summary.Value:
   plugin = SummaryMetadata.PluginData(plugin_name="text")
   tensor = TensorProto(
     dtype="DT_STRING",
-    string_val=[text.encode()],
+    string_val=[text.encode(errors="replace")],  # a path may be no UTF-8
     tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
   )
   return Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin), tensor=tensor)

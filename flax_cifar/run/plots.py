@@ -310,4 +310,5 @@ def finish_axis(axis: "Axes", label: str) -> None:
   axis.set_ylabel(label)
   axis.grid(alpha=0.3)
   if axis.get_legend_handles_labels()[0]:
-    axis.legend()
+    for text in axis.legend().get_texts():
+      text.set_parse_math(False)  # a run may be called $x$

@@ -113,7 +113,8 @@ def find_config(text: str, flag: str = "--config") -> str:
   if not path.is_file():
     is_ours = path.parent in (pathlib.Path(), pathlib.Path("configs"))
     ours = {key: CONFIGS / f"{key}.py" for key in list_configs()}
-    path = errors.choose(flag, path.stem if is_ours else name, ours)
+    asked = path.stem if path.suffix == ".py" else path.name
+    path = errors.choose(flag, asked if is_ours else name, ours)
   return f"{path}{colon}{variant}"
 
 
@@ -203,8 +204,8 @@ def get_out(flag: str, text: str, suffix: str = "") -> pathlib.Path:
       is a file that a run has written.
   """
   path = errors.get_path(flag, text)
-  is_file = not path.is_dir() and not text.endswith(os.sep)
-  errors.require(is_file, flag, text, "a file, and not a folder")
+  is_file = (path.is_file() or not path.exists()) and not text.endswith(os.sep)
+  errors.require(is_file, flag, text, "a file, and no folder, device or pipe")
   folder = path.parent
   fits = folder.is_dir() and os.access(folder, os.W_OK)
   errors.require(fits, flag, text, "in a folder that exists and can be written to")

@@ -437,7 +437,8 @@ def draw_curves(groups: Mapping[str, Sequence[finished.Run]]) -> "Figure":
   loss, accuracy = figure.subplots(1, 2)
   for axis, metric, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
     for color, (name, runs) in zip(_get_colors(len(groups)), groups.items(), strict=True):
-      axis.plot([], [], color=color, label=name)
+      # Without the space matplotlib would leave out a name that starts with _.
+      axis.plot([], [], color=color, label=f" {name}" if name.startswith("_") else name)
       _draw_metric(axis, runs, f"train_{metric}", scale, color=color, linestyle="--")
       _draw_metric(axis, runs, f"validation_{metric}", scale, color=color, linestyle="-")
     for split, style in (("train", "--"), ("validation", "-")):

@@ -91,7 +91,9 @@ def create_parser() -> command_line.Parser:
   parser = command_line.create_parser("evaluate", __doc__)
   command_line.add_network(parser)
   parser.add_argument("--data", help="as the key data.name; default: the run's")
-  parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
+  parser.add_argument(
+    "--data_dir", help="where CIFAR-10 and other data of TFDS are; default: the run's"
+  )
   parser.add_argument(
     "--split",
     choices=SPLITS,
@@ -228,16 +230,16 @@ def load_own_split(
       "--split='validation' is empty: the run held no images out; try --split=test."
     )
   _check_classes(weights, splits.class_names, data["name"])
-  keys = (f"{name}_images", f"{name}_sha256")
+  here = {f"{name}_images": len(found), f"{name}_sha256": splits_lib.compute_digest(found)}
   changes = errors.list_differences(
-    {key: weights.data[key] for key in keys if key in weights.data},
-    {key: splits.fingerprint[key] for key in keys if key in weights.data},
+    {key: weights.data[key] for key in here if key in weights.data},
+    {key: value for key, value in here.items() if key in weights.data},
   )
   if changes:
     raise errors.UserError(
       f"the {name} images of {data['name']} are not those of the run: {'; '.join(changes)}. "
       "Restore them; or put images that the network has not seen into another place, and name "
-      "that with --data."
+      "that with --data of flax_cifar.tools.evaluate."
     )
   return name, found
 

@@ -95,6 +95,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   options.example = options.out.with_name(f"{options.out.name}.py")
   check_example(options.example)
   options.weights = command_line.find_network(options)
+  is_other = options.out.resolve() != options.weights.resolve()
+  errors.require(is_other, "--out", str(options.out), "another file than the weights")
   return options
 
 

@@ -67,7 +67,9 @@ def create_parser() -> command_line.Parser:
     help="default: best, the one with the highest validation accuracy",
   )
   parser.add_argument("--seed", type=int, help="one of the seeds of the run; default: its first")
-  parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
+  parser.add_argument(
+    "--data_dir", help="where CIFAR-10 and other data of TFDS are; default: the run's"
+  )
   parser.add_argument("--json", action="store_true", help="print JSON")
   return parser
 

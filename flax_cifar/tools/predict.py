@@ -19,6 +19,8 @@ from typing import Any
 from flax_cifar import environment, errors, zoo
 from flax_cifar.tools import command_line
 
+SHOWN = 200  # pictures at most, because all of them are drawn in memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -98,7 +100,9 @@ def predict(options: argparse.Namespace) -> list[Prediction]:
     for path, row, shares in zip(paths, order, probabilities, strict=True)
   ]
   if options.picture:
-    save_picture(options.picture, images, predictions)
+    if len(images) > SHOWN:
+      errors.warn(f"--picture shows the first {SHOWN} of {len(images):,} pictures")
+    save_picture(options.picture, images[:SHOWN], predictions[:SHOWN])
   return predictions
 
 

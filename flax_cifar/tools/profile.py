@@ -91,12 +91,16 @@ def profile_run(config: ConfigDict, *, num_steps: int, folder: pathlib.Path) -> 
   Raises:
     UserError: as a run of `config` would; or the profiler has seen no operation.
   """
-  from flax_cifar.tools import first_steps  # it brings JAX
+  import jax
+
+  from flax_cifar.tools import first_steps
 
   first_steps.check(config)
   config = config.copy_and_resolve_references()
   images = 2 * num_steps * config.batch_size  # more would only take longer to load
   config.data.limit = min(config.data.limit or images, images)
+  if config.augment.backend == "device" and jax.default_backend() != "cpu":
+    config.steps_per_call = config.steps_per_call or num_steps  # all in one program
   setup = first_steps.set_up(config, 2 * num_steps)
   with contextlib.closing(setup.feed):
     # As many steps before, because an accelerator makes them in one program.

@@ -120,6 +120,9 @@ def write_files(run: pathlib.Path, folder: pathlib.Path, *, repo: str, force: bo
     raise errors.UserError(f"{str(run)!r} lacks {', '.join(missing)}; restore them first.")
   try:
     folder.mkdir(parents=True)
+  except OSError as error:
+    raise errors.UserError(f"{str(folder)!r} cannot be made: {error}; choose another.") from error
+  try:
     for name in FILES:
       shutil.copyfile(run / name, folder / name)
     files.write_json(folder / "result.json", result)

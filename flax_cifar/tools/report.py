@@ -31,6 +31,7 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
   from flax_cifar.data import dataset as dataset_lib
+  from flax_cifar.models import layer_table
   from flax_cifar.run import classifier as classifier_lib
   from flax_cifar.run import finished
 
@@ -68,7 +69,9 @@ def create_parser() -> command_line.Parser:
   parser = command_line.create_parser("report", __doc__)
   parser.add_argument("folders", nargs="+", metavar="FOLDER", help=FOLDER_HELP)
   parser.add_argument("--out", help=OUT_HELP)
-  parser.add_argument("--data_dir", help="where CIFAR-10 is; default: the run's")
+  parser.add_argument(
+    "--data_dir", help="where CIFAR-10 and other data of TFDS are; default: the run's"
+  )
   return parser
 
 
@@ -80,6 +83,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """
   options = create_parser().parse_args(arguments)
   options.folders = [errors.get_path("FOLDER", name) for name in options.folders]
+  for folder in options.folders:
+    is_folder = folder.is_dir() or not folder.exists()
+    errors.require(is_folder, "FOLDER", str(folder), "a folder, and not a file")
   out = options.out or str(get_default_out(options.folders))
   options.out = command_line.get_out("--out", out)
   return options
@@ -112,7 +118,7 @@ def names_several(folders: Sequence[pathlib.Path]) -> bool:
 def write(path: pathlib.Path, page: str) -> None:
   """Writes the page whole or not at all; a UserError where that is not possible."""
   try:
-    files.write_text(path, page)
+    files.write_bytes(path, page.encode(errors="replace"))  # a path may be no UTF-8
   except OSError as error:
     raise errors.UserError(
       f"--out={str(path)!r} cannot be written ({error.strerror}); choose another file."
@@ -130,6 +136,7 @@ def report_run(options: argparse.Namespace) -> str:
       weights are those of another run.
   """
   from flax_cifar import metrics
+  from flax_cifar.models import layer_table
   from flax_cifar.run import classifier as classifier_lib
   from flax_cifar.run import finished, plots, result
   from flax_cifar.tools import evaluate
@@ -142,6 +149,7 @@ def report_run(options: argparse.Namespace) -> str:
   _, split = evaluate.load_own_split(weights, split=scored, data_dir=options.data_dir)
   logits, _ = network.score(split)
   bins = metrics.compute_calibration(logits, split.labels)
+  rows = layer_table.get_layer_table(network.model, weights.image_shape)
   return render(
     "run",
     title=run.result["config"]["name"],
@@ -157,10 +165,10 @@ def report_run(options: argparse.Namespace) -> str:
     calibration=embed_figure(plots.draw_calibration(bins)),
     calibration_error=bins.error,
     settings=list_settings(run.result["config"]),
-    **describe_network(network),
+    **describe_network(rows),
     **describe_errors(logits, split.labels, network.class_names),
     mistakes=list_mistakes(network, split, logits),
-    fields=embed_image(draw_fields(network, split.images)),
+    fields=embed_image(draw_fields(network, split.images, rows)),
   )
 
 
@@ -178,12 +186,11 @@ def describe_config(config: Mapping[str, Any]) -> str:
   return (module.__doc__ or "") if is_same else ""
 
 
-def describe_network(network: "classifier_lib.Classifier") -> dict[str, Any]:
+def describe_network(rows: "Sequence[layer_table.Row]") -> dict[str, Any]:
   """The rows of the layer table, their sums, and how to show a receptive field."""
   from flax_cifar.models import layer_table
   from flax_cifar.run import tables
 
-  rows = layer_table.get_layer_table(network.model, network.weights.image_shape)
   return {
     "layers": rows,
     "format_field": tables.format_field,
@@ -246,7 +253,9 @@ def list_mistakes(
   ]
 
 
-def draw_fields(network: "classifier_lib.Classifier", images: np.ndarray) -> np.ndarray:
+def draw_fields(
+  network: "classifier_lib.Classifier", images: np.ndarray, rows: "Sequence[layer_table.Row]"
+) -> np.ndarray:
   """The first image, with the theoretical receptive field as a frame and the effective as light."""
   import jax
 
@@ -256,7 +265,6 @@ def draw_fields(network: "classifier_lib.Classifier", images: np.ndarray) -> np.
   field = jax.jit(explain.compute_effective_receptive_field, static_argnums=0)(
     network.model, network.weights.variables, normalize(network, images[:EXPLAINED])
   )
-  rows = layer_table.get_layer_table(network.model, network.weights.image_shape)
   lit = overlay(images[0], np.sqrt(np.asarray(field)))  # the root shows the weak outskirts
   return frame(lit, layer_table.get_receptive_field(rows) or images.shape[1:3])
 

@@ -212,7 +212,7 @@ def create_parser() -> command_line.Parser:
   parser.add_argument(
     "--engine",
     default="here",
-    choices=list(shards_lib.ENGINES),
+    choices=shards_lib.ENGINES,
     help="what makes the runs: this process (here), SLURM by submitit, or submitit on this machine "
     "(local); default: here",
   )

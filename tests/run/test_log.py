@@ -173,6 +173,11 @@ def test_tensorboard_gets_every_number_at_once(tmp_path):
   assert (start.step, start.session_log.status) == (11, SessionLog.START)
 
 
+def test_tensorboard_takes_a_path_that_is_no_utf8():
+  text = log_lib._create_text("config", os.fsdecode(b"gr\xfc\xdfe"))
+  assert text.tensor.string_val == [b"gr??e"]
+
+
 def test_without_a_terminal_progress_is_an_occasional_line(tmp_path, capsys, monkeypatch):
   log = open_log(tmp_path)
   with log.progress(1, done=4, total=8) as report:

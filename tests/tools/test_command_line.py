@@ -194,7 +194,13 @@ def test_a_config_of_the_user_comes_first(tmp_path, monkeypatch):
   assert command_line.find_config("~/configs/s9.py") == f"{tmp_path}/configs/s9.py"
 
 
-@pytest.mark.parametrize("text", ["s8", "configs/common.py", "elsewhere/s9.py", "variants", ""])
+@pytest.mark.parametrize(
+  "text",
+  [
+    *("s8", "configs/common.py", "elsewhere/s9.py", "variants", ""),
+    *("s9.trial", "configs/s9.trial"),  # a dot in place of the colon
+  ],
+)
 def test_an_unknown_config_lists_ours(tmp_path, monkeypatch, text):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(errors.UserError, match=r"--config='.*' is unknown; choose one of five_convs"):
@@ -279,14 +285,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
   ("name", "expected"),
   [
-    ("folder", "a file, and not a folder"),
-    ("new/", "a file, and not a folder"),
+    ("folder", "a file, and no folder"),
+    ("new/", "a file, and no folder"),
+    ("pipe", "a file, and no folder, device or pipe"),
     ("missing/a.png", "in a folder that exists"),
     ("a.jpg", r"a name that ends with \.png"),
   ],
 )
 def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, name, expected):
   (tmp_path / "folder").mkdir()
+  os.mkfifo(tmp_path / "pipe")
   with pytest.raises(errors.UserError, match=f"--out='.*{name}' .*{expected}"):
     command_line.get_out("--out", f"{tmp_path}/{name}", ".png")
   assert command_line.get_out("--out", f"{tmp_path}/a.PNG", ".png") == tmp_path / "a.PNG"

@@ -69,6 +69,17 @@ def test_one_pair_has_no_interval(tmp_path, monkeypatch, capsys):
   assert (content["n"], content["interval"], content["a"]) == (1, None, [0.8])
 
 
+@pytest.mark.parametrize("name", ["cost$_$x", "_old"])
+def test_any_name_of_a_folder_is_in_the_legend(tmp_path, name):
+  write_run(tmp_path / name, 0, 0.8)
+  groups = {name: compare.find_runs(tmp_path / name)}
+  figure = compare.draw_curves(groups)
+  legend = [text.get_text().strip() for text in figure.axes[1].get_legend().get_texts()]
+  assert legend == [name, "train", "validation"]
+  compare.save_curves(tmp_path / "curves.png", groups)
+  assert (tmp_path / "curves.png").exists()
+
+
 def test_settings_of_augmentations_that_no_run_uses_make_no_difference(tmp_path):
   write_run(tmp_path / "a", 0, 0.8, **{"augment.ops": ("random_crop",)})
   changes = {"augment.ops": ("random_crop",), "augment.rotate.limit": 3.0}

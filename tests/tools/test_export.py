@@ -82,6 +82,13 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monk
     export.parse([f"--out={name}", "--weights=missing"])
 
 
+def test_the_weights_are_not_replaced_by_their_program(tmp_path):
+  path = tmp_path / "mine.safetensors"
+  path.touch()
+  with pytest.raises(errors.UserError, match=r"another file than the weights"):
+    export.parse([f"--out={path}", f"--weights={path}"])
+
+
 def test_a_program_of_the_user_is_not_replaced_by_the_example(exported, tmp_path):
   example = exported.with_name(f"{exported.name}.py")
   assert export.parse(["--model=tiny50k", f"--out={exported}"]).example == example

@@ -71,3 +71,14 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, arguments, message):
   (tmp_path / "empty").mkdir()
   with pytest.raises(errors.UserError, match=message):
     run(*(argument.format(here=tmp_path.name) for argument in arguments))
+
+
+def test_the_picture_of_very_many_is_bounded(tmp_path, monkeypatch, capsys):
+  draw(tmp_path / "in" / "a.png", 32, 32, 3)
+  draw(tmp_path / "in" / "bb.png", 32, 32, 3)
+  monkeypatch.setattr(predict, "SHOWN", 1)
+  shown = []
+  monkeypatch.setattr(predict, "save_picture", lambda path, *rest: shown.extend(map(len, rest)))
+  assert len(run(tmp_path / "in", f"--picture={tmp_path / 'seen.png'}")) == 2
+  assert shown == [1, 1]
+  assert "--picture shows the first 1 of 2 pictures" in capsys.readouterr().err

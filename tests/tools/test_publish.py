@@ -157,6 +157,14 @@ def test_a_run_that_lacks_a_file_leaves_nothing(run, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_another_process_has_made_stays(run, tmp_path):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "README.md").touch()
+  with pytest.raises(errors.UserError, match=r"out' cannot be made: .*choose another"):
+    publish.write_files(run, tmp_path / "out", repo="USER/NAME", force=True)
+  assert (tmp_path / "out" / "README.md").exists()
+
+
 def test_weights_of_another_run_are_refused(run):
   config = workdir.read_result(run)["config"]
   set_result(run, config=config | {"seed": 12})

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import sys
@@ -245,6 +246,15 @@ def test_the_program_writes_the_page_or_one_line(finished, monkeypatch, capsys, 
   assert capsys.readouterr().out == f"report    {out}\n"
   with pytest.raises(errors.UserError, match="holds no finished run"):
     report.create_page(report.parse([str(tmp_path)]))
+  with pytest.raises(
+    errors.UserError, match=r"FOLDER='.*result\.json' .* a folder, and not a file"
+  ):
+    report.parse([str(finished / "result.json")])
+
+
+def test_a_page_may_name_a_path_that_is_no_utf8(tmp_path):
+  report.write(tmp_path / "page.html", os.fsdecode(b"gr\xfc\xdfe"))
+  assert (tmp_path / "page.html").read_text() == "gr??e"
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])

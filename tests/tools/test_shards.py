@@ -111,8 +111,34 @@ def test_submitted_tasks_run_and_one_that_failed_names_its_log(tmp_path):
   assert ended.stdout.count("ended with status") == 1
 
 
+SEE = "open({!r}, 'w').write(os.environ.get('CUDA_VISIBLE_DEVICES', 'all') + f' {{time.time()}}')"
+SUBMIT_TWO = f"""
+import pathlib, sys
+from flax_cifar.tools import jobs, shards
+codes = {{name: "import os, time; time.sleep(1); " + {SEE!r}.format(name) for name in "ab"}}
+made = [jobs.Job(name, [sys.executable, "-c", code]) for name, code in codes.items()]
+shards.submit(made, pathlib.Path("jobs"), "local", {{}})
+"""
+
+
+def test_local_tasks_see_the_devices_and_run_in_turn(tmp_path):
+  pytest.importorskip("submitit")
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  environment.pop("CUDA_VISIBLE_DEVICES", None)
+  subprocess.run([sys.executable, "-c", SUBMIT_TWO], cwd=tmp_path, env=environment, check=True)
+  (seen_a, time_a), (seen_b, time_b) = ((tmp_path / name).read_text().split() for name in "ab")
+  assert (seen_a, seen_b) == ("all", "all")
+  assert float(time_b) - float(time_a) >= 1
+
+
+def test_slurm_needs_the_time_of_a_run(tmp_path):
+  pytest.importorskip("submitit")
+  with pytest.raises(errors.UserError, match=r"needs the minutes .*--slurm=timeout_min=240"):
+    shards.submit([create_job("a", "")], tmp_path / "jobs", "slurm", {})
+
+
 @pytest.mark.parametrize(
-  ("engine", "parameters"), [("slurm", {}), ("local", {"no_such_parameter": 1})]
+  ("engine", "parameters"), [("slurm", {"timeout_min": 1}), ("local", {"no_such_parameter": 1})]
 )
 def test_what_cannot_be_submitted_is_one_line(tmp_path, engine, parameters):
   pytest.importorskip("submitit")
@@ -129,13 +155,36 @@ time.sleep(60)
 PREEMPT = f"""
 import signal, sys
 from flax_cifar.tools import jobs, shards
-task = shards.Task(jobs.Job("a", [sys.executable, "-c", {RUN!r}]))
+task = shards.Task(jobs.Job("a", [sys.executable, "-c", {RUN!r}]), None)
 signal.signal(signal.SIGUSR1, lambda *_: print(type(task.checkpoint()).__name__, flush=True))
 try:
   task()
 except jobs.JobFailed as failure:
   print(failure.status)
 """
+
+
+INTERRUPT = f"""
+import sys
+from flax_cifar.tools import jobs, shards
+task = shards.Task(jobs.Job("a", [sys.executable, "-c", {RUN!r}]), None)
+try:
+  task()
+except KeyboardInterrupt:
+  print(task._process.wait())
+"""
+
+
+def test_ctrl_c_lets_the_run_of_a_task_save_and_end(tmp_path):
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  command = [sys.executable, "-c", INTERRUPT]
+  process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+  while not (tmp_path / "ready").exists():
+    time.sleep(0.02)
+  process.send_signal(signal.SIGINT)
+  output, _ = process.communicate(timeout=30)
+  assert output.split() == [b"143"]
+  assert (tmp_path / "saved").exists()
 
 
 def test_a_task_that_is_preempted_saves_and_asks_for_another_machine(tmp_path):

@@ -34,7 +34,7 @@ def load_or_decode(folder: pathlib.Path, decode: Callable[[], Splits]) -> Splits
   cache = environment.find_cache("data")
   if not cache:
     return decode()
-  name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+  name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
   place = pathlib.Path(cache, name)
   source = _describe(folder)
   return _read(place, source) or _keep(place, source, decode())

@@ -90,7 +90,10 @@ def _check_room(source: published.Source, root: Path) -> None:
   if not os.access(folder, os.W_OK):
     raise errors.UserError(f"The data directory {folder} cannot be written to; {remedy}")
   missing = source.find_missing(root)
-  needed = source.disk_bytes - sum(file.size for file in source.files if file not in missing)
+  parts = [folder / f"{file.name}.part" for file in missing]
+  present = sum(file.size for file in source.files if file not in missing)
+  present += sum(part.stat().st_size for part in parts if part.exists())
+  needed = source.disk_bytes - present
   if free < needed:
     raise errors.UserError(
       f"{folder} has {free / 1e6:.0f} MB free but {source.title} needs {needed / 1e6:.0f} MB; "
@@ -150,6 +153,8 @@ def _brief(error: Exception) -> str:
     return "no answer in time"
   if isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)):
     return "no connection, or it broke"
+  if isinstance(error, ValueError):  # its text may hold a password
+    return "invalid URL"
   return str(error)[:100]
 
 

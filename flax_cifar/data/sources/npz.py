@@ -72,8 +72,8 @@ def number_classes(path: Path, splits: Mapping[str, dataset.Split]) -> tuple[str
 def _find_unseen(split: dataset.Split, highest: int) -> list[int]:
   """The labels up to `highest` that no image has; none where check_split will refuse the labels."""
   labels = split.labels
-  is_valid = labels.dtype.kind in "iu" and labels.shape == split.images.shape[:1] and labels.size
-  if not is_valid or labels.min() < 0:
+  is_valid = labels.dtype.kind in "iu" and labels.shape == split.images.shape[:1]
+  if not is_valid or not labels.shape or not labels.size or labels.min() < 0:
     return []
   return sorted({*range(highest + 1)} - {*labels.tolist()})
 

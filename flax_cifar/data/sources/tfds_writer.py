@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def prepare(
   folder = Path(builder.data_dir)
   if folder.exists():  # TFDS would treat it as prepared, whatever it holds
     raise FileExistsError(f"{folder} exists already; delete it to prepare it again")
+  for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # by a process that was killed
+    shutil.rmtree(left, ignore_errors=True)
   _replace_download(builder, source, splits)
   config = tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
   try:

@@ -125,6 +125,14 @@ def test_data_in_another_folder_are_kept_apart(source, tmp_path):
   assert_same(decoded.load_or_decode(source, decode), create_splits(1))
 
 
+def test_the_name_of_a_folder_need_not_be_utf8(source):
+  other = source.with_name(os.fsdecode(b"gr\xfc\xdfe"))
+  source.rename(other)
+  decode = Decoder()
+  for _ in range(2):
+    assert_same(decoded.load_or_decode(other, decode), create_splits(1))
+
+
 def test_without_a_cache_it_is_decoded_each_time(source, monkeypatch):
   monkeypatch.setattr("flax_cifar.environment.find_cache", lambda kind: "")
   decode = Decoder()

@@ -117,6 +117,13 @@ def test_npz_refuses(tmp_path, extra, message):
     test_load.load(f"npz:{tmp_path / 'a.npz'}")
 
 
+def test_npz_refuses_numbers_in_place_of_arrays(tmp_path):
+  scalars = {f"{part}_{what}": 0 for part in ("train", "test") for what in ("images", "labels")}
+  np.savez(tmp_path / "a.npz", **scalars)
+  with pytest.raises(errors.UserError, match=r"npz:.*a\.npz"):
+    test_load.load(f"npz:{tmp_path / 'a.npz'}")
+
+
 def test_classes_of_one_name_are_reported(tmp_path, capsys):
   write_npz(tmp_path / "a.npz", class_names=["crane", "crane", "cat"])
   assert len(test_load.load(f"npz:{tmp_path / 'a.npz'}").class_names) == 3

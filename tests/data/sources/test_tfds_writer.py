@@ -82,7 +82,10 @@ def test_interrupted_preparation_leaves_nothing_that_looks_prepared(splits, tmp_
     prepare(splits, tmp_path)
   assert list(tmp_path.glob("cifar10/3*/*")) == []
   monkeypatch.undo()
-  assert prepare(splits, tmp_path).is_dir()
+  killed = tmp_path / "cifar10" / "incomplete.A1B2C3_3.0.2"  # as TFDS calls it
+  killed.mkdir(parents=True)
+  folder = prepare(splits, tmp_path)
+  assert list(folder.parent.iterdir()) == [folder]
 
 
 WRITE_WITH_A_LIMIT = """
