@@ -53,11 +53,14 @@ no deviation.
   of 93.11 of `tiny100k` (cutout, 80 epochs), and `cpu` the scores of `tiny50k` and of `long`; no
   trial chose either. `sprint:wide`, which has no row here, may be a fourth. See
   [recipes.md](recipes.md#e1-to-e3-skip).
+- **Minutes of training** do not compare processors or recipes: most runs had other work beside
+  them, AMD EPYC and Intel Xeon name processors with and without AVX-512 or AMX, and the kernels
+  became faster from commit to commit. [performance.md](performance.md) has timings.
 - The runs of `tiny100k-full-long` and `tiny200k-full-long` were made at commit `bcd2780` with the
   keys of `long` as flags and the images from an npz file. The command shown sets the same recipe,
   but draws other batches.
 - **B1**: an early text of its source has the figures of a study of norms beside this network; by
-  the study itself they are of B2's. `s9:study` makes that study with this network.
+  the study itself they are of B2's (76.96 in that text, 77.01 in the study). `s9:study` makes that study with this network.
 - **Target** is what ours, or full where it has been run, is to reach; where we have set none, to
   beat the source.
 """

@@ -41,13 +41,25 @@ OURS_LEFT: Ranges = [(0, 48_200), (6e4, 1e8)]  # of networks with 48,500 paramet
 NO_NAMES: Ranges = []
 NEAR_FACTOR, NEAR_PERCENT = 0.4, 0.7  # in the logarithm of parameters, and in accuracy
 LINE_POINTS = 9
+_REVISED = "no trial chose the recipe, which followed test scores of earlier ones: docs/recipes.md"
+_BY_FLAGS = (
+  f"{_REVISED}. The run set the keys of `long`, which was another recipe at its commit, by flags, "
+  "and read the images from an npz file: the command sets the same keys, and draws other batches"
+)
+NOTES = {  # of cards
+  "skip-long": "the recipe was revised after a test score, by validation images: docs/recipes.md",
+  "tiny50k-cpu": _REVISED,
+  "tiny100k-full-long": _BY_FLAGS,
+  "tiny200k-full-long": _BY_FLAGS,
+}
 MAX_BYTES = 3_000_000  # of the weights of a network, as they are part of the package
 INTRODUCTION = """\
 # Trained networks
 
 Written by `python -m benchmarks.accuracy.zoo`, which scores the weights that come with the package
 on the 10,000 test images of CIFAR-10, each once, without test-time augmentation. Each network is a
-single run (n = 1); its card has the hardware and the commit. All are scored in float32. Those that
+single run (n = 1); its card has the hardware and the commit of the training, and `zoo.json` those of
+the last scoring, which may have been of some rows alone. All are scored in float32. Those that
 were trained in bfloat16 were scored in it at the end of their run, where a few images get another
 class, and [results.md](results.md) has that accuracy. [recipes.md](recipes.md) describes how the
 recipes were chosen, and names those that were revised after a test score.
@@ -211,6 +223,8 @@ def format_card(row: Mapping[str, Any], content: Mapping[str, Any], field: str) 
     "command": f"`{content['command']}`",
     "commit": f"{commits}, JAX {content['versions']['jax']}",
   }
+  if name in NOTES:
+    facts["note"] = NOTES[name]
   lines = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
   return f"""\
 # {name}
