@@ -60,7 +60,8 @@ no deviation.
   keys of `long` as flags and the images from an npz file. The command shown sets the same recipe,
   but draws other batches.
 - **B1**: an early text of its source has the figures of a study of norms beside this network; by
-  the study itself they are of B2's (76.96 in that text, 77.01 in the study). `s9:study` makes that study with this network.
+  the study itself they are of B2's (76.96 in that text, 77.01 in the study). `s9:study` makes
+  that study with this network.
 - **Target** is what ours, or full where it has been run, is to reach; where we have set none, to
   beat the source.
 """

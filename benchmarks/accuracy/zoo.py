@@ -58,8 +58,8 @@ INTRODUCTION = """\
 
 Written by `python -m benchmarks.accuracy.zoo`, which scores the weights that come with the package
 on the 10,000 test images of CIFAR-10, each once, without test-time augmentation. Each network is a
-single run (n = 1); its card has the hardware and the commit of the training, and `zoo.json` those of
-the last scoring, which may have been of some rows alone. All are scored in float32. Those that
+single run (n = 1); its card has the hardware and the commit of the training, and `zoo.json` those
+of the last scoring, which may have been of some rows alone. All are scored in float32. Those that
 were trained in bfloat16 were scored in it at the end of their run, where a few images get another
 class, and [results.md](results.md) has that accuracy. [recipes.md](recipes.md) describes how the
 recipes were chosen, and names those that were revised after a test score.

@@ -369,7 +369,7 @@ def test_a_file_is_replaced_only_by_force(add):
 def test_an_unfinished_run_is_refused(tmp_path):
   with pytest.raises(errors.UserError, match=r"no result\.json"):
     results.add([tmp_path], tmp_path, force=True)
-  (tmp_path / "result.json").write_text("{}")
+  (tmp_path / "result.json").write_text('{"epochs": 1}')
   with pytest.raises(errors.UserError, match=r"metrics\.jsonl' cannot be read"):
     results.add([tmp_path], tmp_path, force=True)
 
