@@ -1,5 +1,6 @@
 """The tool that writes a checkpoint's network: the best epoch, the newest state, another seed."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from flax_cifar import errors, models, train, zoo
-from flax_cifar.run import weights
+from flax_cifar.run import checkpoint, weights, workdir
 from flax_cifar.tools import evaluate, extract
 from tests import tiny
 
@@ -25,11 +26,9 @@ def tiny_model(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data):
-  """A run whose last epoch is not its best one."""
   folder = tmp_path_factory.mktemp("run")
-  changes = {"checkpoint.every": 1, "data.validation_size": 48, "optimizer.learning_rate": 0.3}
   with tiny.registered():
-    train.train_and_evaluate(tiny.get_config(data, total_epochs=2, **changes), folder)
+    train.train_and_evaluate(tiny.get_config(data, **{"checkpoint.every": 1}), folder)
   return folder
 
 
@@ -53,15 +52,14 @@ def score(path):
 def test_the_latest_checkpoint_of_a_finished_run_has_its_weights(run, tmp_path):
   found = write(run, tmp_path / "a.safetensors", "--checkpoint=latest")
   assert (tmp_path / "a.safetensors").read_bytes() == (run / zoo.WEIGHTS).read_bytes()
-  assert (found.step, found.epochs, found.seed, found.peeked) == (6, 2, 0, False)
+  assert (found.step, found.epochs, found.seed, found.peeked) == (15, 3, 0, False)
 
 
 def test_the_best_epoch_has_the_accuracy_that_the_run_reports(run, tmp_path):
-  best = json.loads((run / "result.json").read_text())["best_validation"]
-  assert best["epoch"] == 1
+  best = json.loads((run / "result.json").read_text())["best_validation"]["accuracy"]
   found = write(run, tmp_path / "a.safetensors")
-  assert (found.epochs, found.step) == (best["epoch"], 3 * best["epoch"])
-  assert found.validation_accuracy == best["accuracy"] == score(tmp_path / "a.safetensors")
+  assert found.step == 5 * found.epochs
+  assert found.validation_accuracy == best == score(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("seed", [3, 4])
@@ -103,21 +101,25 @@ def test_a_run_that_was_stopped_before_its_end_will_do(run, tmp_path):
   assert (tmp_path / "a.safetensors").read_bytes() == (run / zoo.WEIGHTS).read_bytes()
 
 
-def test_without_validation_images_no_epoch_is_best(data, tmp_path):
-  config = tiny.get_config(data, total_epochs=1, **{"data.validation_size": 0})
-  train.train_and_evaluate(config, tmp_path / "run")
-  with pytest.raises(errors.UserError, match=r"holds no checkpoint of a validated epoch"):
-    write(tmp_path / "run", tmp_path / "a.safetensors")
-  found = write(tmp_path / "run", tmp_path / "a.safetensors", "--checkpoint=latest")
+def test_the_epoch_of_a_checkpoint_may_lack_a_validation_accuracy(run, tmp_path, monkeypatch):
+  """As where the run held no images out."""
+  read = checkpoint.read
+  monkeypatch.setattr(
+    checkpoint,
+    "read",
+    lambda *args, **options: dataclasses.replace(read(*args, **options), records=[{"epoch": 1}]),
+  )
+  found = write(run, tmp_path / "a.safetensors")
   assert (found.epochs, found.validation_accuracy) == (1, None)
   assert "accuracy" not in extract.format_text(found)
 
 
-def test_an_epoch_that_test_images_chose_is_labelled(data, tmp_path, capsys):
-  config = tiny.get_config(data, total_epochs=1, protocol="published")
-  train.train_and_evaluate(config, tmp_path / "run")
-  capsys.readouterr()
-  found = write(tmp_path / "run", tmp_path / "a.safetensors")
+def test_an_epoch_that_test_images_chose_is_labelled(run, tmp_path, monkeypatch, capsys):
+  config, fingerprint = workdir.read_start(run)
+  peeking = config | {"protocol": "published"}
+  monkeypatch.setattr(workdir, "read_start", lambda folder: (peeking, fingerprint))
+  monkeypatch.setattr(workdir, "check_data", lambda folder, data: None)
+  found = write(run, tmp_path / "a.safetensors")
   assert "the test images chose this epoch" in capsys.readouterr().err
   assert "(on the test split)" in extract.format_text(found)
 
