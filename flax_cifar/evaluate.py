@@ -48,24 +48,6 @@ def create_eval_step(
   return run
 
 
-def evaluate(
-  eval_step: EvalStep,
-  variables: Any,
-  split: dataset.Split,
-  batch_size: int,
-  *,
-  stop: signals.Stop = signals.never,
-) -> dict[str, np.ndarray]:
-  """Mean `loss` in nats and `accuracy` in [0, 1] over every example of `split`, each once.
-
-  Each () or (seeds,).
-
-  Raises:
-    Stopped: `stop()`, which is asked after each batch, was true.
-  """
-  return predict_and_score(eval_step, variables, split, batch_size, stop=stop)[1]
-
-
 def validate(
   eval_step: EvalStep,
   variables: Any,
@@ -74,8 +56,10 @@ def validate(
   *,
   stop: signals.Stop = signals.never,
 ) -> dict[str, np.ndarray] | None:
-  """`evaluate`, or None where `split` is empty."""
-  return evaluate(eval_step, variables, split, batch_size, stop=stop) if len(split) else None
+  """The means of `predict_and_score`, which raises what this raises; None of an empty split."""
+  if not len(split):
+    return None
+  return predict_and_score(eval_step, variables, split, batch_size, stop=stop)[1]
 
 
 def predict(
@@ -86,13 +70,7 @@ def predict(
   *,
   stop: signals.Stop = signals.never,
 ) -> np.ndarray:
-  """Logits float32 (N, classes) of every example of `split`, in its order.
-
-  For several seeds (seeds, N, classes).
-
-  Raises:
-    Stopped: see `evaluate`.
-  """
+  """The logits of `predict_and_score`, which raises what this raises."""
   return predict_and_score(eval_step, variables, split, batch_size, stop=stop)[0]
 
 
@@ -104,10 +82,14 @@ def predict_and_score(
   *,
   stop: signals.Stop = signals.never,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """The logits of `predict` and the means of `evaluate`, in one pass over `split`.
+  """Scores every example of `split` once.
+
+  Returns:
+    Logits float32 (N, classes), of several seeds (seeds, N, classes), in the order of `split`; and
+    the means `loss` in nats and `accuracy` in [0, 1], each () or (seeds,).
 
   Raises:
-    Stopped: see `evaluate`.
+    Stopped: `stop()`, which is asked after each batch, was true.
   """
   results: list[tuple[jax.Array, metrics.Metrics]] = []
   for batch in batches.padded_batches(split, batch_size):

@@ -40,8 +40,7 @@ def test_every_seed_is_evaluated_exactly(batch_size, devices):
   )
   sharding = mesh_lib.replicated(mesh_lib.create_mesh(devices))
   stacked = jax.device_put(seeds_lib.stack(single), sharding)
-  means = evaluate.evaluate(step, stacked, split, batch_size)
-  logits = evaluate.predict(step, stacked, split, batch_size)
+  logits, means = evaluate.predict_and_score(step, stacked, split, batch_size)
   for seed, variables in enumerate(single):
     expected = np.float64(MODEL.apply(variables, normalize(split.images), train=False))
     np.testing.assert_allclose(logits[seed], expected, atol=1e-5)
@@ -56,5 +55,5 @@ def test_one_seed_has_no_axis():
   step = evaluate.create_eval_step(
     model=MODEL, normalize=normalize, mesh=mesh_lib.create_mesh(1), num_seeds=1
   )
-  assert evaluate.predict(step, make_variables(0), split, 4).shape == (COUNT, tiny.CLASSES)
-  assert evaluate.evaluate(step, make_variables(0), split, 4)["loss"].shape == ()
+  logits, means = evaluate.predict_and_score(step, make_variables(0), split, 4)
+  assert (logits.shape, means["loss"].shape) == ((COUNT, tiny.CLASSES), ())

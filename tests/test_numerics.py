@@ -238,8 +238,7 @@ def test_evaluation_counts_each_image_once():
   mesh = mesh_lib.create_mesh(1)
   step = evaluate.create_eval_step(model=model, normalize=normalize, mesh=mesh, num_seeds=1)
   placed = jax.device_put(variables, mesh_lib.replicated(mesh))
-  logits = evaluate.predict(step, placed, split, 256)
-  means = evaluate.evaluate(step, placed, split, 256)
+  logits, means = evaluate.predict_and_score(step, placed, split, 256)
   expected = numpy_networks.evaluate("pyramid", variables, (images / 255.0 - 0.5) / 0.25)
   assert get_error(logits, expected) < 1e-5
   log_p = expected - np.log(np.exp(expected).sum(-1, keepdims=True))
