@@ -1,4 +1,4 @@
-"""CIFAR-10 decoded, in the user's cache: decoding 60,000 PNGs would take seconds of every start.
+"""Prepared data decoded, in the user's cache: 60,000 PNGs would take seconds of every start.
 
 The prepared files are often where a user may not write, so the arrays are not kept beside them.
 """
@@ -73,7 +73,7 @@ def _keep(place: pathlib.Path, source: list[Any], splits: Splits) -> Splits:
     content = {"source": source, "sha256": [_digest(array) for array in arrays]}
     files.write_json(place / DESCRIPTION, content)
   except OSError as error:
-    errors.warn(f"CIFAR-10 is not kept decoded in {str(place)!r} ({error}); starts take longer")
+    errors.warn(f"the data are not kept decoded in {str(place)!r} ({error}); starts take longer")
   return splits
 
 

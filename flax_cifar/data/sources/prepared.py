@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_cifar import errors
 from flax_cifar.data import dataset
-from flax_cifar.data.sources import catalog, preparation
+from flax_cifar.data.sources import catalog, decoded, preparation
 
 # NAME or NAME/CONFIG, and no path that leads elsewhere.
 NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w.+-]*[\w+-][\w.+-]*)?", flags=re.ASCII)
@@ -42,7 +42,19 @@ def load_prepared(name: str, *, dir: str) -> dataset.Dataset:
       "tfds:mnist."
     )
   folder = find_newest(root / name) or _prepare(name, root)
-  return read_folder(name, folder)
+  return _load_decoded(name, folder) if name in catalog.CATALOG else read_folder(name, folder)
+
+
+def _load_decoded(name: str, folder: Path) -> dataset.Dataset:
+  """`read_folder` for a data set of the catalog, whose two splits are kept decoded in the cache."""
+
+  def decode() -> decoded.Splits:
+    found = read_folder(name, folder)
+    return found.train, found.test
+
+  train, test = decoded.load_or_decode(folder, decode)
+  highest = max(int(split.labels.max()) for split in (train, test))
+  return dataset.Dataset(train, test, read_names(folder, highest))
 
 
 def _prepare(name: str, root: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 
 from flax_cifar import errors, files
@@ -36,6 +37,18 @@ def test_files_that_are_there_are_used_and_only_the_others_downloaded(tmp_path, 
   data = prepared.load_prepared("mnist", dir=str(tmp_path))
   assert (len(data.train), len(data.test)) == (20, 4)
   assert server.seen == [("/good/t10k-labels-idx1-ubyte.gz", None)]
+
+
+def test_a_second_start_decodes_nothing(tmp_path, server, monkeypatch):
+  write_files(tmp_path, server.blobs)
+  for _ in range(2):  # the first one downloads, and decodes what it has prepared
+    first = prepared.load_prepared("mnist", dir=str(tmp_path))
+  monkeypatch.delattr(prepared, "read_folder")
+  again = prepared.load_prepared("mnist", dir=str(tmp_path))
+  assert again.class_names == first.class_names
+  for one, other in ((again.train, first.train), (again.test, first.test)):
+    np.testing.assert_array_equal(one.images, other.images)
+    np.testing.assert_array_equal(one.labels, other.labels)
 
 
 def test_a_file_with_another_checksum_is_refused_and_kept(tmp_path, server):
