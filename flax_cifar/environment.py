@@ -129,8 +129,20 @@ def _open_closed_streams() -> None:
   for number, name in ((1, "stdout"), (2, "stderr")):
     if getattr(sys, name) is None:
       null = os.open(os.devnull, os.O_RDWR)
-      os.dup2(null, number)
-      setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+      if null == number:
+        os.set_inheritable(null, True)
+      elif not _is_open(number):
+        os.dup2(null, number)
+      setattr(sys, name, os.fdopen(null, "w", encoding="utf-8"))
+
+
+def _is_open(descriptor: int) -> bool:
+  """Whether a file has this number, as one that was opened before JAX was asked for may have."""
+  try:
+    os.fstat(descriptor)
+  except OSError:
+    return False
+  return True
 
 
 def _has_glibc() -> bool:

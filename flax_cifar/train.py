@@ -63,7 +63,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
   mesh_lib.check_batch_sizes(
     mesh, config.batch_size, config.eval_batch_size, num_examples=len(splits.train)
   )
-  mean, std = config.augment.mean or splits.mean, config.augment.std or splits.std
+  mean, std = config_lib.choose_normalization(config.augment, splits)
 
   # ---- Network, optimizer, state, compiled steps
   with config_lib.explain_exhausted(config):
@@ -95,8 +95,9 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
     stack.enter_context(workdir_lib.explain_failed_writes(workdir))
     stack.enter_context(workdir_lib.open_workdir(workdir, config.to_dict()))
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    stack.enter_context(contextlib.closing(checkpoints))
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    )
     start = state_lib.Progress(0, setup.state, metrics.create_totals(num_seeds), [])
     progress = checkpoints.restore_or(start, mesh)
     config_lib.check_progress(progress, config.total_epochs, feed.steps_per_epoch)

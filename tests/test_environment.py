@@ -171,6 +171,29 @@ def test_what_the_message_tells_to_call_mends_it(name, wrong):
     jax.config.update(name, before)
 
 
+def test_a_file_that_has_the_number_of_a_closed_stream_keeps_it(tmp_path):
+  """As of a script that was started by `>&-` and opens a file before it trains."""
+  code = (
+    "import sys; file = open(sys.argv[1], 'w'); from flax_cifar import environment\n"
+    "environment.apply_settings(restart=False); print('lost'); file.write('kept'); file.close()"
+  )
+  path = tmp_path / "file"
+  command = shlex.join([sys.executable, "-c", code, str(path)])
+  subprocess.run(f"{command} >&-", shell=True, check=True, capture_output=True)
+  assert path.read_text() == "kept"
+
+
+def test_the_children_of_a_process_with_a_closed_stream_have_one():
+  child = "import sys; sys.exit(sys.stdout is None)"
+  code = (
+    "import subprocess, sys; from flax_cifar import environment\n"
+    "environment.apply_settings(restart=False)\n"
+    f"sys.exit(subprocess.call([sys.executable, '-c', {child!r}]))"
+  )
+  command = shlex.join([sys.executable, "-c", code])
+  subprocess.run(f"{command} >&-", shell=True, check=True)
+
+
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
 def test_a_closed_stream_is_none_that_a_file_takes(tmp_path, closed):
   """As by `main.py >&-`, or under a service that closes them."""

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from flax_cifar import state as state_lib
 from flax_cifar.parallel import agreement, cluster
 from flax_cifar.parallel import mesh as mesh_lib
 from flax_cifar.run import integrity
+
+ELSEWHERE = "Move it elsewhere to go on from an older one."
 
 
 class Checkpoints:
@@ -127,6 +130,23 @@ class Checkpoints:
       if agreement.is_first():
         integrity.finish_replacements(self._folder)
 
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    """Closes; a UserError that ends the run is not replaced by one of the last save."""
+    try:
+      self.close()
+    except errors.UserError as failure:
+      if not isinstance(error, errors.UserError):
+        raise
+      errors.warn(str(failure))
+
   @contextlib.contextmanager
   def _explain_failure(self) -> Iterator[None]:
     try:
@@ -166,7 +186,7 @@ class Checkpoints:
     try:
       restored = self._manager.restore(step, args=items)
     except Exception as error:  # Orbax raises ValueError, JSONDecodeError and plain Exception
-      raise _unreadable(self._folder / str(step), error) from error
+      raise _unreadable(self._folder / str(step), error, ELSEWHERE) from error
     totals = {name: np.asarray(value) for name, value in restored["log"]["totals"].items()}
     records = restored["log"]["records"]
     self._saved = (step, len(records))
@@ -177,7 +197,7 @@ class Checkpoints:
       params = self._manager.item_metadata(step)["state"]["params"]
       saved = {name: tuple(leaf.shape) for name, leaf in state_lib.name_leaves(params).items()}
     except Exception as error:
-      raise _unreadable(self._folder / str(step), error) from error
+      raise _unreadable(self._folder / str(step), error, ELSEWHERE) from error
     expected = {name: leaf.shape for name, leaf in state_lib.name_leaves(state.params).items()}
     mismatches = errors.list_differences(saved, expected)
     if mismatches:
@@ -194,7 +214,7 @@ class Snapshot:
 
   Attributes:
     step: steps done.
-    variables: to evaluate, on the first device; of several seeds stacked.
+    variables: to evaluate; of several seeds stacked.
     records: of the finished epochs.
   """
 
@@ -221,10 +241,14 @@ def read(folder: pathlib.Path, *, best: bool) -> Snapshot:
     step = manager.best_step() if best else manager.latest_step()
     if step is None:
       raise errors.UserError(
-        f"{str(folder)!r} holds no checkpoint{' of a validated epoch' if best else ''} yet."
+        f"{str(folder)!r} holds no checkpoint"
+        f"{' with a validation accuracy; --checkpoint=latest takes any' if best else ' yet'}."
       )
     if damage := integrity.find_damage(folder / str(step)):
-      raise errors.UserError(f"checkpoint {str(folder / str(step))!r} is damaged ({damage}).")
+      raise errors.UserError(
+        f"checkpoint {str(folder / str(step))!r} is damaged ({damage}), or the run has just "
+        "deleted it; try again."
+      )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     items = ocp.args.Composite(
       state=ocp.args.StandardRestore(fallback_sharding=device), log=ocp.args.JsonRestore()
@@ -233,7 +257,8 @@ def read(folder: pathlib.Path, *, best: bool) -> Snapshot:
       restored = manager.restore(step, args=items)
       state = state_lib.TrainState(**restored["state"])
     except Exception as error:  # as in restore_or
-      raise _unreadable(folder / str(step), error) from error
+      remedy = "Use the commit that wrote it."
+      raise _unreadable(folder / str(step), error, remedy) from error
   return Snapshot(step, state.eval_variables, restored["log"]["records"])
 
 
@@ -242,10 +267,10 @@ def _open(folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> ocp.Ch
   return ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
 
 
-def _unreadable(path: pathlib.Path, error: Exception) -> errors.UserError:
+def _unreadable(path: pathlib.Path, error: Exception, remedy: str) -> errors.UserError:
   return errors.UserError(
     f"checkpoint {str(path)!r} is whole but cannot be read ({errors.shorten(error)}); it may be of "
-    "another version. Move it elsewhere to go on from an older one."
+    f"another version. {remedy}"
   )
 
 

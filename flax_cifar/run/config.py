@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from flax_cifar import errors, models
 from flax_cifar import state as state_lib
 from flax_cifar.configs import common
+from flax_cifar.data import splits as splits_lib
 from flax_cifar.data.augment import arguments
 from flax_cifar.kernels import backend
 from flax_cifar.parallel import mesh as mesh_lib
@@ -147,7 +148,8 @@ def _check_values(config: ConfigDict) -> None:
 def check_numbers(config: ConfigDict, *, has_validation: bool) -> None:
   """Raises a UserError for a number out of range that no other module checks."""
   smoothing = config.loss.label_smoothing
-  errors.require(config.total_epochs > 0, "total_epochs", config.total_epochs, "1 or more")
+  epochs, most = config.total_epochs, errors.MAX_STEPS
+  errors.require(0 < epochs <= most, "total_epochs", epochs, f"from 1 to {most:,}")
   tracker.check_tracker(config.log.tracker)
   errors.require(config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "1 or more")
   errors.require(0 <= config.ema.decay < 1, "ema.decay", config.ema.decay, "at least 0 and below 1")
@@ -172,6 +174,13 @@ def check_progress(progress: state_lib.Progress, total_epochs: int, steps_per_ep
   least = math.ceil(step / steps_per_epoch)
   expected = f"{least} or more, as the run has reached step {step:,}"
   errors.require(total_epochs >= least, "total_epochs", total_epochs, expected)
+
+
+def choose_normalization(
+  augment: Mapping[str, Any], splits: splits_lib.Splits
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """The mean and the standard deviation of the section `augment`, or else those of the data."""
+  return augment["mean"] or splits.mean, augment["std"] or splits.std
 
 
 def get_feed_arguments(config: ConfigDict) -> dict[str, Any]:

@@ -40,15 +40,14 @@ def dump_and_explain(
   except NonFinite as error:
     state = mesh_lib.fetch(error.state.replace(key=jax.random.key_data(error.state.key)), mesh)
     path = workdir / f"nonfinite-step-{error.step + 1}.npz"
+    failure = save_nonfinite_dump(
+      path,
+      state=seeds_lib.select(state, num_seeds, error.number),
+      batch=feed.batch_at(error.step, error.number),
+    )
     holds = "has the state before that step and its batch"
-    try:
-      save_nonfinite_dump(
-        path,
-        state=seeds_lib.select(state, num_seeds, error.number),
-        batch=feed.batch_at(error.step, error.number),
-      )
-    except OSError as failure:  # a full disk is not what ends this run
-      holds = f"could not be written ({failure.strerror})"
+    if failure:  # a full disk is not what ends this run
+      holds = f"could not be written ({failure})"
     raise errors.UserError(
       f"{error}. The checkpoints are kept, and {str(path)!r} {holds}. Lower "
       "optimizer.learning_rate, or warm up with schedule.name=cosine or one_cycle."
@@ -58,8 +57,8 @@ def dump_and_explain(
 @agreement.by_first
 def save_nonfinite_dump(
   path: pathlib.Path, *, state: state_lib.TrainState, batch: dict[str, np.ndarray]
-) -> None:
-  """Writes the step to `path`, an npz file, whole or not at all.
+) -> str:
+  """Writes the step to `path`, an npz file, whole or not at all; returns why not, or "".
 
   Args:
     path: of the file.
@@ -68,5 +67,9 @@ def save_nonfinite_dump(
   """
   arrays = {f"state/{name}": leaf for name, leaf in state_lib.name_leaves(state).items()}
   contents: dict[str, Any] = {**arrays, **batch}
-  with files.replace(path) as part, part.open("wb") as file:
-    np.savez(file, **contents)
+  try:
+    with files.replace(path) as part, part.open("wb") as file:
+      np.savez(file, **contents)
+  except OSError as error:
+    return error.strerror or str(error)
+  return ""

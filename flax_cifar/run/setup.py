@@ -62,10 +62,6 @@ def check_choices(config: ConfigDict) -> None:
   mesh_lib.check_batch_sizes(mesh, *sizes, num_examples=mesh_lib.MAX_BATCH_SIZE)
   teacher.check_options(config)
   config_lib.create_model(config, num_classes=2)
-  is_possible = 1 <= config.total_epochs <= errors.MAX_STEPS
-  errors.require(
-    is_possible, "total_epochs", config.total_epochs, f"from 1 to {errors.MAX_STEPS:,}"
-  )
   schedule = optim.create_schedule(
     steps_per_epoch=STEPS,
     total_epochs=min(config.total_epochs, errors.MAX_STEPS // STEPS),

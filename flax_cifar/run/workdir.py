@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from flax_cifar import errors, files, models
+from flax_cifar import errors, files
 from flax_cifar.models import layer_table
 from flax_cifar.parallel import agreement
 from flax_cifar.run import config as config_lib
@@ -48,7 +48,8 @@ def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
 def choose(config: ConfigDict, given: str | os.PathLike[str] | None, what: str) -> pathlib.Path:
   """The folder that the user has `given`, as `what`; else see `find_workdir`.
 
-  A run whose type is "auto" may have begun on another processor, with the type that is fast there.
+  A run whose type is "auto" goes on in the folder where it began in bfloat16 on another processor.
+  One that began in float32 elsewhere cannot be told from one that float32 was asked for.
 
   Raises:
     UserError: the path is invalid, or a value of the config is.
@@ -57,10 +58,10 @@ def choose(config: ConfigDict, given: str | os.PathLike[str] | None, what: str) 
     return errors.get_path(what, given)
   settled = config_lib.settle(config).to_dict()
   here = find_workdir(settled)
-  if config.compute_dtype != "auto" or here.exists():
+  if config.compute_dtype != "auto" or settled["compute_dtype"] != "float32" or here.exists():
     return here
-  others = (find_workdir(settled | {"compute_dtype": dtype}) for dtype in models.DTYPES)
-  return next((folder for folder in others if folder.exists()), here)
+  elsewhere = find_workdir(settled | {"compute_dtype": "bfloat16"})
+  return elsewhere if elsewhere.exists() else here
 
 
 def find_workdir(config: Mapping[str, Any]) -> pathlib.Path:

@@ -196,6 +196,13 @@ def find_network(options: argparse.Namespace) -> pathlib.Path:
   return zoo.find_weights(options.model)
 
 
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag --data_dir, which takes the place of the run's `data.dir`."""
+  parser.add_argument(
+    "--data_dir", help="where CIFAR-10 and other data of TFDS are; default: the run's"
+  )
+
+
 def get_out(flag: str, text: str, suffix: str = "") -> pathlib.Path:
   """The file that a flag asks to write, checked before any work is done for it.
 

@@ -91,9 +91,7 @@ def create_parser() -> command_line.Parser:
   parser = command_line.create_parser("evaluate", __doc__)
   command_line.add_network(parser)
   parser.add_argument("--data", help="as the key data.name; default: the run's")
-  parser.add_argument(
-    "--data_dir", help="where CIFAR-10 and other data of TFDS are; default: the run's"
-  )
+  command_line.add_data_dir(parser)
   parser.add_argument(
     "--split",
     choices=SPLITS,
@@ -211,7 +209,7 @@ def load_own_split(
   Args:
     weights: of the run.
     split: its name; None is validation where the run held images out, and test otherwise.
-    data_dir: where CIFAR-10 is; None is where the run found it.
+    data_dir: where CIFAR-10 and other data of TFDS are; None is where the run found them.
 
   Raises:
     UserError: it is empty, the data are missing or damaged, or they are not those of the run.

@@ -50,9 +50,16 @@ def main() -> None:
   logging.set_verbosity(logging.FATAL)  # Orbax warns that it only reads
   with command_line.one_line_errors():
     options = parse(sys.argv[1:])
-    environment.check_devices()
+    keep_off_devices()
     found = extract(options)
     print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else format_text(found))
+
+
+def keep_off_devices() -> None:
+  """Lets JAX use the CPU alone: the run may still train on the other devices."""
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
 
 
 def create_parser() -> command_line.Parser:
@@ -67,9 +74,7 @@ def create_parser() -> command_line.Parser:
     help="default: best, the one with the highest validation accuracy",
   )
   parser.add_argument("--seed", type=int, help="one of the seeds of the run; default: its first")
-  parser.add_argument(
-    "--data_dir", help="where CIFAR-10 and other data of TFDS are; default: the run's"
-  )
+  command_line.add_data_dir(parser)
   parser.add_argument("--json", action="store_true", help="print JSON")
   return parser
 
@@ -98,6 +103,7 @@ def extract(options: argparse.Namespace) -> Extract:
   from flax_cifar.data import splits as splits_lib
   from flax_cifar.parallel import seeds
   from flax_cifar.run import checkpoint, weights, workdir
+  from flax_cifar.run import config as config_lib
 
   config, fingerprint = workdir.read_start(options.run)
   number = find_seed(config, options.seed)
@@ -108,6 +114,7 @@ def extract(options: argparse.Namespace) -> Extract:
   peeked = config["protocol"] == "published"
   if peeked and options.checkpoint == "best":
     errors.warn("the test images chose this epoch, so its test accuracy is not that of unseen ones")
+  mean, std = config_lib.choose_normalization(config["augment"], splits)
   seed = config["seed"] + number
   weights.save_weights(
     options.out,
@@ -115,8 +122,8 @@ def extract(options: argparse.Namespace) -> Extract:
     config=config | {"seed": seed, "num_seeds": 1},
     class_names=splits.class_names,
     image_shape=splits.image_shape,
-    mean=config["augment"]["mean"] or splits.mean,
-    std=config["augment"]["std"] or splits.std,
+    mean=mean,
+    std=std,
     data=splits.fingerprint,
   )
   score, last = None, snapshot.records[-1] if snapshot.records else {}

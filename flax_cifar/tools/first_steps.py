@@ -33,13 +33,14 @@ def set_up(config: ConfigDict, num_steps: int) -> setup_lib.Setup:
   )
   steps_per_epoch = max(1, len(splits.train) // config.batch_size)
   config.total_epochs = max(config.total_epochs, -(-num_steps // steps_per_epoch))
+  mean, std = config_lib.choose_normalization(config.augment, splits)
   return setup_lib.create_setup(
     config,
     train.train_step,
     splits.train,
     class_names=splits.class_names,
-    mean=config.augment.mean or splits.mean,
-    std=config.augment.std or splits.std,
+    mean=mean,
+    std=std,
     mesh=mesh,
   )
 

@@ -81,11 +81,11 @@ def create_folder(name: str) -> pathlib.Path:
 
 
 def profile_run(config: ConfigDict, *, num_steps: int, folder: pathlib.Path) -> dict[str, Any]:
-  """Trains 2 * `num_steps` steps of `config`, and describes the second half.
+  """Trains twice `num_steps` steps of `config` or a few more, and describes the last `num_steps`.
 
   Args:
     config: of the run.
-    num_steps: to describe.
+    num_steps: to describe; on an accelerator at most those of an epoch.
     folder: for the trace.
 
   Raises:
@@ -101,13 +101,16 @@ def profile_run(config: ConfigDict, *, num_steps: int, folder: pathlib.Path) -> 
   config.data.limit = min(config.data.limit or images, images)
   if config.augment.backend == "device" and jax.default_backend() != "cpu":
     config.steps_per_call = config.steps_per_call or num_steps  # all in one program
-  setup = first_steps.set_up(config, 2 * num_steps)
+  setup = first_steps.set_up(config, 3 * num_steps)
+  start = num_steps  # those before compile the program
+  if setup.feed.steps_per_call > 1:  # the steps of a call are of one epoch: its first ones
+    start = setup.feed.steps_per_epoch
+    num_steps = min(num_steps, start)
   with contextlib.closing(setup.feed):
-    # As many steps before, because an accelerator makes them in one program.
-    *_, (state, _) = first_steps.iterate(setup, setup.state, range(num_steps))
+    *_, (state, _) = first_steps.iterate(setup, setup.state, range(start))
 
     def run() -> None:
-      for _ in first_steps.iterate(setup, state, range(num_steps, 2 * num_steps)):
+      for _ in first_steps.iterate(setup, state, range(start, start + num_steps)):
         pass
 
     events, seconds = trace(run, folder)

@@ -69,9 +69,7 @@ def create_parser() -> command_line.Parser:
   parser = command_line.create_parser("report", __doc__)
   parser.add_argument("folders", nargs="+", metavar="FOLDER", help=FOLDER_HELP)
   parser.add_argument("--out", help=OUT_HELP)
-  parser.add_argument(
-    "--data_dir", help="where CIFAR-10 and other data of TFDS are; default: the run's"
-  )
+  command_line.add_data_dir(parser)
   return parser
 
 

@@ -16,8 +16,7 @@ from typing import Any
 from flax_cifar import errors
 from flax_cifar.tools import jobs as jobs_lib
 
-ENGINES = ("here", "slurm", "local")  # the last two are clusters of submitit
-WEEK = 7 * 24 * 60  # minutes
+ENGINES = ("here", "slurm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +101,10 @@ def _to_int(text: str) -> int:
 
 
 class Task:
-  """A run as a process of its own; submitit calls it on the machine that the scheduler chooses.
+  """A run as a process of its own; submitit calls it on the machine that the scheduler chooses."""
 
-  Args:
-    job: the run.
-    environment: of the run; None is that of submitit's task.
-  """
-
-  def __init__(self, job: jobs_lib.Job, environment: Mapping[str, str] | None):
+  def __init__(self, job: jobs_lib.Job):
     self._job = job
-    self._environment = environment
     self._process: subprocess.Popen[bytes] | None = None
 
   def __call__(self) -> int:
@@ -120,13 +113,8 @@ class Task:
     Raises:
       JobFailed: its status is not 0.
     """
-    self._process = subprocess.Popen(self._job.command, env=self._environment, process_group=0)
-    try:
-      _wait_for_end(self._process)
-    except BaseException:  # as of Ctrl-C, which a process group of its own does not get
-      self._process.terminate()
-      _wait_for_end(self._process)
-      raise
+    self._process = subprocess.Popen(self._job.command, process_group=0)
+    _wait_for_end(self._process)
     status = self._process.wait()
     if status:
       raise jobs_lib.JobFailed(self._job, status if status > 0 else 128 - status)
@@ -139,7 +127,7 @@ class Task:
     if self._process:
       self._process.send_signal(signal.SIGTERM)
       _wait_for_end(self._process)
-    return submitit.helpers.DelayedSubmission(Task(self._job, self._environment))
+    return submitit.helpers.DelayedSubmission(Task(self._job))
 
 
 def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
@@ -165,62 +153,42 @@ def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
   return parameters
 
 
+def check_parameters(parameters: Mapping[str, Any]) -> None:
+  """Raises a UserError without the time of a run: submitit would end each after five minutes."""
+  if not parameters.keys() & {"timeout_min", "slurm_timeout_min", "slurm_time"}:
+    raise errors.UserError(
+      "--engine=slurm needs the minutes that a run may take, as --slurm=timeout_min=240."
+    )
+
+
 def submit(
-  jobs: Sequence[jobs_lib.Job], folder: pathlib.Path, engine: str, parameters: Mapping[str, Any]
-) -> list[jobs_lib.JobFailed]:
-  """Submits a task per job as one array; "local" makes them here, one after the other.
+  jobs: Sequence[jobs_lib.Job], folder: pathlib.Path, parameters: Mapping[str, Any]
+) -> None:
+  """Submits a task per job to SLURM, all as one array.
 
   Args:
     jobs: the runs.
     folder: for submitit's own files.
-    engine: one of ENGINES, but "here".
-    parameters: of `submitit.AutoExecutor.update_parameters`; "slurm" needs `timeout_min`.
-
-  Returns:
-    The local runs that failed.
+    parameters: of `submitit.AutoExecutor.update_parameters`.
 
   Raises:
-    UserError: submitit is missing, there is no SLURM here, or a parameter is unknown or missing.
+    UserError: submitit is missing, there is no SLURM here, or a parameter is unknown.
   """
-  is_local = engine == "local"
-  if not is_local and "timeout_min" not in parameters:  # submitit would end each after 5 minutes
-    raise errors.UserError(
-      f"--engine={engine!r} needs the minutes that a run may take: --slurm=timeout_min=240."
-    )
   try:
     import submitit
   except ImportError as error:
     raise errors.UserError(
-      f"--engine={engine!r} needs submitit; pip install 'flax_cifar[slurm]'."
+      "--engine='slurm' needs submitit; pip install 'flax_cifar[slurm]'."
     ) from error
   try:
-    executor = submitit.AutoExecutor(folder=folder, cluster=engine)
-    executor.update_parameters(**{"timeout_min": WEEK, **parameters})
-    if is_local:
-      return _run_in_turn(executor, jobs)
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+    executor.update_parameters(**parameters)
     with executor.batch():
-      submitted = [executor.submit(Task(job, None)) for job in jobs]
+      submitted = [executor.submit(Task(job)) for job in jobs]
   except Exception as error:  # submitit raises RuntimeError, NameError and its own
     raise errors.UserError(
-      f"--engine={engine!r} cannot submit ({errors.shorten(error)}); --slurm=KEY=VALUE sets the "
+      f"--engine='slurm' cannot submit ({errors.shorten(error)}); --slurm=KEY=VALUE sets the "
       "parameters of submitit."
     ) from error
   for job, task in zip(jobs, submitted, strict=True):
-    _report(job, task)
-  return []
-
-
-def _run_in_turn(executor: Any, jobs: Sequence[jobs_lib.Job]) -> list[jobs_lib.JobFailed]:
-  """Runs one job after the other on this machine; returns those that failed."""
-  failed = []
-  for job in jobs:
-    task = executor.submit(Task(job, dict(os.environ)))  # in submitit's own the GPUs are hidden
-    _report(job, task)
-    task.wait()
-    if task.exception():
-      failed.append(jobs_lib.JobFailed(dataclasses.replace(job, log=task.paths.stderr), 1))
-  return failed
-
-
-def _report(job: jobs_lib.Job, task: Any) -> None:
-  print(f"submitted {job.name} as job {task.job_id}, log {task.paths.stdout}", flush=True)
+    print(f"submitted {job.name} as job {task.job_id}, log {task.paths.stdout}", flush=True)

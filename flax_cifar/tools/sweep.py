@@ -74,7 +74,7 @@ def run_sweep(sweep: Sweep) -> None:
 
   Raises:
     JobFailed: a run crashed or was stopped, and those before it are kept; or runs were refused, as
-      those that diverge, or failed under --engine=local, and the others are compared.
+      those that diverge, and the others are compared.
   """
   # Imported here, because it brings JAX, and a wrong flag need not wait for that.
   from flax_cifar.run import workdir as workdir_lib
@@ -124,7 +124,8 @@ def make_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> list[j
     sweep.workdir.mkdir(parents=True, exist_ok=True)
   if sweep.engine == "here":
     return jobs_lib.run_jobs(jobs, jobs_lib.split_cores(sweep.num_jobs))
-  return shards_lib.submit(jobs, sweep.workdir / "jobs", sweep.engine, sweep.parameters)
+  shards_lib.submit(jobs, sweep.workdir / "jobs", sweep.parameters)
+  return []
 
 
 def compare_finished(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
@@ -213,8 +214,7 @@ def create_parser() -> command_line.Parser:
     "--engine",
     default="here",
     choices=shards_lib.ENGINES,
-    help="what makes the runs: this process (here), SLURM by submitit, or submitit on this machine "
-    "(local); default: here",
+    help="what makes the runs: this process (here), or SLURM by submitit; default: here",
   )
   parser.add_argument(
     "--slurm",
@@ -245,6 +245,9 @@ def parse(arguments: Sequence[str]) -> Sweep:
     errors.require(not options.slurm, "--slurm", options.slurm, "given with --engine=slurm")
   else:
     errors.require(options.jobs == 1, "--jobs", options.jobs, "1, which is for --engine=here alone")
+  parameters = shards_lib.parse_parameters(options.slurm)
+  if options.engine == "slurm" and not options.collect:
+    shards_lib.check_parameters(parameters)
   workdir = (
     errors.get_path("--workdir", options.workdir)
     if options.workdir
@@ -258,7 +261,7 @@ def parse(arguments: Sequence[str]) -> Sweep:
     options.jobs,
     shard=shards_lib.find_shard(options.shard, os.environ),
     engine=options.engine,
-    parameters=shards_lib.parse_parameters(options.slurm),
+    parameters=parameters,
     collects=options.collect,
   )
 

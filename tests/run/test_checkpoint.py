@@ -403,5 +403,20 @@ def test_a_folder_without_checkpoints_has_none_to_read(tmp_path):
   with pytest.raises(errors.UserError, match=r"does not exist; name the folder of a run"):
     checkpoint.read(tmp_path / "c", best=True)
   save(tmp_path / "c", (1, None))
-  with pytest.raises(errors.UserError, match=r"holds no checkpoint of a validated epoch yet"):
+  with pytest.raises(errors.UserError, match=r"holds no checkpoint with .*--checkpoint=latest"):
     checkpoint.read(tmp_path / "c", best=True)
+
+
+def test_what_ends_a_run_is_not_hidden_by_a_save_that_failed(tmp_path, monkeypatch, capsys):
+  def fail(self):
+    raise errors.UserError("no room")
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "wait", fail)
+  with (
+    pytest.raises(errors.UserError, match="diverged"),
+    checkpoint.Checkpoints(tmp_path / "a", keep=1),
+  ):
+    raise errors.UserError("diverged")
+  assert capsys.readouterr().err == "warning: no room\n"
+  with pytest.raises(errors.UserError, match="no room"), checkpoint.Checkpoints(tmp_path, keep=1):
+    pass

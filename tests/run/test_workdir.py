@@ -106,7 +106,13 @@ def test_a_run_goes_on_in_its_default_folder_on_another_processor(tmp_path, monk
   monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: False)
   assert workdir_lib.choose(automatic, None, "--workdir") == folder
   given = tiny.get_config("shapes", compute_dtype="float32")
-  assert workdir_lib.choose(given, None, "--workdir") != folder
+  plain = workdir_lib.choose(given, None, "--workdir")
+  assert plain != folder
+  start(plain, given.to_dict())  # which is none of a run that is to be fast
+  monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: True)
+  assert workdir_lib.choose(automatic, None, "--workdir") == folder
+  shutil.rmtree(folder)
+  assert workdir_lib.choose(automatic, None, "--workdir") == folder
 
 
 @pytest.mark.parametrize("content", ["{}", '{"epochs": null}', '{"epochs": "3"}'])

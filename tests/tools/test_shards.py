@@ -3,7 +3,6 @@
 import itertools
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -91,48 +90,53 @@ def create_job(name, code):
   return jobs_lib.Job(name, [sys.executable, "-c", code])
 
 
-SUBMIT = """
-import pathlib, sys
-from flax_cifar.tools import jobs, shards
-see = "import os, time; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'), time.time(), "
-codes = {
-  "bad": see + "file=open('bad', 'w')); time.sleep(1); raise SystemExit(3)",
-  "good": see + "file=open('good', 'w'))",
-}
-made = [jobs.Job(name, [sys.executable, "-c", code]) for name, code in codes.items()]
-print(*shards.submit(made, pathlib.Path("jobs"), "local", {}))
+SBATCH = """#!/bin/sh
+cp "$1" {folder}/script
+echo Submitted batch job 4711
 """
 
 
-def test_local_tasks_run_in_turn_and_one_that_failed_names_its_log(tmp_path):
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+  """Stand-ins for the commands of SLURM, and the folder where `sbatch` keeps the script."""
   pytest.importorskip("submitit")
-  command, root = [sys.executable, "-c", SUBMIT], str(pathlib.Path(__file__).parents[2])
-  environment = os.environ | {"PYTHONPATH": root}
-  environment.pop("CUDA_VISIBLE_DEVICES", None)
-  ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-  (bad, bad_time), (good, good_time) = (
-    (tmp_path / name).read_text().split() for name in ("bad", "good")
-  )
-  assert float(good_time) - float(bad_time) >= 1
-  assert (bad, good) == ("all", "all")  # submitit would hide the GPUs
-  assert "submitted good as job" in ended.stdout
-  assert re.search(r"^run bad ended with status 1 .*\.err says why\);", ended.stdout, re.MULTILINE)
-  assert ended.stdout.count("ended with status") == 1
+  folder = tmp_path / "slurm"
+  folder.mkdir()
+  for name, text in (("sbatch", SBATCH.format(folder=folder)), ("srun", "#!/bin/sh\n")):
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+  monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+  return folder
 
 
-def test_slurm_needs_the_time_of_a_run(tmp_path):
+def test_slurm_gets_an_array_with_a_task_for_each_run(slurm, tmp_path, capsys):
+  jobs = [create_job(name, "") for name in ("a", "b", "c")]
+  shards.submit(jobs, tmp_path / "jobs", {"timeout_min": 240, "slurm_partition": "gpu"})
+  script = (slurm / "script").read_text()
+  for option in ("--array=0-2", "--time=240", "--partition=gpu"):
+    assert f"#SBATCH {option}" in script
+  shown = capsys.readouterr().out.splitlines()
+  assert [line.partition(", log")[0] for line in shown] == [
+    f"submitted {name} as job 4711_{number}" for number, name in enumerate("abc")
+  ]
+
+
+def test_an_unknown_parameter_of_slurm_is_one_line(slurm, tmp_path):
+  with pytest.raises(errors.UserError, match=r"--engine='slurm' cannot submit .*no_such"):
+    shards.submit([create_job("a", "")], tmp_path / "jobs", {"no_such_parameter": 1})
+
+
+def test_without_slurm_nothing_can_be_submitted(tmp_path):
   pytest.importorskip("submitit")
+  with pytest.raises(errors.UserError, match="--engine='slurm' cannot submit"):
+    shards.submit([create_job("a", "")], tmp_path / "jobs", {"timeout_min": 1})
+
+
+@pytest.mark.parametrize("name", ["timeout_min", "slurm_timeout_min", "slurm_time"])
+def test_slurm_needs_the_time_of_a_run(name):
+  shards.check_parameters({name: 5})
   with pytest.raises(errors.UserError, match=r"needs the minutes .*--slurm=timeout_min=240"):
-    shards.submit([create_job("a", "")], tmp_path / "jobs", "slurm", {})
-
-
-@pytest.mark.parametrize(
-  ("engine", "parameters"), [("slurm", {"timeout_min": 1}), ("local", {"no_such_parameter": 1})]
-)
-def test_what_cannot_be_submitted_is_one_line(tmp_path, engine, parameters):
-  pytest.importorskip("submitit")
-  with pytest.raises(errors.UserError, match=f"--engine='{engine}' cannot submit"):
-    shards.submit([create_job("a", "")], tmp_path / "jobs", engine, parameters)
+    shards.check_parameters({"slurm_partition": "gpu"})
 
 
 RUN = """
@@ -144,36 +148,13 @@ time.sleep(60)
 PREEMPT = f"""
 import signal, sys
 from flax_cifar.tools import jobs, shards
-task = shards.Task(jobs.Job("a", [sys.executable, "-c", {RUN!r}]), None)
+task = shards.Task(jobs.Job("a", [sys.executable, "-c", {RUN!r}]))
 signal.signal(signal.SIGUSR1, lambda *_: print(type(task.checkpoint()).__name__, flush=True))
 try:
   task()
 except jobs.JobFailed as failure:
   print(failure.status)
 """
-
-
-INTERRUPT = f"""
-import sys
-from flax_cifar.tools import jobs, shards
-task = shards.Task(jobs.Job("a", [sys.executable, "-c", {RUN!r}]), None)
-try:
-  task()
-except KeyboardInterrupt:
-  print(task._process.wait())
-"""
-
-
-def test_ctrl_c_lets_the_run_of_a_task_save_and_end(tmp_path):
-  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-  command = [sys.executable, "-c", INTERRUPT]
-  process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
-  while not (tmp_path / "ready").exists():
-    time.sleep(0.02)
-  process.send_signal(signal.SIGINT)
-  output, _ = process.communicate(timeout=30)
-  assert output.split() == [b"143"]
-  assert (tmp_path / "saved").exists()
 
 
 def test_a_task_that_is_preempted_saves_and_asks_for_another_machine(tmp_path):

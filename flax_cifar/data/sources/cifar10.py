@@ -35,7 +35,7 @@ def load_cifar10(*, dir: str) -> tuple[dataset.Split, dataset.Split, tuple[str, 
   """
   root = prepared.find_root(dir)
   if folder := find_prepared(root):
-    train, test = decoded.load_or_decode(folder, lambda: _sort(read_prepared(folder)))
+    train, test = decoded.load_or_decode(folder, lambda: _sort(read_prepared(folder)), form="")
   else:
     train, test = _sort(_read_and_prepare(root))
   return train, test, cifar_archive.CLASS_NAMES

@@ -22,11 +22,16 @@ ARRAYS = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_label
 Splits = tuple[dataset.Split, dataset.Split]
 
 
-def load_or_decode(folder: pathlib.Path, decode: Callable[[], Splits]) -> Splits:
+def load_or_decode(folder: pathlib.Path, decode: Callable[[], Splits], *, form: str) -> Splits:
   """The training and test split that `decode` makes of the files in `folder`.
 
   They are kept in the cache, and read from there as long as no file in `folder` has another name,
   size or time; a digest finds damage. Arrays from the cache are memory-mapped and read-only.
+
+  Args:
+    folder: of the files.
+    decode: reads them.
+    form: keeps apart what several functions make of the same files.
 
   Raises:
     UserError: see `decode`.
@@ -34,7 +39,7 @@ def load_or_decode(folder: pathlib.Path, decode: Callable[[], Splits]) -> Splits
   cache = environment.find_cache("data")
   if not cache:
     return decode()
-  name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+  name = hashlib.sha256(os.fsencode(folder.resolve()) + form.encode()).hexdigest()[:16]
   place = pathlib.Path(cache, name)
   source = _describe(folder)
   return _read(place, source) or _keep(place, source, decode())

@@ -68,8 +68,7 @@ def download_file(source: published.Source, file: published.File, root: Path) ->
       _MirrorError,
       ValueError,
     ) as error:  # ValueError: some of urllib3
-      host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # without a password
-      reasons.append(f"{host or url}: {_brief(error)}")
+      reasons.append(f"{_find_host(url)}: {_brief(error)}")
     except OSError as error:
       raise errors.UserError(
         f"{part} cannot be written ({error}); make room or choose another data.dir."
@@ -143,6 +142,15 @@ def _show_progress() -> Progress:
 
 class _MirrorError(Exception):
   """A mirror that answered, but not with the file."""
+
+
+def _find_host(url: str) -> str:
+  """The host of a URL, which may lack a scheme, without the user and the password.
+
+  >>> _find_host("ftp://me:se/cret@host/file"), _find_host("me:secret@host/file"), _find_host("odd")
+  ('host', 'host', 'odd')
+  """
+  return (url.partition("://")[2] or url).rpartition("@")[2].partition("/")[0]
 
 
 def _brief(error: Exception) -> str:

@@ -52,7 +52,7 @@ def _load_decoded(name: str, folder: Path) -> dataset.Dataset:
     found = read_folder(name, folder)
     return found.train, found.test
 
-  train, test = decoded.load_or_decode(folder, decode)
+  train, test = decoded.load_or_decode(folder, decode, form="as prepared")
   highest = max(int(split.labels.max()) for split in (train, test))
   return dataset.Dataset(train, test, read_names(folder, highest))
 

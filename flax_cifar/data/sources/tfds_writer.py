@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from absl import logging
 from flax_cifar import errors
 from flax_cifar.data import dataset
 from flax_cifar.data.sources import cifar_archive, published
+
+DAY = 24 * 60 * 60  # seconds
 
 
 def prepare(
@@ -44,8 +47,7 @@ def prepare(
   folder = Path(builder.data_dir)
   if folder.exists():  # TFDS would treat it as prepared, whatever it holds
     raise FileExistsError(f"{folder} exists already; delete it to prepare it again")
-  for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # by a process that was killed
-    shutil.rmtree(left, ignore_errors=True)
+  _remove_leftovers(folder)
   _replace_download(builder, source, splits)
   config = tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
   try:
@@ -54,6 +56,18 @@ def prepare(
   except RuntimeError as error:  # raised by array_record if a write fails
     raise OSError(errors.shorten(error)) from error
   return folder
+
+
+def _remove_leftovers(folder: Path) -> None:
+  """Removes what processes have left that were killed while they wrote `folder`, a day or more ago.
+
+  Younger ones may be those of a process that still writes: not every file system has locks.
+  """
+  for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
+    with contextlib.suppress(OSError):
+      newest = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+      if time.time() - newest > DAY:
+        shutil.rmtree(left)
 
 
 def _replace_download(

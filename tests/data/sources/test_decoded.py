@@ -55,8 +55,8 @@ def find(tmp_path, name):
 
 def test_a_second_start_reads_what_the_first_one_decoded(source):
   decode = Decoder()
-  first = decoded.load_or_decode(source, decode)
-  second = decoded.load_or_decode(source, decode)
+  first = decoded.load_or_decode(source, decode, form="")
+  second = decoded.load_or_decode(source, decode, form="")
   assert decode.calls == 1
   assert_same(second, first)
   assert not second[0].images.flags.writeable
@@ -107,12 +107,12 @@ CHANGES += [remove_the_images, empty_the_description, damage_the_description]
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_is_decoded_again_after(change, source, tmp_path):
   decode = Decoder()
-  decoded.load_or_decode(source, decode)
+  decoded.load_or_decode(source, decode, form="")
   change(source, tmp_path)
-  again = decoded.load_or_decode(source, decode)
+  again = decoded.load_or_decode(source, decode, form="")
   assert decode.calls == 2
   assert_same(again, create_splits(2))
-  assert_same(decoded.load_or_decode(source, decode), again)
+  assert_same(decoded.load_or_decode(source, decode, form=""), again)
   assert decode.calls == 2
 
 
@@ -120,9 +120,16 @@ def test_data_in_another_folder_are_kept_apart(source, tmp_path):
   other = tmp_path / "other"
   other.mkdir()
   decode = Decoder()
-  decoded.load_or_decode(source, decode)
-  decoded.load_or_decode(other, decode)
-  assert_same(decoded.load_or_decode(source, decode), create_splits(1))
+  decoded.load_or_decode(source, decode, form="")
+  decoded.load_or_decode(other, decode, form="")
+  assert_same(decoded.load_or_decode(source, decode, form=""), create_splits(1))
+
+
+def test_two_forms_of_the_same_files_are_kept_apart(source):
+  decode = Decoder()
+  for form, number in (("", 1), ("sorted", 2), ("", 1)):
+    found = decoded.load_or_decode(source, decode, form=form)
+    assert_same(found, create_splits(number))
 
 
 def test_the_name_of_a_folder_need_not_be_utf8(source):
@@ -130,14 +137,14 @@ def test_the_name_of_a_folder_need_not_be_utf8(source):
   source.rename(other)
   decode = Decoder()
   for _ in range(2):
-    assert_same(decoded.load_or_decode(other, decode), create_splits(1))
+    assert_same(decoded.load_or_decode(other, decode, form=""), create_splits(1))
 
 
 def test_without_a_cache_it_is_decoded_each_time(source, monkeypatch):
   monkeypatch.setattr("flax_cifar.environment.find_cache", lambda kind: "")
   decode = Decoder()
   for _ in range(2):
-    decoded.load_or_decode(source, decode)
+    decoded.load_or_decode(source, decode, form="")
   assert decode.calls == 2
 
 
@@ -146,7 +153,7 @@ def test_a_full_disk_is_a_warning(source, monkeypatch, capsys):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(np, "save", fail)
-  assert_same(decoded.load_or_decode(source, Decoder()), create_splits(1))
+  assert_same(decoded.load_or_decode(source, Decoder(), form=""), create_splits(1))
   assert "not kept decoded" in capsys.readouterr().err
 
 
@@ -155,5 +162,5 @@ def test_a_decoders_error_leaves_nothing_behind(source, tmp_path):
     raise ValueError("damaged")
 
   with pytest.raises(ValueError, match="damaged"):
-    decoded.load_or_decode(source, fail)
+    decoded.load_or_decode(source, fail, form="")
   assert not (tmp_path / "cache").exists()

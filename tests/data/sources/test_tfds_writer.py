@@ -1,8 +1,10 @@
 """TensorFlow Datasets reads the output of prepare, which is complete or absent."""
 
+import os
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -83,9 +85,12 @@ def test_interrupted_preparation_leaves_nothing_that_looks_prepared(splits, tmp_
   assert list(tmp_path.glob("cifar10/3*/*")) == []
   monkeypatch.undo()
   killed = tmp_path / "cifar10" / "incomplete.A1B2C3_3.0.2"  # as TFDS calls it
-  killed.mkdir(parents=True)
+  writing = killed.with_name("incomplete.D4E5F6_3.0.2")
+  for path in (killed, writing):
+    path.mkdir(parents=True)
+  os.utime(killed, (0, time.time() - 2 * tfds_writer.DAY))
   folder = prepare(splits, tmp_path)
-  assert list(folder.parent.iterdir()) == [folder]
+  assert {*folder.parent.iterdir()} == {folder, writing}
 
 
 WRITE_WITH_A_LIMIT = """
