@@ -34,7 +34,7 @@ inline std::vector<Index> list_inputs(Index size, Index places, Index before, bo
 // Memory of the calling thread, of at least `size` floats, kept from call to call.
 template <int SLOT>
 inline float* get_memory(Index size) {
-  thread_local std::vector<float> memory;
+  thread_local Array memory;
   if ((Index)memory.size() < size) memory.resize(size);
   return memory.data();
 }

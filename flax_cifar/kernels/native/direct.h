@@ -16,7 +16,7 @@
 // A right operand whose panels are contiguous: (panels, inner, PANEL).
 struct Packed {
   Index inner;
-  std::vector<float> data;
+  Array data;
 
   // From (inner, columns), or if `swap` (columns, inner).
   Packed(const float* from, Index inner, Index columns, bool swap)
@@ -102,7 +102,7 @@ struct Blocks {
         in_size(c.height * c.width * c.channels),
         out_size(pixels * c.features),
         columns(round_up(c.features)),
-        most(std::clamp(CACHED_PATCHES / patches.row / 6 * 6, LEAST_ROWS, MOST_ROWS)),
+        most(std::clamp(CACHED_PATCHES / patches.row / TILE * TILE, LEAST_ROWS, MOST_ROWS)),
         left(get_memory<5>(most * patches.row + LANES)),
         right(get_memory<6>(most * columns)) {}
 

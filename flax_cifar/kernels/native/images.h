@@ -34,7 +34,7 @@ struct Moments {
   static constexpr Index STRETCH = 32;  // pixels
   Index channels;
   float *mean, *variance;
-  std::vector<float> first;
+  Array first;
 
   Moments(Index number, Index channels, float* means, float* variances)
       : channels(channels),

@@ -5,6 +5,12 @@
 #include "vectors.h"
 
 constexpr Index PANEL = 2 * LANES;  // columns that are computed together
+// Rows that are computed together: with two vectors as many as the registers hold.
+#ifdef __AVX512F__
+constexpr Index TILE = 8;
+#else
+constexpr Index TILE = 6;
+#endif
 
 // The operands and the result, with the distances in memory between their neighbours.
 struct Left {
@@ -28,7 +34,7 @@ struct Product {
   Prefetch* next = nullptr;
 
   Index count_tiles() const {
-    return (rows / 6 + rows % 6 / 4 + rows % 6 % 4 / 2 + rows % 2) *
+    return (rows / TILE + rows % TILE / 4 + rows % TILE % 4 / 2 + rows % 2) *
            ((columns + PANEL - 1) / PANEL);
   }
 
@@ -42,31 +48,32 @@ struct Product {
     const Index count = inner;
     if (next) next->advance();
     Vector sums[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; v++)
         sums[r][v] = ADD ? load(to.data + r * to.row + v * LANES) : Vector{};
     for (Index k = 0; k < count; k++) {
       Vector vectors[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; v++) vectors[v] = load(b.data + k * b.inner + v * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++) sums[r][v] += vectors[v] * a.data[k * a.inner + r * a.row];
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; v++) store(to.data + r * to.row + v * LANES, sums[r][v]);
   }
 
-  // Six rows and two vectors are as much as the registers hold.
   template <bool ADD, int V>
   void compute_columns(Index column) const {
     Index r = 0;
-    for (; r + 6 <= rows; r += 6) compute_tile<ADD, 6, V>(r, column);
+    if (TILE == 8 && V == 1)  // eight sums would wait for each other
+      for (; r + 16 <= rows; r += 16) compute_tile<ADD, 16, V>(r, column);
+    for (; r + TILE <= rows; r += TILE) compute_tile<ADD, TILE, V>(r, column);
     for (; r + 4 <= rows; r += 4) compute_tile<ADD, 4, V>(r, column);
     for (; r + 2 <= rows; r += 2) compute_tile<ADD, 2, V>(r, column);
     for (; r < rows; r++) compute_tile<ADD, 1, V>(r, column);

@@ -33,7 +33,7 @@ void add(const T* values, const float* others, Index count, T* to) {
 // Three successive rows in float, with a border of zeros.
 struct Rows {
   Index width, channels, size;
-  std::vector<float> data;
+  Array data;
 
   Rows(Index width, Index channels)
       : width(width), channels(channels), size((width + 2) * channels), data(3 * size) {}
@@ -118,7 +118,7 @@ void depthwise_forward(const Shape& s, const T* images, const float* kernel, T* 
   for_each(s.count, [&](Index n) {
     const T* image = images + n * s.pixels() * s.channels;
     Rows rows(s.width, s.channels);
-    std::vector<float> sums(row_size);
+    Array sums(row_size);
     Moments moments(n, s.channels, means, variances);
     Index next = -1;
     for (Index y = 0; y < height; y++) {
@@ -142,7 +142,7 @@ void depthwise_backward(const Shape& s, const T* gradients, const T* outputs, co
   const Index row_size = s.width * s.channels;
   for_each(s.parts, [&](Index part) {
     Rows input(s.width, s.channels), gradient(s.width, s.channels);
-    std::vector<float> sums(row_size);
+    Array sums(row_size);
     float* to_kernel = to_kernels + part * 9 * s.channels;
     std::fill_n(to_kernel, 9 * s.channels, 0.f);
     for (Index n = s.first(part); n < s.first(part + 1); n++) {
@@ -201,7 +201,7 @@ template <class T>
 void pointwise_forward(const Shape& s, const T* images, Affine affines, const float* kernel,
                        T* outputs, float* means, float* variances) {
   for_each(s.count, [&](Index n) {
-    std::vector<float> input(PIXELS * s.channels), product(PIXELS * s.features);
+    Array input(PIXELS * s.channels), product(PIXELS * s.features);
     const Affine affine = affines.of(n, s.channels);
     Moments moments(n, s.features, means, variances);
     for (Index p = 0; p < s.pixels(); p += PIXELS) {
@@ -234,8 +234,8 @@ void pointwise_backward(const Shape& s, const T* gradients, const T* outputs, co
                         const float* transposed, T* to_images, float* to_slopes, float* to_biases,
                         float* to_kernels) {
   for_each(s.parts, [&](Index part) {
-    std::vector<float> input(PIXELS * s.channels), back(PIXELS * s.channels);
-    std::vector<float> gradient(PIXELS * s.features);
+    Array input(PIXELS * s.channels), back(PIXELS * s.channels);
+    Array gradient(PIXELS * s.features);
     float* to_kernel = to_kernels + part * s.channels * s.features;
     std::fill_n(to_kernel, s.channels * s.features, 0.f);
     for (Index n = s.first(part); n < s.first(part + 1); n++) {

@@ -199,7 +199,7 @@ struct Values {
 // Kernels at the points, as right operands: (POINTS, panels, inner, PANEL).
 struct Kernels {
   Index inner, step;
-  std::vector<float> data;
+  Array data;
 
   // From a kernel (TAPS * TAPS, inner, columns), or if `swap` (TAPS * TAPS, columns, inner).
   Kernels(const float* kernel, Index inner, Index columns, bool swap)
