@@ -221,6 +221,26 @@ def test_gradients_in_bfloat16_are_summed_in_float32(depthwise, backend_name, mo
   np.testing.assert_allclose(bias_gradient, direction.sum(0), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+  ("fast", "takes_bfloat16", "depthwise", "expected"),
+  [
+    (True, True, False, jnp.bfloat16),
+    (False, True, False, jnp.float32),  # it would emulate bfloat16
+    (False, True, True, jnp.bfloat16),
+    (False, False, True, jnp.float32),  # it would refuse bfloat16
+  ],
+)
+def test_onednn_computes_bfloat16_in_the_faster_type(
+  monkeypatch, fast, takes_bfloat16, depthwise, expected
+):
+  monkeypatch.setattr(backend, "has_fast_bfloat16", lambda: fast)
+  monkeypatch.setattr(backend, "uses_onednn", lambda dtype: takes_bfloat16)
+  chosen = conv_lib._choose_onednn_dtype(jnp.dtype(jnp.bfloat16), depthwise)
+  assert chosen == expected
+  single = jnp.dtype(jnp.float32)
+  assert conv_lib._choose_onednn_dtype(single, depthwise) == single
+
+
 def test_the_definition_backend_uses_the_convolution_of_jax(monkeypatch):
   monkeypatch.setenv(backend.VARIABLE, "definition")
   assert "conv_general_dilated" in compare()
