@@ -67,7 +67,7 @@ def test_a_stopped_run_ends_the_same_with_every_norm_schedule_and_backend(
   runs.assert_same_run(tmp_path / "uninterrupted", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("name", ["evaluate", "predict"])
+@pytest.mark.parametrize("name", ["validate", "predict"])
 def test_a_run_stopped_in_an_evaluation_ends_the_same(
   tmp_path, data, uninterrupted, monkeypatch, name
 ):
@@ -77,17 +77,17 @@ def test_a_run_stopped_in_an_evaluation_ends_the_same(
 
   def interrupted(*args, **kwargs):
     calls.append(name)
-    if len(calls) == (2 if name == "evaluate" else 1):
+    if len(calls) == (2 if name == "validate" else 1):
       signal.raise_signal(signal.SIGTERM)
     return original(*args, **kwargs)
 
-  step = 2 * runs.STEPS_PER_EPOCH if name == "evaluate" else runs.LAST_STEP
+  step = 2 * runs.STEPS_PER_EPOCH if name == "validate" else runs.LAST_STEP
   with monkeypatch.context() as patch:
     patch.setattr(evaluate, name, interrupted)
     with pytest.raises(signals.Interrupted, match=f"saved at step {step};") as stop:
       runs.run(tmp_path / "cut", data, **PLATEAU)
   assert stop.value.signum == signal.SIGTERM
-  assert len(runs.lines(tmp_path / "cut")) == (1 if name == "evaluate" else 3)
+  assert len(runs.lines(tmp_path / "cut")) == (1 if name == "validate" else 3)
   assert not (tmp_path / "cut" / "result.json").exists()
   runs.run(tmp_path / "cut", data, **PLATEAU)
   runs.assert_same_run(uninterrupted, tmp_path / "cut")
@@ -201,7 +201,7 @@ def test_a_workdir_that_vanishes_ends_the_run_in_one_line(tmp_path, data, monkey
     shutil.rmtree(tmp_path / "run")
     return {"loss": np.zeros(()), "accuracy": np.zeros(())}
 
-  monkeypatch.setattr(evaluate, "evaluate", vanish)
+  monkeypatch.setattr(evaluate, "validate", vanish)
   with pytest.raises(errors.UserError, match=r"run.* cannot be written to .*goes on"):
     runs.run(tmp_path / "run", data)
 
