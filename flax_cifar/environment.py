@@ -173,6 +173,13 @@ def check_settings_of_jax() -> None:
     errors.require(value is None, name, value, expected)
 
 
+def keep_off_devices() -> None:
+  """Lets JAX use the CPU alone in this process, because another one has the other devices."""
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+
+
 def check_devices() -> None:
   """Raises a UserError where JAX cannot start, as when JAX_PLATFORMS names absent devices."""
   import jax

@@ -50,16 +50,9 @@ def main() -> None:
   logging.set_verbosity(logging.FATAL)  # Orbax warns that it only reads
   with command_line.one_line_errors():
     options = parse(sys.argv[1:])
-    keep_off_devices()
+    environment.keep_off_devices()  # the run may still train there
     found = extract(options)
     print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else format_text(found))
-
-
-def keep_off_devices() -> None:
-  """Lets JAX use the CPU alone: the run may still train on the other devices."""
-  import jax
-
-  jax.config.update("jax_platforms", "cpu")
 
 
 def create_parser() -> command_line.Parser:

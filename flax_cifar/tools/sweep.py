@@ -102,11 +102,9 @@ def check_runs(sweep: Sweep, combinations: Sequence[variants.Settings]) -> None:
 
   The devices are those of the runs, so this process keeps off them.
   """
-  import jax
-
   from flax_cifar.tools import first_steps
 
-  jax.config.update("jax_platforms", "cpu")
+  environment.keep_off_devices()
   for settings in combinations:
     config = load_config(sweep, settings)
     config.num_devices = 0
